@@ -1,0 +1,85 @@
+"""`nasctl doctor`: what is installed, which devices are usable, what to do about the rest."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+from cli import console
+
+REQUIRED = ("torch", "onnx", "onnxruntime", "optuna", "numpy", "safetensors", "scikit-learn")
+OPTIONAL = {"tensorrt": "builds engines on an NVIDIA target: pip install 'nasctl[tensorrt]'"}
+
+
+def command(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check the installation and say what to do about what is missing."""
+    rows = [*_packages(), *_machine(), *_devices()]
+    if json:
+        console.emit_json(rows)
+    else:
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for row in rows:
+            mark = {True: "[green]ok[/]", False: "[red]missing[/]", None: "[yellow]note[/]"}
+            table.add_row(mark[row["ok"]], row["what"], row["detail"])
+        console.show(table)
+    if any(row["ok"] is False for row in rows):
+        raise typer.Exit(1)
+
+
+def _packages() -> list[dict[str, Any]]:
+    rows = []
+    for name in REQUIRED:
+        found = _version(name)
+        detail = found or "pip install -c constraints.txt -e ."
+        rows.append({"ok": found is not None, "what": name, "detail": detail})
+    for name, use in OPTIONAL.items():
+        found = _version(name)
+        rows.append({"ok": True if found else None, "what": name, "detail": found or use})
+    return rows
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _machine() -> list[dict[str, Any]]:
+    import psutil
+
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
+    memory = psutil.virtual_memory()
+    rows = [
+        {
+            "ok": True,
+            "what": "this machine",
+            "detail": f"{cores} cores, {memory.total / 2**30:.0f} GiB of memory",
+        }
+    ]
+    load = psutil.getloadavg()[0]
+    if load > (cores or 1) / 2:
+        detail = f"load {load:.1f}: latencies measured now would be unreliable"
+        rows.append({"ok": None, "what": "busy", "detail": detail})
+    return rows
+
+
+def _devices() -> list[dict[str, Any]]:
+    from hw_profiles import device, latency
+
+    rows = []
+    for name in device.names():
+        found = device.load(name)
+        if found.local:
+            detail = "measured on first use"
+        else:
+            detail = f"{latency.table(found).source} estimates; the file is not run on the board"
+        ok = True if found.local else None
+        rows.append({"ok": ok, "what": f"--hw {name}", "detail": detail})
+    return rows

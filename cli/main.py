@@ -1,0 +1,57 @@
+"""`nasctl`: the commands, their errors and exit codes.
+
+Each verb is a file here that imports nothing heavy before it runs, so that `--help` takes a
+fraction of a second. Errors are caught here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from typer.exceptions import TyperException
+
+from cli import devices, doctor, export, report, search, spaces
+from nas.errors import NasctlError
+
+EPILOG = """Exit codes: 0 done; 1 an expected failure; 2 usage; 3 budget infeasible;
+4 budget missed when measured; 5 parity failed; 130 interrupted (the same command goes on)."""
+
+app = typer.Typer(
+    name="nasctl",
+    help="Hardware-aware architecture search: from task, board and budget to a verified file.",
+    epilog=EPILOG,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (search, export, report, devices, spaces, doctor):
+    app.command(verb.__name__.removeprefix("cli."))(verb.command)
+
+
+def main() -> None:
+    """Run the command line; exits."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code; expected errors become one line on stderr."""
+    try:
+        code = app(arguments or ["--help"], prog_name="nasctl", standalone_mode=False)
+        return int(code or 0)
+    except NasctlError as error:
+        print(f"nasctl: {error}", file=sys.stderr)
+        return error.exit_code
+    except TyperException as error:
+        print(f"nasctl: {error.format_message()} See nasctl --help.", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("nasctl: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader left (`nasctl devices | head`): not our failure
+        return 0
+
+
+if __name__ == "__main__":
+    main()

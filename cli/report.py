@@ -1,0 +1,32 @@
+"""`nasctl report`: show a finished run again and rewrite its page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import console
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
+) -> None:
+    """Summarise a finished run and regenerate its report.html."""
+    from nas.errors import UsageError
+
+    if not run.is_dir():
+        raise UsageError(f"no run directory {run}", where="RUN", next="See the runs/ folder.")
+    from deploy import report, verify
+
+    content = verify.read(run / "report.json")
+    if json:
+        return console.emit_json(content)
+    from cli.deliver import PAGE, summarise
+    from nas.run import Run
+
+    Run(run).write_text(PAGE, report.render(content))
+    summarise(content, run, sum(stage["seconds"] for stage in content["stages"]))
+    return None

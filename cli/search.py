@@ -1,0 +1,222 @@
+"""`nasctl search`: from task, board and budget to a trained, verified ONNX file."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import console
+from nas.errors import UsageError
+
+if TYPE_CHECKING:
+    from cli.stages import Job, Judge
+    from hw_profiles.device import Device
+    from nas.run import Run, Spec
+    from nas.search import Candidate
+    from nas.tasks import Task
+
+STEPS, QUICK_STEPS = 1500, 300  # supernet training steps that the default --epochs amounts to
+EVALUATIONS, QUICK_EVALUATIONS = 64, 32
+
+
+def command(
+    data: Annotated[
+        str | None,
+        typer.Option(help="digits, an image folder, parquet, or my_pkg.my_mod:task. [digits]"),
+    ] = None,
+    hw: Annotated[
+        str | None, typer.Option(help="Device name or a .toml file (see `nasctl devices`). [cpu]")
+    ] = None,
+    latency: Annotated[
+        str | None, typer.Option(help="Budget with its unit, as 5ms; none: the front's knee.")
+    ] = None,
+    space: Annotated[str | None, typer.Option(help="See `nasctl spaces`. [resnet]")] = None,
+    width: Annotated[float | None, typer.Option(help="Scale of the space's channels.")] = None,
+    size: Annotated[int | None, typer.Option(help="Resize images to this many pixels.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Of supernet training.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per step. [128]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    evaluations: Annotated[int | None, typer.Option(help="Networks to evaluate. [64]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random. [0]")] = None,
+    threads: Annotated[int | None, typer.Option(help="For training. [all cores]")] = None,
+    supernet: Annotated[str | None, typer.Option(help="Search a finished run's supernet.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Optuna storage URL to share.")] = None,
+    study_name: Annotated[str | None, typer.Option(help="In that storage. [nasctl]")] = None,
+    spec: Annotated[Path | None, typer.Option(help="TOML file of these options.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Run directory. [runs/...]")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A fifth of the training: a try-out.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Repeat finished stages.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and a time estimate.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Search a network for a task and a board within a latency budget, and verify the file.
+
+    The same command goes on where it was interrupted.
+    """
+    flags = {
+        "data": data,
+        "hw": hw,
+        "latency_ms": console.parse_latency(latency),
+        "space": space,
+        "width": width,
+        "size": size,
+        "epochs": epochs,
+        "batch": batch,
+        "lr": lr,
+        "evaluations": evaluations,
+        "seed": seed,
+        "threads": threads,
+        "supernet": supernet,
+        "storage": storage,
+        "study_name": study_name,
+    }
+    job = prepare(flags, spec, run, quick=quick, force=force)
+    if dry_run:
+        return _plan(job, json)
+    with job.run.locked(job.spec, force=force):
+        report = _search(job)
+    if json:
+        console.emit_json(report)
+    return None
+
+
+def prepare(
+    flags: dict[str, Any], file: Path | None, folder: Path | None, *, quick: bool, force: bool
+) -> Job:
+    """Everything validated and loaded: names before data, data before any work."""
+    from hw_profiles import device
+    from nas import run as runs
+    from nas import space as spaces
+
+    given = {**runs.read_spec(file), **{k: v for k, v in flags.items() if v is not None}}
+    # what depends on the data is filled in below; everything typed is validated here
+    rough = runs.make_spec({"epochs": 1, "threads": os.cpu_count(), **given})
+    board = device.load(rough.hw)
+    if "." not in rough.space and rough.space not in spaces.names():
+        spaces.load(rough.space)  # raises, before torch is imported
+    from nas import tasks
+
+    console.say(f"[bold]data[/]      {rough.data}")
+    task = tasks.load(rough.data, size=rough.size)
+    spec = runs.make_spec({**_defaults(rough, len(task.train), quick=quick), **given})
+    if spec.batch > len(task.train):
+        what = f"{spec.batch} images per step, but {len(task.train)} training images"
+        raise UsageError(what, where="--batch")
+    name = f"{spec.space}-{Path(spec.data).stem}-{board.name}-{spec.digest()[:8]}"
+    run = runs.Run(folder or Path("runs") / name.replace(":", "-"))
+    return _job(spec, run, task, board, force)
+
+
+def resume(folder: Path, latency_ms: float | None) -> tuple[Job, Judge, list[Candidate]]:
+    """The job of a finished run with another budget, its supernet and its evaluated networks."""
+    from cli import stages
+    from hw_profiles import device
+    from nas import run as runs
+    from nas import study, tasks
+
+    run = runs.Run(folder)
+    spec = runs.make_spec({**run.manifest()["spec"], "latency_ms": latency_ms})
+    task = tasks.load(spec.data, size=spec.size)
+    job = _job(spec, run, task, device.load(spec.hw), False)
+    judge = stages.Judge(job, stages.finished_supernet(job))
+    candidates = study.finished(run.path(stages.JOURNAL), spec.storage, spec.study_name)
+    return job, judge, candidates
+
+
+def _job(spec: Spec, run: Run, task: Task, board: Device, force: bool) -> Job:
+    import torch
+
+    from cli.stages import Job
+    from nas import space as spaces
+
+    torch.set_num_threads(spec.threads)
+    space = spaces.load(
+        spec.space,
+        channels=task.channels,
+        classes=task.n_classes,
+        size=task.size,
+        width=spec.width,
+    )
+    return Job(spec, run, task, space, board, force)
+
+
+def _defaults(spec: Spec, n_train: int, *, quick: bool) -> dict[str, Any]:
+    """The defaults that depend on the data, the machine and --quick."""
+    steps = QUICK_STEPS if quick else STEPS
+    return {
+        "epochs": float(f"{steps * spec.batch / n_train:.3g}"),
+        "evaluations": QUICK_EVALUATIONS if quick else EVALUATIONS,
+        "threads": os.cpu_count(),
+    }
+
+
+def _search(job: Job) -> dict[str, Any]:
+    from cli import deliver, stages
+
+    began = time.monotonic()
+    task, spec = job.task, job.spec
+    console.say(
+        f"          {len(task.train)} train, {len(task.val)} validation, {len(task.test)} test; "
+        f"{task.channels} x {task.size} x {task.size}, {task.n_classes} classes"
+    )
+    console.say(f"[bold]run[/]       {job.run.folder}")
+    console.say(f"[bold]latency[/]   {job.device.summary}")
+    table = stages.latency_table(job)
+    stages.make_problem(job, table, lambda genes: (0.0, 0.0))  # an impossible budget ends it here
+    console.say(f"[bold]supernet[/]  {spec.space}, {job.space.count():.3g} networks")
+    net = stages.trained_supernet(job)
+    judge = stages.Judge(job, net)
+    console.say(f"[bold]search[/]    {spec.evaluations} evaluations on validation images")
+    candidates = stages.searched(job, stages.make_problem(job, table, judge), table)
+    console.say("[bold]deliver[/]   extract, export, verify")
+    report = deliver.deliver(job, table, judge, candidates)
+    deliver.summarise(report, job.run.folder, time.monotonic() - began)
+    return report
+
+
+def _plan(job: Job, json: bool) -> None:
+    """What would be done and for how long, from three steps and one evaluation timed now."""
+    from cli import stages
+    from nas import supernet
+
+    began = time.monotonic()
+    net = stages.fresh_supernet(job)
+    steps = supernet.train(net, job.space, job.task, job.recipe)
+    next(steps)  # the first step also allocates
+    start = time.monotonic()
+    for _ in range(min(3, job.recipe.steps - 1)):
+        next(steps)
+    step_s = (time.monotonic() - start) / max(1, min(3, job.recipe.steps - 1))
+    judge = stages.Judge(job, net)
+    start = time.monotonic()
+    judge(job.space.largest)
+    judge(job.space.smallest)
+    evaluation_s = (time.monotonic() - start) / 2
+    parts = {
+        "profile": 45.0 if job.device.local else 0.0,
+        "train": 0.0 if job.spec.supernet else step_s * job.recipe.steps,
+        "search": evaluation_s * job.spec.evaluations,
+        "deliver": 20.0,
+    }
+    plan = {
+        "spec": job.spec.model_dump(),
+        "run": str(job.run.folder),
+        "steps": job.recipe.steps,
+        "estimated_seconds": {name: round(s, 1) for name, s in parts.items()},
+        "estimated_total_seconds": round(sum(parts.values()), 1),
+        "estimate_took_seconds": round(time.monotonic() - began, 1),
+    }
+    if json:
+        return console.emit_json(plan)
+    for name, seconds in parts.items():
+        console.say(f"  {name:<9} {console.format_seconds(seconds)}")
+    console.say(f"  in all    {console.format_seconds(sum(parts.values()))}, into {job.run.folder}")
+    return None

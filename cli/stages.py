@@ -1,0 +1,282 @@
+"""The stages of the main job, each a function from values to values and files in the run.
+
+profile -> train -> search -> deliver. A stage that the manifest knows as finished for the same
+inputs is skipped; every stage goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cli import console
+from hw_profiles import calibrate, measure, op
+from hw_profiles import latency as latencies
+from hw_profiles.device import Device
+from hw_profiles.latency import LatencyTable
+from nas import checkpoint, search, space, supernet
+from nas import run as runs
+from nas import study as studies
+from nas.errors import BudgetInfeasible, NasctlError
+from nas.run import Run, Spec
+from nas.search import Candidate, Problem
+from nas.space import Genes, SearchSpace
+from nas.supernet import Recipe
+from nas.tasks import Split, Task
+
+PROFILED = 64  # networks measured to fit a local device's table
+JUDGED_ON = 2_000  # validation images that rank sub-networks; all of them if there are fewer
+
+SUPERNET, STATE, TABLE = "supernet.safetensors", "training.safetensors", "latency.json"
+JOURNAL, FRONT = "study.journal", "pareto.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """The resolved inputs of a run: everything that a stage needs and nothing it produces."""
+
+    spec: Spec
+    run: Run
+    task: Task
+    space: SearchSpace
+    device: Device
+    force: bool = False
+
+    @property
+    def recipe(self) -> Recipe:
+        spec = self.spec
+        steps = max(1, round(spec.epochs * len(self.task.train) / spec.batch))
+        return Recipe(steps=steps, batch=spec.batch, lr=spec.lr, seed=spec.seed)
+
+    @property
+    def train_key(self) -> str:
+        fields = ("space", "width", "size", "epochs", "batch", "lr", "seed", "threads")
+        return runs.digest([self.spec.digest(*fields), self.task.fingerprint])
+
+
+def staged(
+    job: Job, stage: str, key: str, files: list[str], work: Callable[[], None]
+) -> float | None:
+    """Do `work` unless it is done; return the seconds it took, or None if it was skipped."""
+    if not job.force and job.run.done(stage, key):
+        return None
+    began = time.monotonic()
+    work()
+    seconds = time.monotonic() - began
+    job.run.finish(stage, key, seconds, files)
+    return seconds
+
+
+# ---- latency -------------------------------------------------------------------------------------
+
+
+def latency_table(job: Job) -> LatencyTable:
+    """The device's table; for this machine one measured now, on networks of the very space."""
+    if not job.device.local:
+        return latencies.table(job.device)
+    fields = ("space", "width", "size", "seed")
+    key = runs.digest([job.spec.digest(*fields), job.task.channels, job.task.n_classes])
+    seconds = staged(job, "profile", key, [TABLE], lambda: _profile(job))
+    table = LatencyTable.load(job.run.path(TABLE))
+    if seconds is not None:
+        same = table.intervals["same"]
+        console.say(
+            f"  {PROFILED} networks measured in {console.format_seconds(seconds)}; "
+            f"90 % of unseen networks within x{same.low:.2f} to x{same.high:.2f} of the estimate"
+        )
+    return table
+
+
+def _profile(job: Job) -> None:
+    rng = np.random.default_rng((job.spec.seed, 5))
+    ends = np.stack([job.space.smallest, job.space.largest])
+    rows = np.concatenate([ends, job.space.sample(rng, PROFILED - 2)])
+    networks = [job.space.ops(job.space.decode(row)) for row in rows]
+    with console.bar(f"measuring {job.device.name}", 1.0) as update:
+        timings = measure.measure_ops(
+            networks,
+            rng=rng,
+            plan=measure.Plan(time_limit_s=40),
+            progress=lambda share: update(share, ""),
+        )
+    samples = [(ops, timing.median_ms) for ops, timing in zip(networks, timings, strict=True)]
+    origin = f"{len(samples)} random networks of the space, run in ONNX Runtime on this machine"
+    table = calibrate.fit(samples, job.device, space=job.spec.space, source_text=origin)
+    table.save(job.run.path(TABLE))
+
+
+def make_problem(job: Job, table: LatencyTable, evaluate: Callable[[Genes], Any]) -> Problem:
+    """The search problem; raises BudgetInfeasible (before any training) if no network fits."""
+    columns = job.space.fold(table.columns)
+
+    def latency(genes: Genes) -> tuple[Any, Any]:
+        value, _, high = table.combine(columns(genes), job.spec.space)
+        return value, high
+
+    problem = Problem(job.space, latency, evaluate, job.spec.latency_ms, job.spec.seed)
+    if job.spec.latency_ms is not None:
+        genes, value, high = search.fastest(problem)
+        if high > job.spec.latency_ms:
+            raise BudgetInfeasible(
+                f"no network of the space '{job.spec.space}' fits {job.spec.latency_ms:g} ms on "
+                f"{job.device.name}: the fastest found needs {console.format_ms(high)} "
+                f"(upper end; estimate {console.format_ms(value)}, {table.source}), "
+                f"{job.space.decode(genes)}",
+                where="--latency",
+                next=f"Ask for {high:.3g}ms or more, or a smaller --width, --size or --space.",
+            )
+    return problem
+
+
+# ---- supernet ------------------------------------------------------------------------------------
+
+
+def trained_supernet(job: Job) -> nn.Module:
+    """The space's largest network, trained in this run or taken from the run it names."""
+    if job.spec.supernet is None:
+        staged(job, "train", job.train_key, [SUPERNET], lambda: _train(job))
+    return finished_supernet(job)
+
+
+def finished_supernet(job: Job) -> nn.Module:
+    """The supernet that this run trained (or took from another)."""
+    net = fresh_supernet(job)
+    if job.spec.supernet is not None:
+        _fill_from(job, net, Run(Path(job.spec.supernet)))
+        return net
+    tensors, _ = checkpoint.read(job.run.path(SUPERNET))
+    checkpoint.fill(net, tensors, job.run.path(SUPERNET))
+    return net
+
+
+def fresh_supernet(job: Job) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.spec.seed)  # torch's initialisers know no other generator
+        net = job.space.build(job.space.decode(job.space.largest))
+    return net.to(memory_format=torch.channels_last)
+
+
+def _train(job: Job) -> None:
+    net, recipe, state = fresh_supernet(job), job.recipe, job.run.path(STATE)
+    if job.force:
+        state.unlink(missing_ok=True)
+    steps = supernet.train(net, job.space, job.task, recipe, resume=state)
+    with (
+        console.bar("training the supernet", recipe.steps) as update,
+        console.deferred_interrupt() as interrupted,
+    ):
+        for step in steps:
+            note = f"loss {step.loss_largest:.3f} largest, {step.loss_smallest:.3f} smallest"
+            update(step.step, note)
+            if interrupted() and step.step < step.steps:
+                steps.close()  # saves
+                raise KeyboardInterrupt
+    checkpoint.write(job.run.path(SUPERNET), net.state_dict(), {"train_key": job.train_key})
+    state.unlink(missing_ok=True)
+
+
+def _fill_from(job: Job, net: nn.Module, other: Run) -> None:
+    """Weights of another run, after checking that they were trained on the same task."""
+    path = other.path(SUPERNET)
+    if not path.exists():
+        raise NasctlError("no trained supernet there", where=f"--supernet {other.folder}")
+    spec = Spec(**other.manifest()["spec"])
+    for name in ("data", "size", "space", "width"):
+        here, there = getattr(job.spec, name), getattr(spec, name)
+        if here != there:
+            raise NasctlError(
+                f"that supernet was trained with --{name} {there}, this search has {here}",
+                where=f"--supernet {other.folder}",
+            )
+    tensors, _ = checkpoint.read(path)
+    checkpoint.fill(net, tensors, path)
+
+
+# ---- search --------------------------------------------------------------------------------------
+
+
+class Judge:
+    """Validation score of a sub-network cut from the supernet: `judge(genes) -> (ce, metric)`."""
+
+    def __init__(self, job: Job, net: nn.Module) -> None:
+        self.job, self.net = job, net
+        self.calibration = supernet.calibration_images(job.task)
+        val = job.task.val
+        self.val = Split(val.images[:JUDGED_ON], val.labels[:JUDGED_ON])
+
+    def child(self, genes: Genes) -> nn.Module:
+        return supernet.child(self.net, self.job.space, genes, self.calibration)
+
+    def __call__(self, genes: Genes) -> tuple[float, float]:
+        resolution = self.job.space.decode(genes).resolution
+        score = supernet.evaluate(self.child(genes), self.job.task, self.val, resolution)
+        return score.cross_entropy, score.accuracy
+
+
+def searched(job: Job, problem: Problem, table: LatencyTable) -> list[Candidate]:
+    """Every evaluated network; the front is in pareto.json."""
+    spec = job.spec
+    fields = ("latency_ms", "seed", "supernet")
+    fingerprint = runs.digest([job.train_key, table.model_dump(mode="json"), spec.digest(*fields)])
+    if job.force:
+        job.run.path(JOURNAL).unlink(missing_ok=True)
+    study = studies.open_study(
+        job.run.path(JOURNAL), fingerprint, storage=spec.storage, name=spec.study_name
+    )
+    found: list[Candidate] = []
+
+    def work() -> None:
+        with console.bar("searching", spec.evaluations) as update:
+            for candidate in search.search(problem, study, spec.evaluations):
+                found.append(candidate)
+                best = min(found, key=lambda c: c.cross_entropy)
+                update(len(found), f"best cross-entropy {best.cross_entropy:.4f}")
+        front = [search.as_dict(c, job.space) for c in search.front(found)]
+        job.run.write_json(FRONT, front)
+
+    key = runs.digest([fingerprint, spec.evaluations])
+    if staged(job, "search", key, [FRONT], work) is None:
+        found = studies.candidates(study)
+    return found
+
+
+def measured_front(
+    job: Job, candidates: list[Candidate], front: list[Candidate]
+) -> dict[int, float]:
+    """slot -> measured median in ms, on a local device, of the front and of all that may fit.
+
+    Timed as the networks of their op lists with random weights; the chosen network is timed again
+    as the exported file.
+    """
+    if not job.device.local:
+        return {}
+    budget = job.spec.latency_ms
+    near = [c for c in candidates if budget is not None and c.latency_ms <= budget * 1.5]
+    chosen = sorted({c.slot: c for c in [*front, *near]}.values(), key=lambda c: c.slot)
+    rng = np.random.default_rng((job.spec.seed, 6))
+    with console.bar("measuring the front", 1.0) as update:
+        timings = measure.measure_ops(
+            [job.space.ops(job.space.decode(np.array(c.genes))) for c in chosen],
+            rng=rng,
+            plan=measure.Plan(time_limit_s=30),
+            progress=lambda share: update(share, ""),
+        )
+    return {c.slot: timing.median_ms for c, timing in zip(chosen, timings, strict=True)}
+
+
+def cost(job: Job, candidate: Candidate) -> tuple[int, int]:
+    """(MACs, parameters) of a candidate."""
+    ops = job.space.ops(job.space.decode(np.array(candidate.genes)))
+    return op.macs(ops), op.params(ops)
+
+
+def describe_arch(arch: Any) -> str:
+    """An architecture on one line."""
+    return ", ".join(f"{k} {v}" for k, v in space.arch_to_dict(arch).items())

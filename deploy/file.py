@@ -1,0 +1,45 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from nas import run as runs
+from nas.errors import NasctlError
+
+
+def write(path: Path, data: bytes) -> None:
+    """Put `data` at `path` in one step: whoever looks sees the old file or the new one."""
+    try:
+        # in the same folder, because a rename across file systems is a copy and not atomic
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())  # a full disk may complain only here
+        os.chmod(name, 0o644)  # mkstemp's 0600 would hide the file from who deploys it
+        os.replace(name, path)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def record(path: Path) -> dict[str, str | int]:
+    """What a report says of a file."""
+    try:
+        return {"path": path.name, "sha256": runs.sha256(path), "bytes": path.stat().st_size}
+    except OSError as error:
+        raise NasctlError(f"cannot read: {error.strerror}", where=str(path)) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> NasctlError:
+    return NasctlError(
+        f"cannot write: {error.strerror or error}",
+        where=str(path),
+        next="Nothing was left behind; name a folder that exists, is writable and has space.",
+    )

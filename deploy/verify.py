@@ -1,0 +1,233 @@
+"""Run the exported file and say what was promised beside what was measured.
+
+Everything here works on the file that ships, in the runtime it ships for, not on the network that
+it came from; only `parity` needs both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploy import file
+from hw_profiles.latency import Estimate
+from hw_profiles.measure import Plan, Progress, Timing, interleaved, session_call
+from hw_profiles.runtimes import onnxruntime
+from nas.errors import NasctlError, ParityFailed
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: allowed difference between network and file, relative to the largest logit. Exporting reorders
+#: float32 sums (1e-6 or so); a wrong constant, axis or mode is orders of magnitude above
+TOLERANCE = 1e-4
+
+
+def parity(
+    net: nn.Module, path: Path, images: np.ndarray, *, batch_sizes: Sequence[int] = (1, 3, 32)
+) -> float:
+    """Largest absolute difference between the outputs of `net` (in eval mode) and of the file.
+
+    Several batch sizes, because a file can be right at the one it was traced with and at no other.
+    """
+    import torch
+
+    if len(images) == 0:
+        raise ValueError("parity needs at least one image")
+    session = onnxruntime.load(path)
+    worst = 0.0
+    training = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        for size in batch_sizes:
+            batch = np.resize(images, (size, *images.shape[1:]))  # repeats when there are too few
+            with torch.no_grad():
+                expected = net(torch.from_numpy(batch)).numpy()
+            worst = max(worst, _difference(expected, _outputs(session, batch), path, size))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return worst
+
+
+def accuracy(
+    path: Path, images: np.ndarray, labels: np.ndarray, *, batch: int = 256, threads: int = 1
+) -> float:
+    """Share of `labels` (class numbers) that the file's largest logit gets right."""
+    if len(images) != len(labels) or len(labels) == 0:
+        raise ValueError(f"{len(images)} images for {len(labels)} labels")
+    session = onnxruntime.load(path, threads=threads)
+    right = 0
+    for at in range(0, len(images), batch):
+        logits = _outputs(session, images[at : at + batch])
+        right += int((logits.argmax(axis=1) == labels[at : at + batch]).sum())
+    return right / len(images)
+
+
+def latency(
+    path: Path,
+    *,
+    rng: np.random.Generator,
+    threads: int = 1,
+    plan: Plan = Plan(),
+    progress: Progress | None = None,
+) -> Timing:
+    """Time the file on this machine, batch 1, by the protocol that latency tables are made with."""
+    session = onnxruntime.load(path, threads=threads)
+    call = session_call(session, rng)
+    return interleaved([call], rng=rng, plan=plan, progress=progress)[0]
+
+
+def _outputs(session: onnxruntime.Session, batch: np.ndarray) -> np.ndarray:
+    return onnxruntime.run(session, {next(iter(session.inputs)): batch.astype(np.float32)})[0]
+
+
+def _difference(expected: np.ndarray, found: np.ndarray, path: Path, size: int) -> float:
+    if expected.shape != found.shape:
+        raise ParityFailed(
+            f"at batch {size} the file's output is {found.shape}, the network's {expected.shape}",
+            where=str(path),
+        )
+    difference = float(np.abs(expected - found).max())
+    limit = TOLERANCE * max(float(np.abs(expected).max()), 1e-6)
+    if not difference <= limit:  # also true of nan
+        raise ParityFailed(
+            f"at batch {size} file and network differ by {difference:.3g}",
+            where=str(path),
+            allowed=f"{limit:.3g} ({TOLERANCE:g} of the largest logit)",
+            next="Export again from the network as it is now; if it stays, this is a bug of ours.",
+        )
+    return difference
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The file's latency, and on what it was measured."""
+
+    timing: Timing
+    on: str  # the device
+    runtime: str  # with version and threads
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The network that was picked and what is known of it; None is "was not determined"."""
+
+    arch: Mapping[str, Any]
+    genes: Sequence[int]
+    macs: int
+    params: int
+    val_ce: float | None = None
+    val_accuracy: float | None = None
+    supernet_test_accuracy: float | None = None
+    test_accuracy: float | None = None  # of the exported file
+    predicted: Estimate | None = None
+    measured: Measured | None = None
+    file: Mapping[str, str | int] | None = None
+    parity_error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A step of the run; a stage that changes the network may state what it promised and got."""
+
+    name: str
+    seconds: float
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run found. `to_dict` is the content of report.json, which the page is made from."""
+
+    nasctl: str
+    created: str
+    spec: Mapping[str, Any]
+    device: Mapping[str, Any]
+    chosen: Chosen
+    budget: Mapping[str, float] | None = None
+    front: Sequence[Mapping[str, Any]] = ()
+    evaluated: Sequence[Sequence[float | None]] = ()
+    stages: Sequence[Stage] = ()
+    notes: Sequence[str] = ()  # further things that were not measured
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+    def not_measured(self) -> list[str]:
+        """What a reader might believe was measured and was not."""
+        chosen, device = self.chosen, self.device.get("name", "the target")
+        gaps = {
+            f"latency of the exported file on {device}": chosen.measured,
+            "accuracy of the exported file on test data": chosen.test_accuracy,
+            "agreement of the exported file with the network": chosen.parity_error,
+        }
+        found = [text for text, value in gaps.items() if value is None]
+        if chosen.predicted and chosen.predicted.source == "analytic":
+            found.append(f"any operator on {device}: predictions are analytic")
+        return [*found, *self.notes]
+
+    def to_dict(self) -> dict[str, Any]:
+        out = {key: value for key, value in asdict(self).items() if key != "notes"}
+        chosen = out["chosen"]
+        measured = chosen.pop("measured")
+        if measured:
+            measured = {**measured.pop("timing"), **measured}
+        chosen["latency"] = {"predicted": chosen.pop("predicted"), "measured": measured}
+        error = chosen.pop("parity_error")
+        chosen["parity"] = None if error is None else {"max_abs_error": error}
+        return {**out, "not_measured": self.not_measured()}
+
+    def write(self, path: Path) -> None:
+        file.write(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a report.json."""
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise NasctlError(
+            f"cannot read the report: {error}",
+            where=str(path),
+            next="It is written at the end of a run: run the same command again to finish it.",
+        ) from error
+    if not isinstance(report, dict):
+        raise NasctlError("is no report: a JSON object is expected", where=str(path))
+    return report
+
+
+def environment() -> dict[str, str | int]:
+    """What the numbers of a run depend on besides its settings."""
+    import os
+    import platform
+    from importlib import metadata
+
+    libraries = ("torch", "numpy", "onnx", "onnxruntime", "optuna")
+    found: dict[str, str | int] = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count() or 0,
+    }
+    for library in libraries:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = "absent"
+    return found
+
+
+def _cpu_name() -> str:
+    import platform
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # no Linux
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"

@@ -1,0 +1,242 @@
+"""fit: measured whole networks in, a LatencyTable out.
+
+Weighted (relative error) non-negative least squares over counts, MACs and bytes per family of
+operators plus one constant per network. No coefficient may promise more than the device's
+datasheet: rates are bounded by its peak and its bandwidth where these are known. The interval of
+the table comes from networks that were held out of the fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import nnls
+
+from hw_profiles.device import Device
+from hw_profiles.latency import FAMILIES, FAMILY, Array, Interval, LatencyTable, Terms
+from hw_profiles.latency import transfer_intervals as transfer
+from hw_profiles.op import Op
+from nas.errors import NasctlError
+
+MIN_NETWORKS = 10
+FOLDS = 5
+QUANTILES = (0.05, 0.95)
+#: whose terms a family takes when the measured networks cannot tell its own; the first found
+STAND_INS = {
+    "conv": ("dwconv", "linear"),
+    "dwconv": ("conv", "linear"),
+    "linear": ("conv",),
+    "pool": ("join", "conv"),
+    "join": ("pool", "conv"),
+    "act": ("join", "pool"),
+}
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """What decides where the data leave it open which term a cost belongs to.
+
+    In a cell-based space they leave much open: every cell is repeated in each stage, so counts,
+    MACs and bytes of an operator rise together. A term is penalised by the square of its share of
+    the latency, a rate by its multiple of `slack` times the datasheet's (a GPU that needs 10 ms for
+    what its datasheet does in 0.04 ms is waiting for launches, not computing), and an activation
+    more than the convolution beside it, into which runtimes fuse it. The penalties are far below
+    any measurement's noise. benchmarks/latency_transfer.py compares this with simpler rules.
+    """
+
+    constant: float = 1e-5
+    term: float = 1e-3
+    bytes: float = 1e-3
+    act: float = 1.0
+    slack: float | None = 30.0
+
+    def of(self, family: str, whole: Array, floor: Array) -> Array:
+        """Per coefficient of a family; `whole` are the ones that would explain all the latency."""
+        if family == "act":
+            return self.act / whole**2
+        penalty = np.array([self.term, self.term, self.bytes]) / whole**2
+        if self.slack is None:
+            return penalty
+        known = floor > 0
+        penalty[known] = self.term / (self.slack * floor[known]) ** 2
+        return penalty
+
+
+@dataclass(frozen=True)
+class Design:
+    """Per network and family: how many operators, their GMACs and their MB."""
+
+    features: Array  # networks x families x 3
+    floor: Array  # 3: what the datasheet says that one operator, GMAC and MB cost at least
+
+    @classmethod
+    def of(cls, networks: Sequence[Sequence[Op]], device: Device) -> Design:
+        features = np.zeros((len(networks), len(FAMILIES), 3))
+        rows: dict[Op, tuple[int, Array]] = {}
+        for at, ops in enumerate(networks):
+            for op in ops:
+                if op not in rows:
+                    rows[op] = _row(op, device.itemsize)
+                family, row = rows[op]
+                features[at, family] += row
+        compute = 1e3 / device.peak if device.peak else 0.0
+        memory = 1 / device.bandwidth_gb_per_s if device.bandwidth_gb_per_s else 0.0
+        return cls(features, np.array([0.0, compute, memory]))
+
+    def owners(self) -> dict[str, str]:
+        """Family -> the family whose terms it has: its own where the networks differ in it."""
+        spread = np.ptp(self.features, axis=0)
+        varies = (spread > 1e-9 * np.abs(self.features).max(axis=0)).any(axis=1)
+        own = {family for family, differs in zip(FAMILIES, varies, strict=True) if differs}
+        owners = {family: family for family in own}
+        for family in (family for family in FAMILIES if family not in own):
+            owners[family] = next((other for other in STAND_INS[family] if other in own), "")
+        return owners
+
+    def rows(self, chosen: Array) -> Design:
+        return Design(self.features[chosen], self.floor)
+
+
+def _row(op: Op, itemsize: int) -> tuple[int, Array]:
+    if op.kind not in FAMILY:
+        raise NasctlError(f"cannot fit operator '{op.kind}'", allowed=FAMILY)
+    row = np.array([1.0, op.macs * 1e-9, op.bytes(itemsize) * 1e-6])
+    return FAMILIES.index(FAMILY[op.kind]), row
+
+
+def solve(design: Design, times: Array, ridge: Ridge) -> tuple[float, dict[str, Array]]:
+    """(constant, family -> [ms per operator, per GMAC, per MB]); all non-negative."""
+    owners = design.owners()
+    own = [family for family in FAMILIES if owners[family] == family]
+    pooled = np.zeros((len(times), len(own), 3))
+    promised = np.zeros(len(times))
+    for at, family in enumerate(FAMILIES):
+        promised += design.features[:, at] @ design.floor
+        if owners[family]:
+            pooled[:, own.index(owners[family])] += design.features[:, at]
+    terms = np.column_stack([np.ones(len(times)), pooled.reshape(len(times), -1)])
+    relative = terms / times[:, None]
+    mean = relative.mean(axis=0)
+    whole = np.divide(1.0, mean, out=np.full_like(mean, np.inf), where=mean > 0)
+    penalty = [ridge.constant / whole[:1] ** 2]
+    for at, family in enumerate(own):
+        penalty.append(ridge.of(family, whole[1 + 3 * at : 4 + 3 * at], design.floor))
+    weights = _nnls(relative, 1 - promised / times, np.concatenate(penalty), whole)
+    coefficients = weights[1:].reshape(-1, 3) + design.floor
+    fitted = {
+        family: coefficients[own.index(owner)] if owner else design.floor
+        for family, owner in owners.items()
+    }
+    return float(weights[0]), fitted
+
+
+def _nnls(terms: Array, goal: Array, penalty: Array, whole: Array) -> Array:
+    """Non-negative ridge regression; columns that are zero everywhere get weight 0."""
+    used = np.isfinite(whole)
+    scale = whole[used]
+    ridge = np.sqrt(len(goal) * penalty[used]) * scale  # in proportion to n, so that n is neutral
+    system = np.vstack([terms[:, used] * scale, np.diag(ridge)])
+    weights = np.zeros(terms.shape[1])
+    weights[used] = scale * nnls(system, np.concatenate([goal, np.zeros(len(ridge))]))[0]
+    return weights
+
+
+def predict(design: Design, constant: float, fitted: dict[str, Array]) -> Array:
+    coefficients = np.stack([fitted[family] for family in FAMILIES])
+    return constant + np.einsum("nft,ft->n", design.features, coefficients)
+
+
+def held_out_ratios(
+    design: Design, times: Array, groups: Array, ridge: Ridge
+) -> tuple[Array, Array]:
+    """(measured / predicted by a fit on the other folds, the fold of each network)."""
+    unique, index = np.unique(groups, return_inverse=True)
+    order = np.random.default_rng(0).permutation(len(unique))
+    folds = (order % FOLDS)[index]
+    ratios = np.empty(len(times))
+    for fold in range(FOLDS):
+        inside = folds == fold
+        constant, fitted = solve(design.rows(~inside), times[~inside], ridge)
+        ratios[inside] = times[inside] / predict(design.rows(inside), constant, fitted)
+    return ratios, folds
+
+
+def interval_of(ratios: Array, groups: Array, how: str) -> Interval:
+    """The 90 % interval of all ratios; its coverage by setting it without each group in turn."""
+    hits = 0
+    for group in np.unique(groups):
+        low, high = quantiles(ratios[groups != group])
+        inside = ratios[groups == group]
+        hits += int(((low <= inside) & (inside <= high)).sum())
+    low, high = quantiles(ratios)
+    return Interval(low=low, high=high, n=len(ratios), coverage=hits / len(ratios), how=how)
+
+
+def quantiles(ratios: Array) -> tuple[float, float]:
+    """5 % and 95 %, rounded outwards: few networks give a wide interval, not a lucky one."""
+    low = np.quantile(ratios, QUANTILES[0], method="lower")
+    return float(low), float(np.quantile(ratios, QUANTILES[1], method="higher"))
+
+
+def fit(
+    samples: Sequence[tuple[Sequence[Op], float]],
+    device: Device,
+    *,
+    space: str,
+    source_text: str,
+    ridge: Ridge = Ridge(),
+) -> LatencyTable:
+    """`samples` are (operators of a whole network, its measured ms) from the space named."""
+    times = np.array([ms for _, ms in samples], dtype=float)
+    networks = [tuple(ops) for ops, _ in samples]
+    distinct = {ops: at for at, ops in enumerate(dict.fromkeys(networks))}
+    if len(distinct) < MIN_NETWORKS:
+        raise NasctlError(
+            f"{len(distinct)} different networks are too few to fit a latency table",
+            where=device.name,
+            allowed=f"at least {MIN_NETWORKS}",
+        )
+    if not (np.isfinite(times) & (times > 0)).all():
+        raise NasctlError("every measured latency must be positive", where=device.name)
+    design = Design.of(networks, device)
+    constant, fitted = solve(design, times, ridge)
+    groups = np.array([distinct[ops] for ops in networks])
+    ratios, folds = held_out_ratios(design, times, groups, ridge)
+    same = interval_of(ratios, folds, f"{FOLDS} folds of {space}, grouped by network")
+    # what no fitted network contains takes another family's terms: the transfers tested just that
+    cross = transfer()[f"cross_{device.kind}"]
+    return LatencyTable(
+        device=device.name,
+        runtime=device.runtime,
+        precision=device.precision,
+        origin=source_text,
+        fitted_on=(space,),
+        fitted_kinds=tuple(sorted({op.kind for ops in distinct for op in ops})),
+        constant_ms=constant,
+        terms=_terms(design, fitted),
+        intervals={
+            "same": same,
+            "cross": cross,
+            "analytic": cross,
+        },
+    )
+
+
+def _terms(design: Design, fitted: dict[str, Array]) -> dict[str, Terms]:
+    owners = design.owners()
+    terms = {}
+    for family in FAMILIES:
+        overhead, compute, memory = (float(value) for value in fitted[family])
+        if not (owners[family] or compute or memory):
+            continue  # no datasheet and no stand-in: an unknown operator, which is an error
+        terms[family] = Terms(
+            overhead_ms=overhead,
+            ms_per_gmac=compute,
+            ms_per_mb=memory,
+            note=""
+            if owners[family] == family
+            else f"those of {owners[family] or 'the datasheet'}",
+        )
+    return terms

@@ -1,0 +1,1 @@
+"""One file per runtime: build, load, run. Used by profiling and by deployment alike."""

@@ -1,0 +1,1 @@
+"""Search spaces, supernets, predictors and search."""

@@ -1,0 +1,1 @@
+"""Readers: each turns files into uint8 images and integer labels."""

@@ -1,0 +1,148 @@
+"""Stateless elastic layers: the size to use is an argument, the input width is read off `x`.
+
+A layer asked for its full size *is* the plain torch layer, so a network built at one architecture
+is ordinary torch code. `extract` is the whole of sub-network extraction: the small network's
+tensor shapes say which leading slice (centre crop for kernels) of each same-named tensor to copy.
+
+Sources: prefix slicing as in slimmable networks (arXiv 1812.08928) and BigNAS (arXiv 2003.11142);
+centre-cropped kernels as in Once-for-All (arXiv 1908.09791, section 3.3, without its transforms).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS = {"relu": F.relu, "hswish": F.hardswish, "silu": F.silu, "": lambda x: x}
+
+
+def round_to(value: float, tile: int = 8) -> int:
+    """The multiple of `tile` nearest to `value`, at least one tile and never 10 % below `value`."""
+    rounded = max(tile, int(value + tile / 2) // tile * tile)
+    return rounded + tile if rounded < 0.9 * value else rounded
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution of `out` filters over however many channels `x` has; pads by kernel // 2."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1) -> None:
+        super().__init__(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+
+    def forward(self, x: Tensor, out: int | None = None) -> Tensor:
+        out = out or self.out_channels
+        if (out, x.shape[1]) == (self.out_channels, self.in_channels):
+            return super().forward(x)
+        weight = self.weight[:out, : x.shape[1]]
+        return F.conv2d(x, weight, None, self.stride, self.padding)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """One filter per channel; a smaller kernel is the centre of the largest one."""
+
+    def __init__(self, channels: int, kernel: int, stride: int = 1) -> None:
+        super().__init__(
+            channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False
+        )
+
+    def forward(self, x: Tensor, kernel: int | None = None) -> Tensor:
+        channels, kernel = x.shape[1], kernel or self.kernel_size[0]
+        if (channels, kernel) == (self.in_channels, self.kernel_size[0]):
+            return super().forward(x)
+        weight = leading(self.weight, torch.Size((channels, 1, kernel, kernel)))
+        return F.conv2d(x, weight, None, self.stride, kernel // 2, groups=channels)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the channels that `x` has.
+
+    Running statistics are those of the full width only and mean nothing for a slice: a sliced call
+    in training uses the batch's own and updates nothing. `recalibrate` an extracted network before
+    quoting its accuracy.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = x.shape[1]
+        if c == self.num_features:
+            return super().forward(x)
+        stats = (None, None) if self.training else (self.running_mean[:c], self.running_var[:c])
+        return F.batch_norm(x, *stats, self.weight[:c], self.bias[:c], self.training, 0.0, self.eps)
+
+
+class Linear(nn.Linear):
+    """A classifier over however many features `x` has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] == self.in_features:
+            return super().forward(x)
+        return F.linear(x, self.weight[:, : x.shape[1]], self.bias)
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gates from a two-layer bottleneck of a quarter of the channels (MobileNetV3)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, self.bottleneck(channels), 1)
+        self.expand = nn.Conv2d(self.bottleneck(channels), channels, 1)
+
+    @staticmethod
+    def bottleneck(channels: int) -> int:
+        return round_to(channels / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c, mid = x.shape[1], self.bottleneck(x.shape[1])
+        gate = x.mean((2, 3), keepdim=True)
+        gate = F.relu(F.conv2d(gate, self.reduce.weight[:mid, :c], self.reduce.bias[:mid]))
+        gate = F.conv2d(gate, self.expand.weight[:c, :mid], self.expand.bias[:c])
+        return x * F.hardsigmoid(gate)
+
+
+def leading(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """The leading slice of `tensor`; kernels (dimensions 2 and 3 of four) are cropped centrally."""
+    for dim, size in enumerate(shape):
+        start = (tensor.shape[dim] - size) // 2 if len(shape) == 4 and dim >= 2 else 0
+        tensor = tensor.narrow(dim, start, size)
+    return tensor
+
+
+@torch.no_grad()
+def extract(supernet: nn.Module, small: nn.Module) -> nn.Module:
+    """Fill `small` (built at the wanted architecture) with its slice of `supernet`; return it.
+
+    Afterwards `small(x)` equals `supernet(x, arch)` to float rounding, in train and eval mode.
+    """
+    source = supernet.state_dict()
+    for name, tensor in small.state_dict().items():
+        tensor.copy_(leading(source[name], tensor.shape))
+    return small.train(supernet.training)
+
+
+@torch.no_grad()
+def recalibrate(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """Replace the batch-norm statistics by those of `batches` (normalised, not augmented).
+
+    The running variance becomes the mean of the per-batch unbiased variances (torch's cumulative
+    mode): the drift of the means between batches is not in it, so shuffle the images first.
+    """
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    net.eval()
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    for batch in batches:
+        net(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return net.eval()
+
+
+def resize(x: Tensor, size: int) -> Tensor:
+    """Images [N, C, H, W] at another resolution: bilinear, antialiased; `x` itself if equal."""
+    if x.shape[-1] == size:
+        return x
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)

@@ -1,0 +1,1 @@
+"""One file per predictor: learned ones give `fit`, training-free ones give `score`."""

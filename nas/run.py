@@ -1,0 +1,200 @@
+"""Spec: the validated inputs of a run with every default filled in. Run: its directory.
+
+A run directory holds files and `run.json`, the manifest: the spec and, per finished stage, a key
+(the digest of what went in), the seconds it took and the sha256 of each file that came out. A stage
+whose key and files are unchanged is skipped; anything else is state of the stage itself.
+
+Imports without torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nas.errors import NasctlError, UsageError
+
+MANIFEST = "run.json"
+
+
+class Spec(BaseModel):
+    """What a search is asked for. Field names are the long flags of `nasctl search`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str = "digits"
+    size: int | None = Field(None, ge=4, le=1024)  # px; None: the images' own
+    space: str = "resnet"
+    width: float | None = Field(None, gt=0, le=4)  # None: the space's own default
+    hw: str = "cpu"
+    latency_ms: float | None = Field(None, gt=0)  # None: the knee of the front
+    epochs: float = Field(..., gt=0)
+    batch: int = Field(128, ge=2)
+    lr: float = Field(0.2, gt=0)
+    evaluations: int = Field(64, ge=1)
+    seed: int = Field(0, ge=0)
+    threads: int = Field(..., ge=1)
+    supernet: str | None = None  # a finished run whose supernet is searched instead of a new one
+    storage: str | None = None
+    study_name: str = "nasctl"
+
+    def digest(self, *fields: str) -> str:
+        """sha256 of the given fields (all, if none is named)."""
+        chosen = self.model_dump(include=set(fields) or None)
+        return digest(chosen)
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def make_spec(flags: Mapping[str, Any], file: Path | None = None) -> Spec:
+    """The TOML file's fields, overridden by the flags that were given (not None).
+
+    Raises UsageError naming the flag or field that is wrong and what it may be.
+    """
+    given = {**read_spec(file), **{k: v for k, v in flags.items() if v is not None}}
+    try:
+        return Spec(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "spec"
+        flag = "--" + name.removesuffix("_ms").replace("_", "-")
+        allowed = ", ".join(sorted(Spec.model_fields)) if first["type"] == "extra_forbidden" else ""
+        raise UsageError(
+            f"{first['msg']} (got {first['input']!r})", where=flag, allowed=allowed
+        ) from error
+
+
+def read_spec(file: Path | None) -> dict[str, Any]:
+    """The fields that a TOML spec sets, not yet validated; nothing without a file."""
+    if file is None:
+        return {}
+    try:
+        return tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read the spec ({error})", where=str(file)) from error
+
+
+class Run:
+    """Paths and the manifest of one run directory; holds the directory's lock while in use."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    @contextlib.contextmanager
+    def locked(self, spec: Spec, *, force: bool = False) -> Iterator[Run]:
+        """Make the directory if need be, take its lock and check that it belongs to `spec`.
+
+        Raises NasctlError if another process works in it or it holds another spec's run; `force`
+        takes over the latter (stages whose inputs changed are repeated).
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise NasctlError(f"cannot use the run directory ({error})", where="--run") from error
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise NasctlError(
+                    "another process is at work in this run directory", where=str(self.folder)
+                ) from error
+            self._claim(spec, force)
+            yield self
+
+    def _claim(self, spec: Spec, force: bool) -> None:
+        manifest = self.manifest()
+        before, now = manifest.get("spec"), spec.model_dump()
+        if before is not None and before != now and not force:
+            changed = [
+                f"{k} {before.get(k)!r} there, {now[k]!r} here"
+                for k in now
+                if before.get(k) != now[k]
+            ]
+            raise UsageError(
+                f"{self.folder} holds a run with another spec: {'; '.join(changed)}",
+                where="--run",
+                next="Use another --run, or --force to redo what changed.",
+            )
+        if before != now:
+            self.write_json(MANIFEST, {"stages": {}, **manifest, "spec": now})
+
+    def manifest(self) -> dict[str, Any]:
+        """`run.json`, or nothing if there is none yet; raises NasctlError if it is damaged."""
+        path = self.path(MANIFEST)
+        if not path.exists():
+            return {}
+        manifest = self.read_json(MANIFEST)
+        if not isinstance(manifest, dict) or not {"spec", "stages"} <= manifest.keys():
+            raise NasctlError("not a run's manifest", where=str(path))
+        return manifest
+
+    def done(self, stage: str, key: str) -> bool:
+        """Is the stage finished for these inputs, its files present and unchanged?"""
+        record = self.manifest().get("stages", {}).get(stage)
+        if record is None or record["key"] != key:
+            return False
+        return all(
+            self.path(name).is_file() and sha256(self.path(name)) == digest_
+            for name, digest_ in record["files"].items()
+        )
+
+    def finish(self, stage: str, key: str, seconds: float, files: Sequence[str]) -> None:
+        """Record a stage's outputs."""
+        manifest = self.manifest()
+        manifest["stages"][stage] = {
+            "key": key,
+            "seconds": round(seconds, 2),
+            "files": {name: sha256(self.path(name)) for name in files},
+        }
+        self.write_json(MANIFEST, manifest)
+
+    def read_json(self, name: str) -> Any:
+        path = self.path(name)
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise NasctlError(
+                f"missing or damaged ({error})",
+                where=str(path),
+                next="Delete the file (or pass --force) to redo the stage that writes it.",
+            ) from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=1) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Atomically: a reader sees the old file or the new one, and a full disk harms neither."""
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".part")
+        try:
+            temporary.write_text(text)
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise NasctlError(
+                f"cannot write: {error}",
+                where=str(path),
+                next="What was saved before is intact; free some space and run the same command.",
+            ) from error
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

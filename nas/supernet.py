@@ -1,0 +1,216 @@
+"""Train one weight-sharing network whose every sub-network works: sandwich rule with in-place
+distillation (BigNAS, arXiv 2003.11142, section 3.1; universally slimmable networks, 1903.05134).
+
+Each step runs the largest, the smallest and `n_random` random networks on the same images. The
+largest learns from labels; the others learn only its softened prediction of the same step. The four
+gradients are averaged (several published codes sum them: divide their learning rates by four) and
+the optimiser steps once, so weight decay acts once, as the largest network's.
+
+Everything random is a function of (seed, step), never of a generator's history, so a run continues
+from a checkpoint exactly as if it had not stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nas import checkpoint
+from nas.data.augment import augment
+from nas.elastic import extract, recalibrate, resize
+from nas.errors import NasctlError
+from nas.space import Genes, SearchSpace
+from nas.tasks import Split, Task
+
+BATCH_EVAL = 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; the defaults suit small images and minutes, not days."""
+
+    steps: int
+    batch: int = 128
+    lr: float = 0.2  # peak, Nesterov SGD on the mean of the networks' losses
+    momentum: float = 0.9
+    weight_decay: float = 5e-4  # not on norms and biases
+    label_smoothing: float = 0.1
+    warmup: float = 0.1  # share of the steps
+    clip_norm: float = 2.0
+    n_random: int = 2
+    seed: int = 0
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up, then linear to zero: with few epochs a floor only costs accuracy."""
+        warm = max(1, round(self.warmup * self.steps))
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * (self.steps - step) / max(1, self.steps - warm)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step reports."""
+
+    step: int  # steps done so far
+    steps: int
+    loss_largest: float  # cross-entropy, smoothed
+    loss_smallest: float  # cross-entropy against the largest's prediction
+
+
+def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
+    """The images of one step: epochs are private permutations of (seed, epoch), read in order."""
+    batch = min(batch, n)
+    epoch, at = divmod(step, n // batch)
+    order = np.random.default_rng((seed, 1, epoch)).permutation(n)
+    return torch.from_numpy(order[at * batch : (at + 1) * batch])
+
+
+def sandwich(space: SearchSpace, recipe: Recipe, step: int) -> list[Any]:
+    """The architectures of one step: the largest first (it teaches), then the smallest."""
+    rng = np.random.default_rng((recipe.seed, 2, step))
+    rows = [space.largest, space.smallest, *space.sample(rng, recipe.n_random)]
+    return [space.decode(row) for row in rows]
+
+
+def train(
+    net: nn.Module,
+    space: SearchSpace,
+    task: Task,
+    recipe: Recipe,
+    *,
+    resume: Path | None = None,
+    save_every_s: float = 20.0,
+) -> Iterator[Step]:
+    """Train `net` (= `space.build(largest)`) in place, yielding after each step.
+
+    With `resume`, the state is saved to that file every `save_every_s` seconds and when the caller
+    closes the generator, and a state found there is continued.
+
+    Raises NasctlError if the loss stops being finite, or the file belongs to another recipe.
+    """
+    net.train()
+    optimiser = _optimiser(net, recipe)
+    fingerprint = f"{recipe} {task.fingerprint}"
+    done = checkpoint.load(resume, net, optimiser, fingerprint) if resume else 0
+    saved_at = time.monotonic()
+    while done < recipe.steps:
+        losses = _step(net, optimiser, space, task, recipe, done)
+        done += 1
+        if not all(map(math.isfinite, losses)):
+            raise NasctlError(
+                f"training diverged at step {done}: the loss is not finite",
+                where="--lr",
+                next=f"Try --lr {recipe.lr / 3:.2g}.",
+            )
+        due = done == recipe.steps or time.monotonic() - saved_at > save_every_s
+        if resume and due:
+            checkpoint.save(resume, net, optimiser, done, fingerprint)
+            saved_at = time.monotonic()
+        try:
+            yield Step(done, recipe.steps, *losses)
+        except GeneratorExit:
+            # The caller stops between two steps, where weights and momentum agree. (An interrupt
+            # inside a step is not caught: the file of the last save stands.)
+            if resume and not due:
+                checkpoint.save(resume, net, optimiser, done, fingerprint)
+            raise
+
+
+def _optimiser(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    matrices = [p for p in net.parameters() if p.ndim > 1]
+    vectors = [p for p in net.parameters() if p.ndim <= 1]
+    return torch.optim.SGD(
+        [
+            {"params": matrices, "weight_decay": recipe.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=True,
+    )
+
+
+def _step(
+    net: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    space: SearchSpace,
+    task: Task,
+    recipe: Recipe,
+    step: int,
+) -> tuple[float, float]:
+    at = batch_indices(len(task.train), recipe.batch, step, recipe.seed)
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+    images = augment(task.train.images[at], generator, flip=task.flip, pad=task.pad)
+    x = task.normalise(images).contiguous(memory_format=torch.channels_last)
+    target: Tensor | None = None
+    losses: list[float] = []
+    archs = sandwich(space, recipe, step)
+    for arch in archs:
+        logits = net(resize(x, arch.resolution), arch)
+        if target is None:
+            loss = F.cross_entropy(
+                logits, task.train.labels[at], label_smoothing=recipe.label_smoothing
+            )
+            target = logits.detach().softmax(1)
+        else:
+            loss = F.cross_entropy(logits, target)
+        (loss / len(archs)).backward()
+        losses.append(loss.item())
+    for group in optimiser.param_groups:
+        group["lr"] = recipe.lr_at(step)
+    nn.utils.clip_grad_norm_(net.parameters(), recipe.clip_norm)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return losses[0], losses[1]
+
+
+# ---- judging sub-networks ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """A sub-network on held-out images. Cross-entropy ranks: accuracy ties on small sets."""
+
+    cross_entropy: float
+    accuracy: float
+
+
+def child(net: nn.Module, space: SearchSpace, genes: Genes, calibration: Tensor) -> nn.Module:
+    """The stand-alone network of `genes`, batch-norm statistics re-calibrated, in eval mode.
+
+    `calibration`: normalised images [N, C, H, W] at the task's size.
+    """
+    arch = space.decode(genes)
+    small = extract(net, space.build(arch)).to(memory_format=torch.channels_last)
+    images = resize(calibration, arch.resolution)
+    return recalibrate(small, images.split(BATCH_EVAL))
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, task: Task, split: Split, resolution: int) -> Score:
+    """Cross-entropy (nats) and the task's metric of an eval-mode network on a split."""
+    logits = []
+    for images in split.images.split(BATCH_EVAL):
+        x = task.normalise(images).contiguous(memory_format=torch.channels_last)
+        logits.append(net(resize(x, resolution)))
+    every = torch.cat(logits)
+    return Score(
+        float(F.cross_entropy(every, split.labels)), float(task.metric(every, split.labels))
+    )
+
+
+def calibration_images(task: Task, n: int = 1024) -> Tensor:
+    """Normalised, unaugmented training images, drawn once: the same for every sub-network."""
+    order = np.random.default_rng(0).permutation(len(task.train))[:n]
+    x = task.normalise(task.train.images[torch.from_numpy(order)])
+    return x.contiguous(memory_format=torch.channels_last)
