@@ -1,4 +1,4 @@
-"""Lists the benchmarks: every file here that has a `main`, with the first line it says of itself."""
+"""Lists the benchmarks: every file here that has a `main`, with its docstring's first line."""
 
 from __future__ import annotations
 

@@ -136,11 +136,10 @@ def block_sums(folder: Path, choices: Sequence[Sequence[int]]) -> dict[str, Arra
 
 def ofa(root: Path, limit: int) -> Family:
     rows = parquet.read_table(root / "help_latency/ofa_latency.parquet").slice(0, limit).to_pydict()
-    genes = zip(
-        *([json.loads(text) for text in rows[name]] for name in ("ks", "e", "d")), strict=True
-    )
+    genes = zip(rows["ks"], rows["e"], rows["d"], rows["r"], strict=True)
     ops = tuple(
-        tuple(networks.ofa_ops(*gene, size)) for gene, size in zip(genes, rows["r"], strict=True)
+        tuple(networks.ofa_ops(json.loads(ks), json.loads(e), json.loads(d), size))
+        for ks, e, d, size in genes
     )
     times = {name: np.array(values, dtype=float) for name, values in _columns(rows).items()}
     return Family("ofa", ops, times)

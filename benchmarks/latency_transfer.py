@@ -4,6 +4,7 @@ The question behind every "inside the budget": the tables are fitted on NAS-Benc
 other spaces. For every device column of the public tables:
 
 same      fitted on 900 networks of NAS-Bench-201, tested on the rest; five draws; two baselines
+few       the same with 50 networks, on every family: what a run can measure on its own machine
 transfer  fitted on those 900, tested on FBNet and on OFA-MobileNetV3, which have depthwise
           convolutions, 5x5 kernels and squeeze-excite that no fitted network has
 devices   one device's table with its rates scaled by the datasheets, tested on another device
@@ -15,6 +16,7 @@ and eyeriss are sums of measured (simulated) blocks, not of whole networks.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -27,15 +29,16 @@ from scipy.stats import kendalltau
 from benchmarks import contract, latency_data
 from benchmarks.latency_data import Family
 from hw_profiles import calibrate, device, latency
-from hw_profiles.calibrate import Design, Ridge
-from hw_profiles.latency import FAMILIES, Array, Interval
+from hw_profiles.calibrate import Design, Index, Ridge
+from hw_profiles.latency import Array, Interval
 
 FIT = 900
+FEW = 50
 RIDGES = {
     "datasheet": Ridge(),
-    "overheads": Ridge(bytes=1e-1, slack=None),
+    "overheads": Ridge(bytes=1e-3, slack=None),
     "even": Ridge(slack=None),
-    "even, act apart": Ridge(act=1e-3, slack=None),
+    "even, act apart": Ridge(act=1e-5, slack=None),
 }
 ORIGIN = (
     "fitted by benchmarks/latency_transfer.py on HW-NAS-Bench (C. Li et al., ICLR 2021), "
@@ -89,24 +92,24 @@ def known(family: Family, column: str) -> tuple[Design, Array]:
     return family.design_for(column).rows(there), times[there]
 
 
-def draw(n: int, seed: int) -> tuple[Array, Array]:
+def draw(n: int, seed: int, size: int = FIT) -> tuple[Index, Index]:
     order = np.random.default_rng(seed).permutation(n)
-    size = min(FIT, n // 2)
+    size = min(size, n // 2)
     return order[:size], order[size:]
 
 
-def linear_baseline(features: Array, times: Array, fit: Array, test: Array) -> Array:
+def linear_baseline(features: Array, times: Array, fit: Index, test: Index) -> Array:
     """Ratios of an unconstrained relative least squares fit with a constant."""
     terms = np.column_stack([np.ones(len(times)), features])
     weights = np.linalg.lstsq(terms[fit] / times[fit, None], np.ones(len(fit)), rcond=None)[0]
     return times[test] / (terms[test] @ weights)
 
 
-def same_space(family: Family, column: str, seeds: int) -> dict[str, list[float]]:
+def same_space(family: Family, column: str, seeds: int, size: int = FIT) -> dict[str, list[float]]:
     design, times = known(family, column)
     found: dict[str, list[float]] = {}
     for seed in range(seeds):
-        fit, test = draw(len(times), seed)
+        fit, test = draw(len(times), seed, size)
         constant, terms = calibrate.solve(design.rows(fit), times[fit], Ridge())
         predicted = calibrate.predict(design.rows(test), constant, terms)
         ratios = times[test] / predicted
@@ -150,61 +153,73 @@ def transfers(source: Family, others: list[Family], ridge: Ridge) -> Iterator[Re
 def between_devices(source: Family, families: list[Family]) -> Iterator[Result]:
     """Pairs of one kind at batch 1; the model is what `latency.scaled` makes of a fitted table."""
     for column in source.times:
-        here = latency_data.device_of(column)
-        if not here.peak or not here.bandwidth_gb_per_s or latency_data.batch_of(column) > 1:
+        targets = [(family, name) for family in families for name in family.times]
+        targets = [pair for pair in targets if comparable(column, pair[1])]
+        if not targets:
             continue
         constant, terms = fitted(source, column, Ridge())
-        for family in families:
-            for target in family.times:
-                there = latency_data.device_of(target)
-                comparable = latency_data.kind_of(target) == latency_data.kind_of(column)
-                if here == there or not comparable or latency_data.batch_of(target) > 1:
-                    continue
-                rates = np.array(
-                    [
-                        1.0,
-                        here.peak / there.peak,
-                        here.bandwidth_gb_per_s / there.bandwidth_gb_per_s,
-                    ]
-                )
-                model = constant, {name: value * rates for name, value in terms.items()}
-                yield tested(column, target, family, model)
+        here = latency_data.device_of(column)
+        for family, target in targets:
+            ratios = latency.rate_ratios(here, latency_data.device_of(target))
+            rates = np.array([1.0, *ratios])
+            model = constant, {name: value * rates for name, value in terms.items()}
+            yield tested(column, target, family, model)
+
+
+def comparable(column: str, target: str) -> bool:
+    """Two different devices of one kind with datasheets, both measured at batch 1."""
+    kinds = latency_data.kind_of(column), latency_data.kind_of(target)
+    batches = latency_data.batch_of(column), latency_data.batch_of(target)
+    return column != target and kinds[0] == kinds[1] != "" and batches == (1, 1)
 
 
 def rooflines(families: list[Family]) -> Iterator[Result]:
-    """Sum of overlapped compute and memory per family of operators: never above the per-operator
-    roofline by more than rounding, and within 2 of it."""
+    """Every fifth network through the table that `latency.analytic` makes of the datasheet."""
     for family in families:
-        for column in family.times:
-            known_device = latency_data.device_of(column)
-            if known_device.peak and latency_data.batch_of(column) == 1:
-                floor = family.design_for(column).floor
-                slower = dict.fromkeys(FAMILIES, floor)
-                yield tested("datasheet", column, family, (0.0, slower))
+        for column, times in family.times.items():
+            device_known = latency_data.device_of(column)
+            if not device_known.peak or latency_data.batch_of(column) > 1:
+                continue
+            table = latency.analytic(device_known)
+            cost = functools.cache(lambda op, table=table: float(table.columns(op).sum()))
+            predicted = np.array([sum(map(cost, ops)) for ops in family.ops[::5]])
+            there = ~np.isnan(times[::5])
+            measured, predicted = times[::5][there], predicted[there]
+            tau = float(kendalltau(measured, predicted).statistic)
+            yield Result("datasheet", column, family.name, measured / predicted, tau)
 
 
 def envelope(results: list[Result], what: str) -> Interval:
-    """From the lowest 5 % to the highest 95 % of any result; the coverage is that of the networks
-    of a device by the envelope of the other devices. With k devices an envelope covers a new one
-    with a chance of k / (k + 1), so fewer than nine cannot promise 90 %: the coverage says it."""
+    """From the lowest 5 % to the highest 95 % of any result, widened until it would have covered
+    90 % of a device that it was not made from. Where doubling is not enough it stays as it is, and
+    the coverage says so: with k devices an envelope covers a new one with a chance of k / (k + 1),
+    so a handful of them cannot promise 90 % without help."""
     devices = sorted({result.target for result in results})
-    covered = []
-    for name in devices:
-        low, high = _extremes([result for result in results if result.target != name])
-        covered += [
-            float(((low <= result.ratios) & (result.ratios <= high)).mean())
-            for result in results
-            if result.target == name
-        ]
+    factors = [1 + step / 50 for step in range(51)]
+    reached = (factor for factor in factors if _covered(results, factor) >= 0.9)
+    factor = next(reached, 1.0)
     low, high = _extremes(results)
     how = (
         f"{what}; lowest 5 % and highest 95 % of {len(results)} results on {len(devices)} devices "
-        f"({', '.join(devices)}); coverage is of a device by the others"
+        f"({', '.join(devices)}), widened by {factor:.2f}; coverage is of a device by the others"
     )
-    networks = sum(len(result.ratios) for result in results)
     return Interval(
-        low=round(low, 3), high=round(high, 3), n=networks, coverage=np.mean(covered), how=how
+        low=round(low / factor, 3),
+        high=round(high * factor, 3),
+        n=sum(len(result.ratios) for result in results),
+        coverage=round(_covered(results, factor), 3),
+        how=how,
     )
+
+
+def _covered(results: list[Result], factor: float) -> float:
+    """Mean over results of the share inside the widened envelope of the other devices."""
+    shares = []
+    for result in results:
+        low, high = _extremes([other for other in results if other.target != result.target])
+        inside = (low / factor <= result.ratios) & (result.ratios <= high * factor)
+        shares.append(inside.mean())
+    return float(np.mean(shares))
 
 
 def _extremes(results: list[Result]) -> tuple[float, float]:
@@ -222,12 +237,15 @@ def intervals(
         for kind in ("cpu", "gpu")
     }
     gpus = [result for result in moved if latency_data.kind_of(result.target) == "gpu"]
+    # a loan is within one runtime (see latency.analytic): the desktop GPUs' is PyTorch's
+    alike = [result for result in gpus if "edgegpu" not in (result.source, result.target)]
     return {
         "cross_cpu": envelope(
             kinds["cpu"], "fitted on NAS-Bench-201, other spaces, CPUs and Eyeriss"
         ),
         "cross_gpu": envelope(kinds["gpu"], "fitted on NAS-Bench-201, other spaces, GPUs"),
-        "relative": envelope(gpus, "another GPU's fit with its rates scaled by the datasheets"),
+        "relative": envelope(alike, "another GPU's fit, rates scaled by datasheets, one runtime"),
+        "relative_any_runtime": envelope(gpus, "the same between PyTorch and TensorRT too"),
         "roofline": envelope(roofed, "peak and bandwidth of the datasheet alone"),
     }
 
@@ -258,17 +276,22 @@ def write(source: Family) -> None:
         table.save(device.FOLDER / f"{name}.table.json")
 
 
-def report_same_space(outcome: contract.Outcome, source: Family, seeds: int) -> None:
+def report_same_space(
+    outcome: contract.Outcome, families: list[Family], seeds: int, size: int
+) -> None:
+    name = "same" if size == FIT else "few"
     rows = []
-    for column in source.times:
-        found = same_space(source, column, seeds)
-        mean = {name: float(np.mean(values)) for name, values in found.items()}
-        worst = max(found["mape"])
-        rows.append([column, mean["mape"], worst, *(mean[name] for name in SAME[1:])])
-        for name, value in mean.items():
-            outcome.figures[f"same.{column}.{name}"] = value
-    print(f"same space: fitted on {FIT}, tested on the rest, mean and worst of {seeds} draws")
-    print(contract.table(("device", "MAPE %", "worst", *SAME[1:]), rows))
+    for family in families:
+        for column in sorted(set(family.times) - family.sums):
+            found = same_space(family, column, seeds, size)
+            mean = {key: float(np.mean(values)) for key, values in found.items()}
+            rows.append([family.name, column, mean["mape"], max(found["mape"])])
+            rows[-1] += [mean[key] for key in SAME[1:]] + [min(found["coverage"])]
+            for key, value in mean.items():
+                outcome.figures[f"{name}.{family.name}.{column}.{key}"] = value
+    print(f"\n{name}: fitted on {size} networks, tested on the rest; means of {seeds} draws")
+    header = ("family", "device", "MAPE %", "worst", *SAME[1:], "worst coverage")
+    print(contract.table(header, rows))
 
 
 SAME = ("mape", "tau", "coverage", "mape_macs_only", "mape_counts")
@@ -284,6 +307,17 @@ def report(outcome: contract.Outcome, name: str, results: list[Result]) -> None:
         outcome.figures[f"{key}.median"] = float(np.median(result.ratios))
 
 
+def aims(outcome: contract.Outcome, crossed: list[Result]) -> None:
+    tx2 = outcome.figures["same.nasbench201.edgegpu.mape"]
+    outcome.aim("tx2_same_space_mape", "<= 10 %", tx2, tx2 <= 10)
+    coverages = [value for name, value in outcome.figures.items() if name.endswith(".coverage")]
+    outcome.aim(
+        "worst_coverage_of_a_90_percent_interval", ">= 0.85", min(coverages), min(coverages) >= 0.85
+    )
+    worst = max(mape(result.ratios) for result in crossed)
+    outcome.aim("transfer_mape_worst", "<= 20 %", worst, worst <= 20)
+
+
 def main() -> int:
     parser = contract.parser(__doc__)
     parser.add_argument("--write", action="store_true", help="rewrite intervals and shipped tables")
@@ -297,7 +331,9 @@ def main() -> int:
         family(root, 1000 if options.quick else 5000)
         for family in (latency_data.fbnet, latency_data.ofa)
     ]
-    report_same_space(outcome, source, seeds=2 if options.quick else 5)
+    seeds = 2 if options.quick else 5
+    report_same_space(outcome, [source], seeds, FIT)
+    report_same_space(outcome, [source, *others], seeds, FEW)
     by_rule = {name: list(transfers(source, others, ridge)) for name, ridge in RIDGES.items()}
     crossed = next(iter(by_rule.values()))
     moved = list(between_devices(source, [source, *others]))
@@ -313,14 +349,7 @@ def main() -> int:
         outcome.figures[f"interval.{name}.low"] = interval.low
         outcome.figures[f"interval.{name}.high"] = interval.high
         outcome.figures[f"interval.{name}.coverage"] = interval.coverage or 0.0
-    tx2 = outcome.figures["same.edgegpu.mape"]
-    outcome.aim("tx2_same_space_mape", "<= 10 %", tx2, tx2 <= 10)
-    gpu = [
-        mape(result.ratios) for result in crossed if latency_data.kind_of(result.target) == "gpu"
-    ]
-    outcome.aim("gpu_transfer_mape_worst", "<= 20 %", max(gpu), max(gpu) <= 20)
-    worst = max(mape(result.ratios) for result in crossed)
-    outcome.aim("transfer_mape_worst", "<= 20 %", worst, worst <= 20)
+    aims(outcome, crossed)
     if options.write:
         dumped = {name: interval.model_dump() for name, interval in found.items()}
         text = json.dumps(dumped, indent=1) + "\n"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 from hw_profiles.op import Op, Tape, Wire
 
@@ -61,7 +61,7 @@ def nb201_live(arch: str) -> tuple[tuple[str, ...], ...] | None:
     return _live(nb201_edges(arch))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _live(edges: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...] | None:
     reached = {0}
     for node, incoming in enumerate(edges, start=1):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -18,11 +17,13 @@ from torch import nn
 from cli import console, stages
 from cli.stages import Job, Judge
 from deploy import file, onnx, report, verify
+from hw_profiles import measure
 from hw_profiles.latency import LatencyTable
 from hw_profiles.runtimes import onnxruntime
 from nas import checkpoint, search, supernet
 from nas.elastic import resize
 from nas.errors import BudgetInfeasible, BudgetMissed, UsageError
+from nas.run import digest
 from nas.search import Candidate
 from nas.space import arch_to_dict
 
@@ -32,44 +33,141 @@ MODEL, WEIGHTS, REPORT, PAGE = (
     "report.json",
     "report.html",
 )
+MEASURED, ARCH, FINETUNE = "measured.json", "arch.json", "finetune.safetensors"
+FINETUNE_LR = 0.5  # of the supernet's peak learning rate
 ATTEMPTS = 5  # networks exported and measured before a local budget is given up
 
 
-@dataclass(frozen=True)
-class Delivery:
-    """The chosen network as a file: what `deliver` found when it exported and ran it."""
-
-    candidate: Candidate
-    net: nn.Module
-    measured: verify.Measured | None
-    parity_error: float
-
-
 def deliver(
-    job: Job, table: LatencyTable, judge: Judge, candidates: Sequence[Candidate]
+    job: Job, table: LatencyTable, judge: Judge, candidates: list[Candidate]
 ) -> dict[str, Any]:
-    """Export the best network inside the budget, run the file and write the report.
-
-    On this machine the file itself is timed; if it misses the budget, the next best is tried.
-    Raises BudgetMissed after ATTEMPTS of them.
-    """
+    """Choose a network, train it on if asked, export it, run the file and write the report."""
+    if not job.force and job.run.done("deliver", _key(job, table)):
+        return verify.read(job.run.path(REPORT))
     began = time.monotonic()
-    front = search.front(candidates)
-    measured = stages.measured_front(job, list(candidates), front)
-    delivery = _first_inside(job, judge, _order(job, candidates, measured))
-    found = _report(job, table, judge, delivery, time.monotonic() - began)
-    found = _with_front(job, table, found, front, candidates, measured)
-    checkpoint.write(job.run.path(WEIGHTS), delivery.net.state_dict(), {})
+    measured = _measured(job, table, candidates)
+    extracted = candidate = _chosen(job, table, judge, candidates, measured)
+    net = judge.child(np.array(candidate.genes))
+    if job.spec.finetune:
+        net, candidate = _finetuned(job, judge, net, candidate)
+    delivery = _export(job, net, candidate, job.run.path(MODEL))
+    checkpoint.write(job.run.path(WEIGHTS), net.state_dict(), {})
+    seconds = time.monotonic() - began
+    found = replace(
+        _report(job, table, delivery, extracted, seconds),
+        front=[_row(job, table, c, measured) for c in search.front(candidates)],
+        evaluated=[(c.latency_ms, c.cross_entropy, c.accuracy) for c in candidates],
+    )
     found.write(job.run.path(REPORT))
     content = found.to_dict()
     job.run.write_text(PAGE, report.render(content))
-    key = found.chosen.file["sha256"] if found.chosen.file else ""
-    job.run.finish("deliver", str(key), time.monotonic() - began, [MODEL, WEIGHTS, REPORT, PAGE])
+    job.run.finish("deliver", _key(job, table), seconds, [MODEL, WEIGHTS, REPORT, PAGE])
     return content
 
 
+def _key(job: Job, table: LatencyTable) -> str:
+    return digest([stages.search_key(job, table), job.spec.evaluations, job.spec.finetune])
+
+
+def _measured(job: Job, table: LatencyTable, candidates: list[Candidate]) -> dict[int, float]:
+    """slot -> measured median in ms, on a local device, of the front and of all that may fit.
+
+    Timed as the networks of their op lists with random weights; the chosen network is timed again
+    as the exported file. Kept in the run, so that a run that goes on chooses the same network.
+    """
+    if not job.device.local:
+        return {}
+    stages.staged(job, "measure", _key(job, table), [MEASURED], lambda: _measure(job, candidates))
+    return {int(slot): ms for slot, ms in job.run.read_json(MEASURED).items()}
+
+
+def _measure(job: Job, candidates: list[Candidate]) -> None:
+    budget = job.spec.latency_ms
+    near = [c for c in candidates if budget is not None and c.latency_ms <= budget * 1.5]
+    wanted = {c.slot: c for c in [*search.front(candidates), *near]}
+    networks = [job.space.ops(job.space.decode(np.array(c.genes))) for c in wanted.values()]
+    with console.bar("measuring the front", 1.0) as update:
+        timings = measure.measure_ops(
+            networks,
+            rng=np.random.default_rng((job.spec.seed, 6)),
+            plan=measure.Plan(time_limit_s=30),
+            progress=lambda share: update(share, ""),
+        )
+    found = {slot: timing.median_ms for slot, timing in zip(wanted, timings, strict=True)}
+    job.run.write_json(MEASURED, found)
+
+
+def _chosen(
+    job: Job,
+    table: LatencyTable,
+    judge: Judge,
+    candidates: list[Candidate],
+    measured: dict[int, float],
+) -> Candidate:
+    """The best inside the budget; its architecture is in arch.json.
+
+    On this machine the exported file is timed, and if it misses the budget the next best is tried.
+    Raises BudgetMissed after ATTEMPTS of them.
+    """
+
+    def work() -> None:
+        candidate = _first_inside(job, judge, _order(job, candidates, measured))
+        job.run.write_json(ARCH, search.as_dict(candidate, job.space))
+
+    stages.staged(job, "choose", _key(job, table), [ARCH], work)
+    slot = job.run.read_json(ARCH)["slot"]
+    return next(c for c in candidates if c.slot == slot)
+
+
+def _order(job: Job, candidates: list[Candidate], measured: dict[int, float]) -> list[Candidate]:
+    """Best first. A measured median replaces an estimate: then it, not an interval, must fit."""
+    budget = job.spec.latency_ms
+    if budget is None or not measured:
+        return search.ranked(candidates, budget)
+    fits = [c for c in candidates if measured.get(c.slot, np.inf) <= budget]
+    return sorted(fits, key=lambda c: (c.cross_entropy, c.latency_ms))
+
+
+def _first_inside(job: Job, judge: Judge, order: list[Candidate]) -> Candidate:
+    budget = job.spec.latency_ms
+    if order and (budget is None or not job.device.local):
+        return order[0]
+    found = []
+    for candidate in order[:ATTEMPTS]:
+        net = judge.child(np.array(candidate.genes))
+        delivery = _export(job, net, candidate, job.run.path(MODEL))
+        assert delivery.measured is not None and budget is not None
+        found.append(delivery.measured.timing.median_ms)
+        if found[-1] <= budget:
+            return candidate
+    detail = f"; the files took {', '.join(map(console.format_ms, found))}" if found else ""
+    raise BudgetMissed(
+        f"no evaluated network was measured inside {budget:g} ms{detail}",
+        where="--latency",
+        next="Raise the budget a little, or --evaluations; the supernet is kept.",
+    )
+
+
+def _finetuned(
+    job: Job, judge: Judge, net: nn.Module, candidate: Candidate
+) -> tuple[nn.Module, Candidate]:
+    """The chosen network trained on alone from the supernet's weights, and its new validation
+    score. It goes on where it was interrupted."""
+    recipe = job.recipe
+    steps = max(1, round(job.spec.finetune * len(job.task.train) / recipe.batch))
+    recipe = replace(recipe, steps=steps, lr=recipe.lr * FINETUNE_LR, seed=recipe.seed + 1)
+    state = job.run.path(FINETUNE)
+    if job.force:
+        state.unlink(missing_ok=True)
+    steps_of = supernet.train(net, supernet.alone(net), job.task, recipe, resume=state)
+    stages.follow(steps_of, steps, "fine-tuning the chosen one")
+    supernet.calibrate(net, judge.calibration, net.arch.resolution)
+    score = judge.score(net, net.arch.resolution)
+    return net, replace(candidate, cross_entropy=score.cross_entropy, accuracy=score.accuracy)
+
+
 def export_one(
-    job: Job, judge: Judge, candidates: Sequence[Candidate], out: Path, slot: int | None
+    job: Job, judge: Judge, candidates: list[Candidate], out: Path, slot: int | None
 ) -> dict[str, Any]:
     """Export the network of `slot`, or the best inside the spec's budget; returns what is known.
 
@@ -84,54 +182,31 @@ def export_one(
     else:
         order = search.ranked(candidates, job.spec.latency_ms)
         if not order:
-            fastest = min(candidates, key=lambda c: c.high_ms)
+            least = console.format_ms(min(c.high_ms for c in candidates))
             raise BudgetInfeasible(
-                f"no evaluated network fits; fastest: {console.format_ms(fastest.high_ms)}",
-                where="--latency",
+                f"no evaluated network fits; the fastest needs {least}", where="--latency"
             )
-    delivery = _export(job, judge, order[0], out)
-    found = delivery.candidate
+    delivery = _export(job, judge.child(np.array(order[0].genes)), order[0], out)
     return {
         "path": str(out),
-        **search.as_dict(found, job.space),
+        **search.as_dict(order[0], job.space),
         "parity_error": delivery.parity_error,
         "measured": None if delivery.measured is None else asdict(delivery.measured),
     }
 
 
-def _order(
-    job: Job, candidates: Sequence[Candidate], measured: dict[int, float]
-) -> list[Candidate]:
-    """Best first. A measured median replaces an estimate: then it, not an interval, must fit."""
-    budget = job.spec.latency_ms
-    if budget is None or not measured:
-        return search.ranked(candidates, budget)
-    fits = [c for c in candidates if measured.get(c.slot, np.inf) <= budget]
-    return sorted(fits, key=lambda c: (c.cross_entropy, c.latency_ms))
+@dataclass(frozen=True)
+class Delivery:
+    """A network as a file: what was found when the file was run."""
+
+    candidate: Candidate
+    net: nn.Module
+    measured: verify.Measured | None
+    parity_error: float
 
 
-def _first_inside(job: Job, judge: Judge, order: list[Candidate]) -> Delivery:
-    budget = job.spec.latency_ms
-    best: Delivery | None = None
-    for candidate in order[:ATTEMPTS]:
-        delivery = _export(job, judge, candidate, job.run.path(MODEL))
-        if delivery.measured is None or budget is None:
-            return delivery
-        if delivery.measured.timing.median_ms <= budget:
-            return delivery
-        best = best or delivery
-    missed = best.measured.timing.median_ms if best and best.measured else None
-    detail = f"; the best one's file took {console.format_ms(missed)}" if missed else ""
-    raise BudgetMissed(
-        f"no evaluated network was measured inside {budget:g} ms{detail}",
-        where="--latency",
-        next="Raise the budget a little, or --evaluations; the supernet is kept.",
-    )
-
-
-def _export(job: Job, judge: Judge, candidate: Candidate, path: Path) -> Delivery:
-    arch = job.space.decode(np.array(candidate.genes))
-    net = judge.child(np.array(candidate.genes))
+def _export(job: Job, net: nn.Module, candidate: Candidate, path: Path) -> Delivery:
+    arch = net.arch
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = (job.task.channels, arch.resolution, arch.resolution)
     onnx.export(net, path, input_shape=shape, metadata=_metadata(job, candidate))
@@ -171,7 +246,7 @@ def _metadata(job: Job, candidate: Candidate) -> dict[str, str]:
 
 
 def _report(
-    job: Job, table: LatencyTable, judge: Judge, delivery: Delivery, seconds: float
+    job: Job, table: LatencyTable, delivery: Delivery, extracted: Candidate, seconds: float
 ) -> verify.Report:
     """Test accuracy is read here, once, for the chosen network."""
     candidate = delivery.candidate
@@ -189,6 +264,7 @@ def _report(
         params=params,
         val_ce=candidate.cross_entropy,
         val_accuracy=candidate.accuracy,
+        extracted_val_accuracy=extracted.accuracy,
         supernet_test_accuracy=own.accuracy,
         test_accuracy=verify.accuracy(path, inputs, test.labels.numpy(), threads=job.spec.threads),
         predicted=table.estimate(ops, job.spec.space),
@@ -208,21 +284,6 @@ def _report(
         budget=None if budget is None else {"latency_ms": budget},
         stages=[*(s for s in spent if s.name != "deliver"), verify.Stage("deliver", seconds)],
         environment=verify.environment(),
-    )
-
-
-def _with_front(
-    job: Job,
-    table: LatencyTable,
-    found: verify.Report,
-    front: Sequence[Candidate],
-    candidates: Sequence[Candidate],
-    measured: dict[int, float],
-) -> verify.Report:
-    return replace(
-        found,
-        front=[_row(job, table, c, measured) for c in front],
-        evaluated=[(c.latency_ms, c.cross_entropy, c.accuracy) for c in candidates],
     )
 
 

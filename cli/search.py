@@ -41,6 +41,9 @@ def command(
     batch: Annotated[int | None, typer.Option(help="Images per step. [128]")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     evaluations: Annotated[int | None, typer.Option(help="Networks to evaluate. [64]")] = None,
+    finetune: Annotated[
+        float | None, typer.Option(help="Epochs of training the chosen network alone. [0]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random. [0]")] = None,
     threads: Annotated[int | None, typer.Option(help="For training. [all cores]")] = None,
     supernet: Annotated[str | None, typer.Option(help="Search a finished run's supernet.")] = None,
@@ -72,6 +75,7 @@ def command(
         "batch": batch,
         "lr": lr,
         "evaluations": evaluations,
+        "finetune": finetune,
         "seed": seed,
         "threads": threads,
         "supernet": supernet,
@@ -189,7 +193,7 @@ def _plan(job: Job, json: bool) -> None:
 
     began = time.monotonic()
     net = stages.fresh_supernet(job)
-    steps = supernet.train(net, job.space, job.task, job.recipe)
+    steps = supernet.train(net, supernet.sandwich(job.space, job.recipe), job.task, job.recipe)
     next(steps)  # the first step also allocates
     start = time.monotonic()
     for _ in range(min(3, job.recipe.steps - 1)):

@@ -7,7 +7,7 @@ inputs is skipped; every stage goes on where it was interrupted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from nas.errors import BudgetInfeasible, NasctlError
 from nas.run import Run, Spec
 from nas.search import Candidate, Problem
 from nas.space import Genes, SearchSpace
-from nas.supernet import Recipe
+from nas.supernet import Recipe, Score, Step
 from nas.tasks import Split, Task
 
 PROFILED = 64  # networks measured to fit a local device's table
@@ -167,24 +167,29 @@ def _train(job: Job) -> None:
     net, recipe, state = fresh_supernet(job), job.recipe, job.run.path(STATE)
     if job.force:
         state.unlink(missing_ok=True)
-    steps = supernet.train(net, job.space, job.task, recipe, resume=state)
-    with (
-        console.bar("training the supernet", recipe.steps) as update,
-        console.deferred_interrupt() as interrupted,
-    ):
-        for step in steps:
-            note = f"loss {step.loss_largest:.3f} largest, {step.loss_smallest:.3f} smallest"
-            update(step.step, note)
-            if interrupted() and step.step < step.steps:
-                steps.close()  # saves
-                raise KeyboardInterrupt
+    steps = supernet.train(
+        net, supernet.sandwich(job.space, recipe), job.task, recipe, resume=state
+    )
+    follow(steps, recipe.steps, "training the supernet")
     checkpoint.write(job.run.path(SUPERNET), net.state_dict(), {"train_key": job.train_key})
     state.unlink(missing_ok=True)
 
 
+def follow(steps: Generator[Step, None, None], total: int, title: str) -> None:
+    """Train under a progress bar; Ctrl-C stops between two steps, where the state is saved."""
+    with console.bar(title, total) as update, console.deferred_interrupt() as interrupted:
+        for step in steps:
+            names = ("largest", "smallest") if len(step.losses) > 1 else ("",)
+            shown = zip(step.losses, names, strict=False)
+            update(step.step, "loss " + ", ".join(f"{loss:.3f} {name}" for loss, name in shown))
+            if interrupted() and step.step < step.steps:
+                steps.close()  # saves
+                raise KeyboardInterrupt
+
+
 def _fill_from(job: Job, net: nn.Module, other: Run) -> None:
     """Weights of another run, after checking that they were trained on the same task."""
-    path = other.path(SUPERNET)
+    path = supernet_path(job)
     if not path.exists():
         raise NasctlError("no trained supernet there", where=f"--supernet {other.folder}")
     spec = Spec(**other.manifest()["spec"])
@@ -212,23 +217,37 @@ class Judge:
         self.val = Split(val.images[:JUDGED_ON], val.labels[:JUDGED_ON])
 
     def child(self, genes: Genes) -> nn.Module:
+        """The stand-alone network of `genes` with its weights from the supernet, in eval mode."""
         return supernet.child(self.net, self.job.space, genes, self.calibration)
+
+    def score(self, net: nn.Module, resolution: int) -> Score:
+        return supernet.evaluate(net, self.job.task, self.val, resolution)
 
     def __call__(self, genes: Genes) -> tuple[float, float]:
         resolution = self.job.space.decode(genes).resolution
-        score = supernet.evaluate(self.child(genes), self.job.task, self.val, resolution)
+        score = self.score(self.child(genes), resolution)
         return score.cross_entropy, score.accuracy
+
+
+def supernet_path(job: Job) -> Path:
+    own = job.spec.supernet
+    return (Path(own) if own else job.run.folder) / SUPERNET
+
+
+def search_key(job: Job, table: LatencyTable) -> str:
+    """What a search's results depend on: weights, data, latencies, budget and seed."""
+    weights = runs.sha256(supernet_path(job))
+    settings = job.spec.digest("space", "width", "latency_ms", "seed", "threads")
+    return runs.digest([weights, job.task.fingerprint, table.model_dump(mode="json"), settings])
 
 
 def searched(job: Job, problem: Problem, table: LatencyTable) -> list[Candidate]:
     """Every evaluated network; the front is in pareto.json."""
-    spec = job.spec
-    fields = ("latency_ms", "seed", "supernet")
-    fingerprint = runs.digest([job.train_key, table.model_dump(mode="json"), spec.digest(*fields)])
+    spec, key = job.spec, search_key(job, table)
     if job.force:
         job.run.path(JOURNAL).unlink(missing_ok=True)
     study = studies.open_study(
-        job.run.path(JOURNAL), fingerprint, storage=spec.storage, name=spec.study_name
+        job.run.path(JOURNAL), key, storage=spec.storage, name=spec.study_name
     )
     found: list[Candidate] = []
 
@@ -241,34 +260,9 @@ def searched(job: Job, problem: Problem, table: LatencyTable) -> list[Candidate]
         front = [search.as_dict(c, job.space) for c in search.front(found)]
         job.run.write_json(FRONT, front)
 
-    key = runs.digest([fingerprint, spec.evaluations])
-    if staged(job, "search", key, [FRONT], work) is None:
+    if staged(job, "search", runs.digest([key, spec.evaluations]), [FRONT], work) is None:
         found = studies.candidates(study)
     return found
-
-
-def measured_front(
-    job: Job, candidates: list[Candidate], front: list[Candidate]
-) -> dict[int, float]:
-    """slot -> measured median in ms, on a local device, of the front and of all that may fit.
-
-    Timed as the networks of their op lists with random weights; the chosen network is timed again
-    as the exported file.
-    """
-    if not job.device.local:
-        return {}
-    budget = job.spec.latency_ms
-    near = [c for c in candidates if budget is not None and c.latency_ms <= budget * 1.5]
-    chosen = sorted({c.slot: c for c in [*front, *near]}.values(), key=lambda c: c.slot)
-    rng = np.random.default_rng((job.spec.seed, 6))
-    with console.bar("measuring the front", 1.0) as update:
-        timings = measure.measure_ops(
-            [job.space.ops(job.space.decode(np.array(c.genes))) for c in chosen],
-            rng=rng,
-            plan=measure.Plan(time_limit_s=30),
-            progress=lambda share: update(share, ""),
-        )
-    return {c.slot: timing.median_ms for c, timing in zip(chosen, timings, strict=True)}
 
 
 def cost(job: Job, candidate: Candidate) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The page "why this network": report.json as one HTML file without scripts or anything external."""
+"""The page "why this network": report.json as one HTML file, nothing external, no scripts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def render(report: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page.filters |= {"ms": ms, "count": count, "percent": percent, "plain": plain, "size": size}
+    page.filters |= {"ms": ms, "count": count, "percent": percent, "plain": plain}
     front = list(report.get("front") or ())
     axes = _axes(front)
     plot = Markup(_plot(report, axes)) if axes else ""
@@ -64,11 +64,13 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def _pick(report: Mapping[str, Any], front: Sequence[Mapping[str, Any]]) -> int | None:
-    """The chosen network's row in the front, if it is there."""
-    genes = list(report["chosen"].get("genes") or ())
-    for at, row in enumerate(front):
-        if row.get("chosen") or (genes and list(row.get("genes") or ()) == genes):
-            return at
+    """The chosen network's row in the front, if it is there: by genes, else by what it costs."""
+    chosen = report["chosen"]
+    for keys in (("genes",), ("macs", "params", "val_ce")):
+        wanted = [chosen.get(key) for key in keys]
+        for at, row in enumerate(front):
+            if None not in wanted and [row.get(key) for key in keys] == wanted:
+                return at
     return None
 
 
@@ -83,19 +85,14 @@ def ms(value: float | None) -> str:
     return f"{value:,.{min(digits, 4)}f} ms"
 
 
-def count(value: float | None) -> str:
-    """1234567 -> 1.23 M."""
+def count(value: float | None, unit: str = "") -> str:
+    """1234567 -> 1.23 M; bytes too are in powers of ten."""
     if value is None:
         return "–"
-    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for prefix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value:g}"
-
-
-def size(value: int | None) -> str:
-    """Bytes, in powers of ten."""
-    return "–" if value is None else f"{count(value)}B".replace(" B", " bytes")
+            return f"{value / scale:.3g} {prefix}{unit}"
+    return f"{value:g} {unit}".rstrip()
 
 
 def percent(value: float | None) -> str:
@@ -109,7 +106,10 @@ def plain(value: object) -> str:
     if isinstance(value, Mapping):
         return " · ".join(f"{key} {plain(inner)}" for key, inner in value.items()) or "–"
     if isinstance(value, list | tuple):
-        return ", ".join(plain(inner) for inner in value) or "–"
+        joined = (
+            "-".join(map(plain, v)) if isinstance(v, list | tuple) else plain(v) for v in value
+        )
+        return ", ".join(joined) or "–"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -129,9 +129,10 @@ def _axes(front: Sequence[Mapping[str, Any]]) -> tuple[Axis, Axis] | None:
         Axis("latency_ms", "latency (ms)"),
         Axis("macs", "million MACs", 1e-6),
     )
+    # cross-entropy first: a front in it is none in accuracy, which is coarser and noisier
     qualities = (
-        Axis("val_accuracy", "validation accuracy (%)", 100.0),
         Axis("val_ce", "validation cross-entropy (nats)"),
+        Axis("val_accuracy", "validation accuracy (%)", 100.0),
     )
     x, y = (
         next((a for a in some if all(row.get(a.key) is not None for row in front)), None)
@@ -145,7 +146,7 @@ def _plot(report: Mapping[str, Any], axes: tuple[Axis, Axis]) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    settings: dict[str, Any] = {
+    settings: Any = {  # matplotlib's stubs want literals for keys
         "svg.fonttype": "none",  # text stays text: small, selectable, in the page's own font
         "svg.hashsalt": "nasctl",  # equal reports, equal files
         "font.family": "sans-serif",
@@ -181,7 +182,7 @@ def _draw(ax: Axes, report: Mapping[str, Any], axes: tuple[Axis, Axis]) -> None:
     ax.set_axisbelow(True)
     dots = _evaluated(report.get("evaluated") or (), axes)
     if len(dots):
-        ax.scatter(*dots.T, s=12, color=DOTS, linewidths=0, label="evaluated")
+        ax.scatter(dots[:, 0], dots[:, 1], s=12, color=DOTS, linewidths=0, label="evaluated")
     xs = np.array([row[x.key] for row in front]) * x.scale
     ys = np.array([row[y.key] for row in front]) * y.scale
     if x.key == "latency_ms" and all(row.get("low_ms") is not None for row in front):
@@ -200,7 +201,8 @@ def _draw(ax: Axes, report: Mapping[str, Any], axes: tuple[Axis, Axis]) -> None:
     measured = [(row["measured_ms"], row[y.key] * y.scale) for row in front if _measured(row, x)]
     if measured:
         ax.scatter(
-            *zip(*measured, strict=True),
+            [point[0] for point in measured],
+            [point[1] for point in measured],
             s=26,
             facecolors="none",
             edgecolors=INK,
@@ -208,16 +210,23 @@ def _draw(ax: Axes, report: Mapping[str, Any], axes: tuple[Axis, Axis]) -> None:
             label="front, measured",
         )
     _draw_pick(ax, report, axes)
-    limit = (report.get("budget") or {}).get(x.key)
-    if limit is not None:
-        ax.axvline(
-            limit * x.scale, color=LIMIT, linewidth=1.2, linestyle=(0, (4, 3)), label="budget"
-        )
+    _draw_budget(ax, (report.get("budget") or {}).get(x.key), x)
     ax.set_xlabel(x.label)
     ax.set_ylabel(y.label)
     if y.key == "val_ce":
         ax.invert_yaxis()  # up is better on both scales
-    ax.legend(frameon=False, loc="lower right", fontsize=9)
+    ax.legend(frameon=False, loc="best", fontsize=9)
+
+
+def _draw_budget(ax: Axes, budget: float | None, x: Axis) -> None:
+    if budget is None:
+        return
+    limit, style = budget * x.scale, (0, (4, 3))
+    if limit <= 2 * ax.get_xlim()[1]:
+        ax.axvline(limit, color=LIMIT, linewidth=1.2, linestyle=style, label="budget")
+    else:  # a line so far off would press all networks into a corner
+        label = f"budget {limit:g}, far to the right"
+        ax.plot([], [], color=LIMIT, linewidth=1.2, linestyle=style, label=label)
 
 
 def _measured(row: Mapping[str, Any], x: Axis) -> bool:
@@ -232,9 +241,16 @@ def _draw_pick(ax: Axes, report: Mapping[str, Any], axes: tuple[Axis, Axis]) -> 
     quality = chosen.get(y.key)
     if cost is None or quality is None:
         return
-    at = ([cost * x.scale], [quality * y.scale])
     ax.scatter(
-        *at, s=190, marker="*", color=PICK, edgecolors=PAGE, linewidths=1, zorder=5, label="chosen"
+        [cost * x.scale],
+        [quality * y.scale],
+        s=190,
+        marker="*",
+        color=PICK,
+        edgecolors=PAGE,
+        linewidths=1,
+        zorder=5,
+        label="chosen",
     )
 
 
@@ -251,5 +267,5 @@ def _evaluated(
     if not len(table):
         return table
     reach = np.ptp(table, axis=0)
-    cells = np.floor((table - table.min(axis=0)) / np.where(reach > 0, reach, 1) * (400, 250))
-    return table[np.sort(np.unique(cells, axis=0, return_index=True)[1])]
+    grid = np.floor((table - table.min(axis=0)) / np.where(reach > 0, reach, 1) * (400, 250))
+    return table[np.sort(np.unique(grid @ (1000, 1), return_index=True)[1])]

@@ -124,6 +124,7 @@ class Chosen:
     params: int
     val_ce: float | None = None
     val_accuracy: float | None = None
+    extracted_val_accuracy: float | None = None  # before any fine-tuning
     supernet_test_accuracy: float | None = None
     test_accuracy: float | None = None  # of the exported file
     predicted: Estimate | None = None

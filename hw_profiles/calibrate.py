@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from hw_profiles.device import Device
@@ -20,6 +22,7 @@ from hw_profiles.latency import transfer_intervals as transfer
 from hw_profiles.op import Op
 from nas.errors import NasctlError
 
+Index = NDArray[np.intp]
 MIN_NETWORKS = 10
 FOLDS = 5
 QUANTILES = (0.05, 0.95)
@@ -46,10 +49,10 @@ class Ridge:
     any measurement's noise. benchmarks/latency_transfer.py compares this with simpler rules.
     """
 
-    constant: float = 1e-5
-    term: float = 1e-3
-    bytes: float = 1e-3
-    act: float = 1.0
+    constant: float = 1e-7
+    term: float = 1e-5
+    bytes: float = 1e-5
+    act: float = 1e-2
     slack: float | None = 30.0
 
     def of(self, family: str, whole: Array, floor: Array) -> Array:
@@ -95,7 +98,7 @@ class Design:
             owners[family] = next((other for other in STAND_INS[family] if other in own), "")
         return owners
 
-    def rows(self, chosen: Array) -> Design:
+    def rows(self, chosen: NDArray[Any]) -> Design:
         return Design(self.features[chosen], self.floor)
 
 
@@ -149,8 +152,8 @@ def predict(design: Design, constant: float, fitted: dict[str, Array]) -> Array:
 
 
 def held_out_ratios(
-    design: Design, times: Array, groups: Array, ridge: Ridge
-) -> tuple[Array, Array]:
+    design: Design, times: Array, groups: Index, ridge: Ridge
+) -> tuple[Array, Index]:
     """(measured / predicted by a fit on the other folds, the fold of each network)."""
     unique, index = np.unique(groups, return_inverse=True)
     order = np.random.default_rng(0).permutation(len(unique))
@@ -163,7 +166,7 @@ def held_out_ratios(
     return ratios, folds
 
 
-def interval_of(ratios: Array, groups: Array, how: str) -> Interval:
+def interval_of(ratios: Array, groups: Index, how: str) -> Interval:
     """The 90 % interval of all ratios; its coverage by setting it without each group in turn."""
     hits = 0
     for group in np.unique(groups):

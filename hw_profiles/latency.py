@@ -273,6 +273,12 @@ def analytic(device: Device) -> LatencyTable:
         )
     if device.relative:
         relative = devices.load(device.relative)
+        if relative.runtime != device.runtime:
+            raise NasctlError(
+                f"{relative.name} runs {relative.runtime}, {device.name} runs {device.runtime}: "
+                "overheads are lent within one runtime only",
+                where=f"{device.name}.toml, field 'relative'",
+            )
         return scaled(table(relative), relative, device)
     floor = Terms(
         ms_per_gmac=1e3 / device.peak,
@@ -291,10 +297,7 @@ def analytic(device: Device) -> LatencyTable:
 
 def scaled(known: LatencyTable, relative: Device, device: Device) -> LatencyTable:
     """The overheads of a measured relative, its rates scaled by the ratio of the datasheets."""
-    assert relative.peak and device.peak
-    assert relative.bandwidth_gb_per_s and device.bandwidth_gb_per_s
-    compute = relative.peak / device.peak
-    memory = relative.bandwidth_gb_per_s / device.bandwidth_gb_per_s
+    compute, memory = rate_ratios(relative, device)
     terms = {
         family: Terms(
             overhead_ms=term.overhead_ms,
@@ -314,3 +317,12 @@ def scaled(known: LatencyTable, relative: Device, device: Device) -> LatencyTabl
         terms=terms,
         intervals={"analytic": transfer_intervals()["relative"]},
     )
+
+
+def rate_ratios(known: Device, other: Device) -> tuple[float, float]:
+    """What one GMAC and one MB take on `other`, as a multiple of what they take on `known`."""
+    if not (known.peak and known.bandwidth_gb_per_s and other.peak and other.bandwidth_gb_per_s):
+        raise NasctlError(
+            f"no peak and bandwidth to scale {known.name} to {other.name}", where="relative"
+        )
+    return known.peak / other.peak, known.bandwidth_gb_per_s / other.bandwidth_gb_per_s

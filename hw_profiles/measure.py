@@ -4,8 +4,9 @@ Protocol, and why. Networks timed one after another repeat badly, because machin
 candidates and a fixed reference are called in shuffled round-robin. A candidate's sample in a round
 is the fastest of a few calls (the slower ones carry somebody else's interruptions), its result the
 median over rounds. Rounds come in blocks: a block in which the reference ran slower than in the
-best block is discarded and repeated. Candidates whose median is not yet known well enough get
-further blocks, until the time limit. What remains doubtful is said in `Timing.noisy`, never hidden.
+best block is discarded and repeated while there is time. Candidates whose median is not yet known
+well enough get further blocks, until the time limit. What remains doubtful is said in
+`Timing.noisy`, never hidden.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hw_profiles.graph import onnx_graph
 from hw_profiles.op import Op, Tape
@@ -69,29 +71,21 @@ def interleaved(
     accelerator when the candidates do. `clock` returns seconds.
     """
     bench = _Bench([*calls, reference or _arithmetic], plan, rng, clock)
-    last = len(calls)  # the reference's position
-    pending = list(range(last))
+    tell = progress or (lambda share: None)
+    pending = list(range(len(calls)))
     done = 0.0
     with _collector_off():
         started = clock()
         for call in bench.calls:
             bench.warm_up(call)
         while pending and not bench.finished(started):
-            block: _Block = {at: [] for at in (*pending, last)}
-            bench.blocks.append(block)
-            for turn in range(bench.block_rounds):
-                bench.round(block)
-                share = 1 - len(pending) * (1 - (turn + 1) / (2 * bench.block_rounds)) / last
-                done = max(done, min(0.99, max(share, (clock() - started) / plan.time_limit_s)))
-                if progress:
-                    progress(done)
-                if clock() - started > plan.time_limit_s:
-                    break
+            for share in bench.block(pending, started):
+                done = max(done, share)
+                tell(done)
             quiet = bench.quiet()
-            pending = [at for at in range(last) if not _settled(_fastest(quiet, at), plan)]
-    if progress:
-        progress(1.0)
-    return [bench.timing(at) for at in range(last)]
+            pending = [at for at in range(len(calls)) if not _settled(_fastest(quiet, at), plan)]
+    tell(1.0)
+    return [bench.timing(at) for at in range(len(calls))]
 
 
 def measure_ops(
@@ -195,43 +189,67 @@ class _Bench:
                 return
             before = window
 
-    def round(self, block: _Block) -> None:
-        """Every candidate of the block once, in a new order."""
-        for at in self.rng.permutation(list(block)):
-            call = self.calls[at]
-            block[int(at)].append([self._once(call) for _ in range(self.plan.inner)])
+    def block(self, pending: Sequence[int], started: float) -> Iterator[float]:
+        """Measure a block of rounds, fewer if time runs out; yields the share that is done."""
+        block: _Block = {at: [] for at in (*pending, self.reference)}
+        self.blocks.append(block)
+        for turn in range(self.block_rounds):
+            for at in self.rng.permutation(list(block)):
+                call = self.calls[at]
+                block[int(at)].append([self._once(call) for _ in range(self.plan.inner)])
+            spent = (self.clock() - started) / self.plan.time_limit_s
+            # half of a block's worth: whether it was quiet and sufficed shows only at its end
+            left = len(pending) * (1 - (turn + 1) / (2 * self.block_rounds))
+            yield min(0.99, max(spent, 1 - left / self.reference))
+            if spent > 1:
+                return
 
     def quiet(self) -> list[_Block]:
         """The blocks in which the reference ran about as fast as in its best block."""
-        pace = [float(np.median(_fastest([block], self.reference))) for block in self.blocks]
-        limit = min(pace) * (1 + self.plan.drift)
-        return [block for block, ours in zip(self.blocks, pace, strict=True) if ours <= limit]
+        limit = self._paces().min() * (1 + self.plan.drift)
+        return [self.blocks[at] for at in np.flatnonzero(self._paces() <= limit)]
 
     def timing(self, at: int) -> Timing:
-        quiet = self.quiet()
-        if not any(block.get(at) for block in quiet):
-            quiet = self.blocks  # every block with this candidate was disturbed: say so below
-        samples = _fastest(quiet, at)
-        every = [one for block in quiet for turn in block.get(at, []) for one in turn]
+        quiet = len(_fastest(self.quiet(), at))
+        blocks = self._calmest(at)
+        samples = _fastest(blocks, at)
+        every = [one for block in blocks for turn in block.get(at, []) for one in turn]
         low, middle, high = np.percentile(samples, [25, 50, 75])
         return Timing(
             median_ms=float(middle) * 1e3,
             spread_ms=float(high - low) * 1e3,
             p95_ms=float(np.percentile(every, 95)) * 1e3,
             n=len(samples),
-            noisy="; ".join(self._doubts(samples)),
+            noisy="; ".join(self._doubts(samples, quiet)),
         )
 
-    def _doubts(self, samples: Sequence[float]) -> Iterator[str]:
-        if len(samples) < self.plan.rounds:
-            yield f"only {len(samples)} quiet rounds of {self.plan.rounds} in the time limit"
-        pace = [float(np.median(_fastest([block], self.reference))) for block in self.blocks]
-        moved = max(pace) / min(pace) - 1 if min(pace) else 0.0
-        if moved > self.plan.drift and len(samples) < self.plan.rounds:
-            yield f"the reference moved by {moved:.0%}: something else runs, or clocks change"
+    def _calmest(self, at: int) -> list[_Block]:
+        """The quiet blocks and, where these are too few, the least disturbed of the others.
+
+        On a machine that stays busy many disturbed rounds rank networks better than few quiet
+        ones; that the result is in doubt is said all the same.
+        """
+        chosen = self.quiet()
+        for index in np.argsort(self._paces(), kind="stable")[len(chosen) :]:
+            if len(_fastest(chosen, at)) >= self.plan.rounds:
+                break
+            chosen.append(self.blocks[index])
+        return chosen
+
+    def _doubts(self, samples: Sequence[float], quiet: int) -> Iterator[str]:
+        if quiet < self.plan.rounds:
+            yield f"only {quiet} quiet rounds of {self.plan.rounds} in the time limit"
+            best, worst = self._paces().min(), self._paces().max()
+            if best and worst / best - 1 > self.plan.drift:
+                moved = worst / best - 1
+                yield f"the reference moved by {moved:.0%}: something else runs, or clocks change"
         error = _relative_error(samples)
         if error > self.plan.precision:
             yield f"the median is known to {error:.1%} only"
+
+    def _paces(self) -> NDArray[np.float64]:
+        """The reference's median in each block."""
+        return np.array([np.median(_fastest([block], self.reference)) for block in self.blocks])
 
     def _once(self, call: Call) -> float:
         began = self.clock()

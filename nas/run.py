@@ -41,6 +41,7 @@ class Spec(BaseModel):
     batch: int = Field(128, ge=2)
     lr: float = Field(0.2, gt=0)
     evaluations: int = Field(64, ge=1)
+    finetune: float = Field(0.0, ge=0)  # epochs of the chosen network alone; 0: as extracted
     seed: int = Field(0, ge=0)
     threads: int = Field(..., ge=1)
     supernet: str | None = None  # a finished run whose supernet is searched instead of a new one

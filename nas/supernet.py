@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,7 @@ class Step:
 
     step: int  # steps done so far
     steps: int
-    loss_largest: float  # cross-entropy, smoothed
-    loss_smallest: float  # cross-entropy against the largest's prediction
+    losses: tuple[float, ...]  # of each network, in the order of the step's architectures
 
 
 def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
@@ -75,23 +74,34 @@ def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
     return torch.from_numpy(order[at * batch : (at + 1) * batch])
 
 
-def sandwich(space: SearchSpace, recipe: Recipe, step: int) -> list[Any]:
-    """The architectures of one step: the largest first (it teaches), then the smallest."""
-    rng = np.random.default_rng((recipe.seed, 2, step))
-    rows = [space.largest, space.smallest, *space.sample(rng, recipe.n_random)]
-    return [space.decode(row) for row in rows]
+def sandwich(space: SearchSpace, recipe: Recipe) -> Callable[[int], list[Any]]:
+    """The architectures of a step: the largest first (it teaches), then the smallest, then random
+    ones."""
+
+    def archs(step: int) -> list[Any]:
+        rng = np.random.default_rng((recipe.seed, 2, step))
+        rows = [space.largest, space.smallest, *space.sample(rng, recipe.n_random)]
+        return [space.decode(row) for row in rows]
+
+    return archs
+
+
+def alone(net: nn.Module) -> Callable[[int], list[Any]]:
+    """For `train`: every step runs `net` itself, and only that."""
+    return lambda step: [net.arch]
 
 
 def train(
     net: nn.Module,
-    space: SearchSpace,
+    archs: Callable[[int], list[Any]],
     task: Task,
     recipe: Recipe,
     *,
     resume: Path | None = None,
     save_every_s: float = 20.0,
-) -> Iterator[Step]:
-    """Train `net` (= `space.build(largest)`) in place, yielding after each step.
+) -> Generator[Step, None, None]:
+    """Train `net` in place, yielding after each step. `archs(step)` are the architectures it runs:
+    the first learns from the labels, the others from the first.
 
     With `resume`, the state is saved to that file every `save_every_s` seconds and when the caller
     closes the generator, and a state found there is continued.
@@ -104,7 +114,7 @@ def train(
     done = checkpoint.load(resume, net, optimiser, fingerprint) if resume else 0
     saved_at = time.monotonic()
     while done < recipe.steps:
-        losses = _step(net, optimiser, space, task, recipe, done)
+        losses = _step(net, optimiser, archs(done), task, recipe, done)
         done += 1
         if not all(map(math.isfinite, losses)):
             raise NasctlError(
@@ -117,7 +127,7 @@ def train(
             checkpoint.save(resume, net, optimiser, done, fingerprint)
             saved_at = time.monotonic()
         try:
-            yield Step(done, recipe.steps, *losses)
+            yield Step(done, recipe.steps, losses)
         except GeneratorExit:
             # The caller stops between two steps, where weights and momentum agree. (An interrupt
             # inside a step is not caught: the file of the last save stands.)
@@ -143,18 +153,17 @@ def _optimiser(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def _step(
     net: nn.Module,
     optimiser: torch.optim.Optimizer,
-    space: SearchSpace,
+    archs: list[Any],
     task: Task,
     recipe: Recipe,
     step: int,
-) -> tuple[float, float]:
+) -> tuple[float, ...]:
     at = batch_indices(len(task.train), recipe.batch, step, recipe.seed)
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     images = augment(task.train.images[at], generator, flip=task.flip, pad=task.pad)
     x = task.normalise(images).contiguous(memory_format=torch.channels_last)
     target: Tensor | None = None
     losses: list[float] = []
-    archs = sandwich(space, recipe, step)
     for arch in archs:
         logits = net(resize(x, arch.resolution), arch)
         if target is None:
@@ -171,7 +180,7 @@ def _step(
     nn.utils.clip_grad_norm_(net.parameters(), recipe.clip_norm)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return losses[0], losses[1]
+    return tuple(losses)
 
 
 # ---- judging sub-networks ------------------------------------------------------------------------
@@ -192,8 +201,12 @@ def child(net: nn.Module, space: SearchSpace, genes: Genes, calibration: Tensor)
     """
     arch = space.decode(genes)
     small = extract(net, space.build(arch)).to(memory_format=torch.channels_last)
-    images = resize(calibration, arch.resolution)
-    return recalibrate(small, images.split(BATCH_EVAL))
+    return calibrate(small, calibration, arch.resolution)
+
+
+def calibrate(net: nn.Module, calibration: Tensor, resolution: int) -> nn.Module:
+    """`net` in eval mode with the batch-norm statistics of the calibration images."""
+    return recalibrate(net, resize(calibration, resolution).split(BATCH_EVAL))
 
 
 @torch.no_grad()

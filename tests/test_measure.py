@@ -1,4 +1,4 @@
-"""hw_profiles.measure on a clock that only moves when a measured call moves it: nothing is timed."""
+"""hw_profiles.measure on a clock that moves only when a measured call moves it."""
 
 import gc
 
@@ -113,6 +113,20 @@ def test_a_reference_that_never_settles_is_reported():
     (timing,) = timed(clock, [clock.takes("a", 1.0)], plan=plan, reference=ever_slower)
     assert "the reference moved" in timing.noisy
     assert "quiet rounds of 20" in timing.noisy
+
+
+def test_a_machine_that_stays_busy_yields_all_rounds_and_a_warning():
+    clock = Clock()
+    loads = {}
+
+    def by_block(now):  # a new load every 60 ms, which is one block, never twice the same
+        return loads.setdefault(int(now / 0.06), 1.0 + 0.1 * len(loads))
+
+    plan = Plan(rounds=20, time_limit_s=0.6)
+    (timing,) = timed(clock, [clock.takes("a", 1.0)], plan=plan, reference=by_block)
+    assert timing.n >= 20
+    assert "quiet rounds of 20" in timing.noisy
+    assert timing.median_ms == pytest.approx(1.0)
 
 
 def test_the_time_limit_ends_it_after_a_whole_round():

@@ -67,7 +67,10 @@ def load(model: bytes | Path, *, threads: int = 1) -> Session:
 
 def run(session: Session, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """The outputs, in the file's order."""
-    failures = (ValueError, *_failures())  # ValueError: a feed is missing
+    failures: tuple[type[Exception], ...] = (
+        ValueError,
+        *_failures(),
+    )  # ValueError: a feed is missing
     try:
         return list(session.inner.run(None, dict(feeds)))
     except failures as error:

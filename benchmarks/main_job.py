@@ -1,0 +1,232 @@
+"""What `nasctl search` delivers against uniformly scaled networks of the same measured latency.
+
+The control that could embarrass the tool: a ResNet (the search space's own blocks at one width
+multiplier) and a MobileNet, scaled to the measured latency of the network that the search chose,
+each trained alone for the search's *whole* wall-clock, with the same recipe and augmentation. All
+are judged once on test. Also recorded: the same search's network as extracted, without fine-tuning.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from benchmarks import contract
+from hw_profiles import measure
+from hw_profiles.op import Op, macs
+from nas import space, supernet, tasks
+from nas.search_spaces import mobilenet, resnet
+from nas.space import SearchSpace
+from nas.supernet import Recipe
+from nas.tasks import Task
+
+MULTIPLIERS = tuple(np.geomspace(0.2, 3.0, 28))
+TOLERANCE = 1.02  # a baseline may be this much slower than the network it is held against
+
+
+@dataclass(frozen=True)
+class Setting:
+    data: str
+    latency: str
+    flags: tuple[str, ...]
+    seeds: int
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = contract.parser(__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--latency", default="400us")
+    parser.add_argument("--epochs", default="1.6")
+    parser.add_argument("--finetune", default="12")
+    arguments = parser.parse_args(argv)
+    outcome = contract.Outcome("main_job")
+    folder = contract.data("cifar10")
+    if arguments.quick:
+        flags = ("--epochs", "12", "--finetune", "12", "--evaluations", "16")
+        setting = Setting("digits", "100us", flags, seeds=1)
+    elif folder is None:
+        return outcome.skip("NASCTL_DATA/cifar10 is absent")
+    else:
+        flags = ("--epochs", arguments.epochs, "--finetune", arguments.finetune)
+        flags += ("--evaluations", "32")
+        setting = Setting(str(folder), arguments.latency, flags, arguments.seeds)
+    rows = finished_rows(setting, quick=arguments.quick)
+    report(rows, outcome)
+    return outcome.finish(arguments.save)
+
+
+def finished_rows(setting: Setting, *, quick: bool) -> list[dict[str, Any]]:
+    """One row per (seed, network); those on disk are not repeated."""
+    name = Path(setting.data).name
+    where = Path(tempfile.mkdtemp()) if quick else contract.RESULTS
+    kept = contract.Rows(where / "main_job.rows.jsonl")
+    task = tasks.load(setting.data)
+    for seed in range(setting.seeds):
+        key = {"data": name, "latency": setting.latency, "flags": setting.flags, "seed": seed}
+        found = kept.get({**key, "network": "search"})
+        if found is None:
+            found = run_search(setting, seed)
+            kept.add({**key, "network": "search"}, found)
+        for family in (uniform_resnets, uniform_mobilenets):
+            mine = {**key, "network": family.__name__}
+            if kept.get(mine) is None:
+                kept.add(mine, run_baseline(family(task), task, found, seed))
+    return [
+        {**json.loads(key), **row}
+        for key, row in kept.done.items()
+        if json.loads(key)["data"] == name
+    ]
+
+
+def run_search(setting: Setting, seed: int) -> dict[str, Any]:
+    """The command as a user types it, timed from outside."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "cli.main", "search", "--data", setting.data]
+        command += ["--hw", "cpu", "--latency", setting.latency, *setting.flags]
+        command += ["--seed", str(seed), "--run", folder, "--json"]
+        began = time.monotonic()
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds = time.monotonic() - began
+        content = json.loads(done.stdout)
+    chosen = content["chosen"]
+    return {
+        "test_accuracy": chosen["test_accuracy"],
+        "extracted_val_accuracy": chosen["extracted_val_accuracy"],
+        "val_accuracy": chosen["val_accuracy"],
+        "latency_ms": chosen["latency"]["measured"]["median_ms"],
+        "macs": chosen["macs"],
+        "seconds": seconds,
+        "arch": chosen["arch"],
+        "stages": {stage["name"]: stage["seconds"] for stage in content["stages"]},
+    }
+
+
+def uniform_resnets(task: Task) -> list[tuple[SearchSpace, Any]]:
+    """The resnet space's full-depth network at every width multiplier."""
+    found = resnet.Space(channels=task.channels, classes=task.n_classes, size=task.size)
+    largest = found.decode(found.largest)
+    archs = {}
+    for m in MULTIPLIERS:
+        widths = tuple(resnet.round_to(w * m) for w in largest.widths)
+        mids = tuple((w,) * len(stage) for w, stage in zip(widths, largest.mids, strict=True))
+        archs[resnet.Arch(task.size, resnet.round_to(largest.stem * m), widths, mids)] = None
+    return [(found, arch) for arch in archs]
+
+
+def uniform_mobilenets(task: Task) -> list[tuple[SearchSpace, Any]]:
+    """The mobilenet space's shallowest full-resolution network at every width multiplier."""
+    made = {}
+    for m in MULTIPLIERS:
+        found = mobilenet.Space(
+            channels=task.channels, classes=task.n_classes, size=task.size, width=0.25 * float(m)
+        )
+        genes = found.smallest
+        genes[found.index["resolution"]] = found.largest[found.index["resolution"]]
+        arch = found.decode(genes)
+        made[arch] = (found, arch)
+    return list(made.values())
+
+
+def run_baseline(
+    family: list[tuple[SearchSpace, Any]], task: Task, searched: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    """The largest member that is no slower, trained alone for the search's seconds."""
+    found, arch, latency_ms = matched(family, task, searched)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = found.build(arch).to(memory_format=torch.channels_last)
+    began = time.monotonic()
+    steps = train_for(net, task, searched["seconds"], seed)
+    seconds = time.monotonic() - began
+    calibration = supernet.calibration_images(task)
+    supernet.calibrate(net, calibration, arch.resolution)
+    test = supernet.evaluate(net, task, task.test, arch.resolution)
+    val = supernet.evaluate(net, task, task.val, arch.resolution)
+    return {
+        "test_accuracy": test.accuracy,
+        "val_accuracy": val.accuracy,
+        "latency_ms": latency_ms,
+        "macs": macs(found.ops(arch)),
+        "seconds": seconds,
+        "steps": steps,
+        "arch": asdict(arch),
+    }
+
+
+def matched(
+    family: list[tuple[SearchSpace, Any]], task: Task, searched: dict[str, Any]
+) -> tuple[SearchSpace, Any, float]:
+    """Family and chosen network timed in one session, so that the machine's mood cancels."""
+    own = space.load("resnet", channels=task.channels, classes=task.n_classes, size=task.size)
+    chosen = own.ops(space.arch_from_dict(own.arch_type, searched["arch"]))
+    networks: list[list[Op]] = [chosen, *(found.ops(arch) for found, arch in family)]
+    timings = measure.measure_ops(
+        networks, rng=np.random.default_rng(0), plan=measure.Plan(time_limit_s=30)
+    )
+    limit = timings[0].median_ms * TOLERANCE
+    fits = [at for at in range(len(family)) if timings[at + 1].median_ms <= limit]
+    at = max(fits, key=lambda at: timings[at + 1].median_ms)
+    # on the chosen file's own scale, so that the rows can be read side by side
+    scale = searched["latency_ms"] / timings[0].median_ms
+    return *family[at], timings[at + 1].median_ms * scale
+
+
+def train_for(net: torch.nn.Module, task: Task, seconds: float, seed: int) -> int:
+    """Train alone for about `seconds`: the number of steps is set from the pace of the first 20."""
+    probe = supernet.train(net, supernet.alone(net), task, Recipe(steps=10**6, seed=seed))
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    for _ in range(5):
+        next(probe)
+    began = time.monotonic()
+    for _ in range(15):
+        next(probe)
+    pace = (time.monotonic() - began) / 15
+    net.load_state_dict(state)
+    steps = max(20, round(seconds / pace))
+    for _ in supernet.train(net, supernet.alone(net), task, Recipe(steps=steps, seed=seed)):
+        pass
+    return steps
+
+
+def report(rows: list[dict[str, Any]], outcome: contract.Outcome) -> None:
+    header = ["seed", "network", "test", "latency ms", "MMACs", "seconds"]
+    shown = [
+        [
+            row["seed"],
+            row["network"],
+            f"{row['test_accuracy']:.4f}",
+            row["latency_ms"],
+            row["macs"] / 1e6,
+            row["seconds"],
+        ]
+        for row in rows
+    ]
+    print(contract.table(header, shown))
+    by = {(row["seed"], row["network"]): row["test_accuracy"] for row in rows}
+    seeds = sorted({row["seed"] for row in rows})
+    names = ("search", "uniform_resnets", "uniform_mobilenets")
+    for name in names:
+        mine = np.array([by[seed, name] for seed in seeds])
+        outcome.figures[f"{name}_test_accuracy"] = float(mine.mean())
+        outcome.figures[f"{name}_worst"] = float(mine.min())
+    gaps = np.array([by[s, "search"] - max(by[s, name] for name in names[1:]) for s in seeds])
+    half = 0.0
+    if len(gaps) > 1:
+        half = float(stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / np.sqrt(len(gaps)))
+    outcome.figures |= {"gap_to_best": float(gaps.mean()), "gap_half_width_95": half}
+    print(f"search minus the better baseline: {gaps.mean():+.4f} +- {half:.4f} (95 %, t)")
+    outcome.aim("gap_to_best", "> 0", float(gaps.mean()), bool(gaps.mean() > 0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

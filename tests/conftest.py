@@ -1,0 +1,65 @@
+"""What many tests share: one torch thread, a learnable task of seconds, the CLI in this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from cli import main
+from nas.tasks import Split, Task
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Bit-equality needs a fixed number of threads; `nasctl search` sets its own."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """A current folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tiny_split(n, seed, channels=1):
+    """8 x 8 noise in which the class's quadrant is brighter."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 4
+    images = torch.randint(0, 160, (n, channels, 8, 8), generator=generator)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        row, column = 4 * (label // 2), 4 * (label % 2)
+        image[:, row : row + 4, column : column + 4] += 90
+    order = torch.randperm(n, generator=generator)
+    return Split(images.to(torch.uint8)[order], labels[order])
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Four classes, 200 training images."""
+    return Task(
+        "tiny", ("a", "b", "c", "d"), tiny_split(200, 0), tiny_split(64, 1), tiny_split(64, 2)
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def nasctl(capsys, workdir):
+    """`nasctl(*arguments)` in this process and in a folder of its own."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = main.run([str(argument) for argument in arguments])
+        return Outcome(code, *capsys.readouterr())
+
+    return run

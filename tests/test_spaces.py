@@ -1,0 +1,287 @@
+"""The contract of a search space, held by every space that `nas.space.names()` lists."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hw_profiles import op
+from hw_profiles.op import INPUT
+from nas import elastic
+from nas import space as spaces
+from nas.elastic import extract, leading
+
+IMAGES = {"rgb": {"channels": 3, "size": 32}, "grey": {"channels": 1, "size": 8}}
+EVERY = [(name, images) for name in spaces.names() for images in IMAGES]
+FREE = ("depth", "mid", "kernel")  # what a zero-initialised last norm hides at initialisation
+
+every_space = pytest.mark.parametrize(("name", "images"), EVERY)
+on_grey = pytest.mark.parametrize("name", spaces.names())
+
+
+@cache
+def load(name, images="grey"):
+    return spaces.load(name, classes=4, **IMAGES[images])
+
+
+def rows(space, n, seed=0):
+    """The smallest, the largest and random ones."""
+    return np.stack([space.smallest, space.largest, *space.sample(np.random.default_rng(seed), n)])
+
+
+def inputs(space, arch, batch=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, space.channels, arch.resolution, arch.resolution)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def blank(space, arch, device="cpu"):
+    """A network without values, for `extract` to fill: skipping initialisation halves the time."""
+    with torch.device("meta"):
+        net = space.build(arch)
+    return net if device == "meta" else net.to_empty(device=device)
+
+
+def supernet(space, *, shaken=True):
+    """In double precision, so that only real differences show; `shaken` norms are no identities."""
+    torch.manual_seed(0)
+    net = space.build(space.decode(space.largest)).double()
+    for module in net.modules():
+        if shaken and isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.5, 1.5)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.normal_(0, 0.3)
+    return net
+
+
+@every_space
+def test_options_ascend_and_names_are_unique(name, images):
+    space = load(name, images)
+    for gene in space.genes:
+        assert list(gene.options) == sorted(set(gene.options)), gene.name
+    assert len(space.index) == len(space.genes)
+
+
+@every_space
+def test_decoding_depends_on_canonical_genes_alone(name, images):
+    space = load(name, images)
+    raw = np.random.default_rng(0).integers(0, space.sizes, (200, len(space.genes)))
+    canonical = space.canonical(raw)
+    assert (space.canonical(canonical) == canonical).all()
+    archs = [space.decode(row) for row in canonical]
+    assert archs == [space.decode(row) for row in raw]
+    assert len(set(archs)) == len(np.unique(canonical, axis=0))
+
+
+@every_space
+def test_every_op_names_a_declared_slot(name, images):
+    space = load(name, images)
+    for row in rows(space, 20):
+        assert {o.slot for o in space.ops(space.decode(row))} <= set(space.slots)
+
+
+@every_space
+def test_fold_is_the_plain_sum_over_ops(name, images):
+    space = load(name, images)
+    fold = space.fold(lambda o: np.array([o.macs, o.params], float))
+    genes = rows(space, 100)
+    plain = [space.ops(space.decode(row)) for row in genes]
+    assert fold(genes).tolist() == [[op.macs(ops), op.params(ops)] for ops in plain]
+
+
+@every_space
+def test_costs_are_what_torch_counts(name, images):
+    space = load(name, images)
+    for row in rows(space, 4):
+        arch = space.decode(row)
+        net, ops = blank(space, arch, "meta").eval(), space.ops(arch)
+        assert op.params(ops) == sum(p.numel() for p in net.parameters())
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(inputs(space, arch, batch=1).float().to("meta"))
+        assert 2 * op.macs(ops) == counter.get_total_flops()
+
+
+def assert_extraction_agrees(space, n):
+    net = supernet(space)
+    for row in rows(space, n):
+        arch = space.decode(row)
+        small, x = blank(space, arch).double(), inputs(space, arch)
+        for training in (False, True):  # anew for each: a training step moves the statistics
+            extract(net.train(training), small)
+            with torch.no_grad():
+                torch.testing.assert_close(net(x, arch), small(x), rtol=1e-9, atol=1e-9)
+
+
+@on_grey
+def test_extracted_networks_compute_what_the_supernet_computes(name):
+    assert_extraction_agrees(load(name), 50)
+
+
+@pytest.mark.slow
+@on_grey
+def test_extracted_networks_agree_on_larger_colour_images(name):
+    assert_extraction_agrees(load(name, "rgb"), 50)
+
+
+@on_grey
+def test_extraction_agrees_in_single_precision(name):
+    space = load(name, "rgb")
+    net = supernet(space).float().eval()
+    for row in rows(space, 3):
+        arch = space.decode(row)
+        x = inputs(space, arch).float()
+        with torch.no_grad():
+            expected, found = net(x, arch), extract(net, blank(space, arch))(x)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@on_grey
+def test_no_gradient_outside_the_slice(name):
+    space, net = load(name), supernet(load(name)).train()
+    for row in rows(space, 3):
+        arch = space.decode(row)
+        shapes = {key: p.shape for key, p in blank(space, arch).named_parameters()}
+        net.zero_grad(set_to_none=True)
+        net(inputs(space, arch), arch).square().sum().backward()
+        for key, parameter in net.named_parameters():
+            gradient = parameter.grad
+            if key in shapes:
+                assert leading(gradient, shapes[key]).any(), key
+                leading(gradient, shapes[key]).zero_()
+            assert gradient is None or not gradient.any(), key
+
+
+@on_grey
+def test_depth_middle_and_kernel_make_no_difference_at_initialisation(name):
+    space, net = load(name), supernet(load(name), shaken=False).train()
+    free = [gene.name.rsplit(".")[-1] in FREE for gene in space.genes]
+    assert any(free)
+    genes = np.where(free, space.sample(np.random.default_rng(0), 6), space.largest)
+    outputs = [net(inputs(space, a), a) for a in map(space.decode, space.canonical(genes))]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-12)
+
+
+def plain_squeeze_excite(self, x):
+    gate = torch.relu(self.reduce(x.mean((2, 3), keepdim=True)))
+    return x * nn.functional.hardsigmoid(self.expand(gate))
+
+
+@every_space
+@pytest.mark.parametrize("training", [False, True])
+def test_the_largest_is_the_plain_torch_network_bit_for_bit(name, images, training, monkeypatch):
+    space = load(name, images)
+    net = supernet(space).float().train(training)
+    arch = space.decode(space.largest)
+    x = inputs(space, arch).float()
+    found = net(x, arch)
+    for layer in (elastic.Conv2d, elastic.DepthwiseConv2d, elastic.BatchNorm2d, elastic.Linear):
+        plain = layer.__base__.forward
+        monkeypatch.setattr(layer, "forward", lambda self, x, *_, plain=plain: plain(self, x))
+    monkeypatch.setattr(elastic.SqueezeExcite, "forward", plain_squeeze_excite)
+    assert torch.equal(net(x, arch), found)
+
+
+@every_space
+def test_enlarging_one_gene_never_lowers_a_cost(name, images):
+    space = load(name, images)
+    fold = space.fold(lambda o: np.array([o.macs, o.params], float))
+    genes = space.sample(np.random.default_rng(0), 300)
+    for at, size in enumerate(space.sizes):
+        more = genes.copy()
+        more[:, at] = np.minimum(more[:, at] + 1, size - 1)
+        assert (fold(space.canonical(more)) >= fold(genes)).all(), space.genes[at].name
+
+
+@every_space
+def test_variation_stays_in_the_space_and_follows_the_generator(name, images):
+    space = load(name, images)
+
+    def generations(seed):
+        rng = np.random.default_rng(seed)
+        a, b = space.sample(rng, 50), space.sample(rng, 50)
+        return np.concatenate([a, space.mutate(a, rng, 0.3), space.crossover(a, b, rng)])
+
+    found = generations(1)
+    assert (found >= 0).all() and (found < space.sizes).all()
+    assert (space.canonical(found) == found).all()
+    assert (generations(1) == found).all()
+    assert (generations(2) != found).any()
+    assert not {tuple(row) for row in found[50:100]} <= {tuple(row) for row in found[:50]}
+
+
+@every_space
+def test_count_is_the_number_of_distinct_rows(name, images):
+    space = load(name, images)
+    if (n := int(np.prod(space.sizes))) > 200_000:
+        assert not any(gene.needs for gene in space.genes), "too many to count by hand"
+        assert space.count() == n
+    else:
+        grid = np.stack(np.unravel_index(np.arange(n), space.sizes), 1)
+        assert space.count() == len(np.unique(space.canonical(grid), axis=0))
+
+
+@every_space
+def test_architectures_survive_json(name, images):
+    space = load(name, images)
+    for row in rows(space, 20):
+        arch = space.decode(row)
+        fields = json.loads(json.dumps(spaces.arch_to_dict(arch)))
+        again = spaces.arch_from_dict(space.arch_type, fields)
+        assert again == arch and hash(again) == hash(arch)
+
+
+@every_space
+def test_encoding_is_one_hot_and_silent_about_inactive_genes(name, images):
+    space = load(name, images)
+    genes = rows(space, 50)
+    code = space.encode(genes)
+    assert code.shape == (len(genes), space.sizes.sum())
+    blocks = np.split(code, np.cumsum(space.sizes)[:-1], axis=1)
+    assert (np.stack([b.sum(1) for b in blocks], 1) == space.active(genes)).all()
+    for at, block in enumerate(blocks):
+        on = space.active(genes)[:, at]
+        assert (block[on].argmax(1) == genes[on, at]).all()
+
+
+@every_space
+def test_peak_memory_is_the_worst_moment(name, images):
+    space = load(name, images)
+    for row in rows(space, 5):
+        ops = space.ops(space.decode(row))
+        size = {INPUT: space.channels * ops[0].h * ops[0].w}
+        size.update((at, o.elements_out) for at, o in enumerate(ops))
+        readers = {t: [at for at, o in enumerate(ops) if t in o.reads] for t in size}
+        moments = [
+            sum(n for t, n in size.items() if t <= at and (t == at or max(readers[t]) >= at))
+            for at in range(len(ops))
+        ]
+        assert op.peak_activation_bytes(ops, 2) == 2 * max(moments)
+
+
+@on_grey
+@pytest.mark.parametrize("size", [4, 7, 10, 28, 50, 99])
+def test_images_of_any_size_run(name, size):
+    space = spaces.load(name, channels=1, classes=3, size=size, width=0.25)
+    arch = space.decode(space.largest)
+    net, ops = blank(space, arch, "meta").eval(), space.ops(arch)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        assert net(inputs(space, arch, batch=1).float().to("meta")).shape == (1, 3)
+    assert 2 * op.macs(ops) == counter.get_total_flops()
+    assert arch.resolution <= size * 4 / 3 + 4
+
+
+@on_grey
+@pytest.mark.parametrize("width", [0.01, 1.5, 4.0])
+def test_any_width_makes_a_valid_space(name, width):
+    space = spaces.load(name, size=8, width=width)
+    assert space.count() >= 1
+    assert all(len(set(gene.options)) == len(gene.options) for gene in space.genes)
+    assert op.params(space.ops(space.decode(space.largest))) > 0
