@@ -295,6 +295,8 @@ def _row(
     macs, params = stages.cost(job, candidate)
     return {
         "slot": candidate.slot,
+        "genes": list(candidate.genes),
+        "arch": arch_to_dict(arch),
         "arch_text": stages.describe_arch(arch),
         "macs": macs,
         "params": params,

@@ -88,8 +88,8 @@ def latency_table(job: Job) -> LatencyTable:
     if seconds is not None:
         same = table.intervals["same"]
         console.say(
-            f"  {PROFILED} networks measured in {console.format_seconds(seconds)}; "
-            f"90 % of unseen networks within x{same.low:.2f} to x{same.high:.2f} of the estimate"
+            f"  {table.includes}; 90 % of unseen networks within x{same.low:.2f} to "
+            f"x{same.high:.2f} of the estimate"
         )
     return table
 
@@ -103,12 +103,15 @@ def _profile(job: Job) -> None:
         timings = measure.measure_ops(
             networks,
             rng=rng,
-            plan=measure.Plan(time_limit_s=40),
+            plan=measure.Plan(time_limit_s=60),
             progress=lambda share: update(share, ""),
         )
     samples = [(ops, timing.median_ms) for ops, timing in zip(networks, timings, strict=True)]
     origin = f"{len(samples)} random networks of the space, run in ONNX Runtime on this machine"
     table = calibrate.fit(samples, job.device, space=job.spec.space, source_text=origin)
+    noisy = sum(bool(timing.noisy) for timing in timings)
+    doubt = f"; {noisy} of them in doubt, because the machine was busy" if noisy else ""
+    table = table.model_copy(update={"includes": f"{PROFILED} whole networks measured{doubt}"})
     table.save(job.run.path(TABLE))
 
 

@@ -132,8 +132,9 @@ def test_children_learn_from_the_largest_and_not_from_labels(tiny):
 
 
 def test_the_largest_learns_nothing_from_its_children(tiny):
-    alone = after_one_step(tiny, [TEACHER], replace(FREE, lr=0.05))
-    with_child = after_one_step(tiny, [TEACHER, CHILD], replace(FREE, weight_decay=0.02))
+    recipe = replace(FREE, weight_decay=0.0)
+    alone = after_one_step(tiny, [TEACHER], replace(recipe, lr=0.05))  # the mean of two halves it
+    with_child = after_one_step(tiny, [TEACHER, CHILD], recipe)
     torch.testing.assert_close(alone.teacher.weight, with_child.teacher.weight)
     assert torch.equal(alone.child.weight, Two().child.weight)
 
@@ -141,13 +142,13 @@ def test_the_largest_learns_nothing_from_its_children(tiny):
 def test_gradients_are_clipped_to_a_norm(tiny):
     recipe = replace(FREE, clip_norm=1e-3, weight_decay=0.0)
     before, after = Two(), after_one_step(tiny, [TEACHER, CHILD], recipe)
-    moved = [(p - q) for p, q in zip(after.parameters(), before.parameters(), strict=True)]
-    assert math.hypot(*(float(m.norm()) for m in moved)) == pytest.approx(0.1 * 1.9e-3, rel=0.01)
+    old, new = (nn.utils.parameters_to_vector(net.parameters()).detach() for net in (before, after))
+    assert float((new - old).norm()) == pytest.approx(0.1 * 1.9e-3, rel=0.01)
 
 
 def test_a_diverging_loss_is_one_clear_error(tiny):
     recipe = replace(FREE, lr=1e30)
-    with pytest.raises(NasctlError, match="--lr: training diverged at step 2.*Try --lr 3.3e"):
+    with pytest.raises(NasctlError, match="--lr: training diverged at step [23]:.*Try --lr 3.3e"):
         list(supernet.train(Two(), lambda step: [TEACHER, CHILD], tiny, recipe))
 
 
