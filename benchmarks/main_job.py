@@ -25,6 +25,7 @@ from benchmarks import contract
 from hw_profiles import measure
 from hw_profiles.op import Op, macs
 from nas import space, supernet, tasks
+from nas.elastic import Network, channels_last, round_to
 from nas.search_spaces import mobilenet, resnet
 from nas.space import SearchSpace
 from nas.supernet import Recipe
@@ -52,14 +53,14 @@ def main(argv: list[str] | None = None) -> int:
     outcome = contract.Outcome("main_job")
     folder = contract.data("cifar10")
     if arguments.quick:
-        flags = ("--epochs", "12", "--finetune", "12", "--evaluations", "16")
-        setting = Setting("digits", "100us", flags, seeds=1)
+        quick = ("--epochs", "12", "--finetune", "12", "--evaluations", "16")
+        setting = Setting("digits", "100us", quick, seeds=1)
     elif folder is None:
         return outcome.skip("NASCTL_DATA/cifar10 is absent")
     else:
-        flags = ("--epochs", arguments.epochs, "--finetune", arguments.finetune)
-        flags += ("--evaluations", "32")
-        setting = Setting(str(folder), arguments.latency, flags, arguments.seeds)
+        epochs, finetune = ("--epochs", arguments.epochs), ("--finetune", arguments.finetune)
+        full = (*epochs, *finetune, "--evaluations", "32")
+        setting = Setting(str(folder), arguments.latency, full, arguments.seeds)
     rows = finished_rows(setting, quick=arguments.quick)
     report(rows, outcome)
     return outcome.finish(arguments.save)
@@ -115,11 +116,11 @@ def uniform_resnets(task: Task) -> list[tuple[SearchSpace, Any]]:
     """The resnet space's full-depth network at every width multiplier."""
     found = resnet.Space(channels=task.channels, classes=task.n_classes, size=task.size)
     largest = found.decode(found.largest)
-    archs = {}
+    archs: dict[Any, None] = {}
     for m in MULTIPLIERS:
-        widths = tuple(resnet.round_to(w * m) for w in largest.widths)
+        widths = tuple(round_to(w * m) for w in largest.widths)
         mids = tuple((w,) * len(stage) for w, stage in zip(widths, largest.mids, strict=True))
-        archs[resnet.Arch(task.size, resnet.round_to(largest.stem * m), widths, mids)] = None
+        archs[resnet.Arch(task.size, round_to(largest.stem * m), widths, mids)] = None
     return [(found, arch) for arch in archs]
 
 
@@ -144,7 +145,7 @@ def run_baseline(
     found, arch, latency_ms = matched(family, task, searched)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = found.build(arch).to(memory_format=torch.channels_last)
+        net = channels_last(found.build(arch))
     began = time.monotonic()
     steps = train_for(net, task, searched["seconds"], seed)
     seconds = time.monotonic() - began
@@ -181,7 +182,7 @@ def matched(
     return *family[at], timings[at + 1].median_ms * scale
 
 
-def train_for(net: torch.nn.Module, task: Task, seconds: float, seed: int) -> int:
+def train_for(net: Network, task: Task, seconds: float, seed: int) -> int:
     """Train alone for about `seconds`: the number of steps is set from the pace of the first 20."""
     probe = supernet.train(net, supernet.alone(net), task, Recipe(steps=10**6, seed=seed))
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}

@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks import contract
 from hw_profiles import device, latency
 from hw_profiles.latency import LatencyTable
-from nas import search, space
+from nas import pareto, search, space
 from nas.predictors import ridge
 from nas.search import Candidate, Problem
 from nas.space import SearchSpace
@@ -62,7 +62,12 @@ def measure(
     problem = Problem(found, latencies, lambda genes: (0.0, 0.0), budget_ms=None)
     history = evaluated(problem)
     seen: list[int] = []  # pool sizes, so that what is counted is what was scored
-    counting = Problem(found, lambda g: (seen.append(len(g)), latencies(g))[1], problem.evaluate)
+
+    def counted(genes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        seen.append(len(genes))
+        return latencies(genes)
+
+    counting = Problem(found, counted, problem.evaluate)
     loop, walk = [], []
     for repeat in range(repeats):
         began = time.perf_counter()
@@ -97,10 +102,10 @@ def walk_rate(
     scored = []
     began = time.perf_counter()
     for row in pool:
-        total = sum(known[op] for op in found.ops(found.decode(row)))
+        total = np.sum([known[op] for op in found.ops(found.decode(row))], axis=0)
         mean, _ = predict(found.encode(row[None]))
         scored.append((float(table.combine(total, name)[0]), float(mean[0])))
-    search.pareto.front(np.array(scored))
+    pareto.front(np.array(scored))
     return n / (time.perf_counter() - began)
 
 

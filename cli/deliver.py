@@ -12,16 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from cli import console, stages
 from cli.stages import Job, Judge
-from deploy import file, onnx, report, verify
+from deploy import onnx, report, verify
 from hw_profiles import measure
 from hw_profiles.latency import LatencyTable
 from hw_profiles.runtimes import onnxruntime
-from nas import checkpoint, search, supernet
-from nas.elastic import resize
+from nas import checkpoint, file, search, supernet
+from nas.elastic import Network, resize
 from nas.errors import BudgetInfeasible, BudgetMissed, UsageError
 from nas.run import digest
 from nas.search import Candidate
@@ -149,8 +148,8 @@ def _first_inside(job: Job, judge: Judge, order: list[Candidate]) -> Candidate:
 
 
 def _finetuned(
-    job: Job, judge: Judge, net: nn.Module, candidate: Candidate
-) -> tuple[nn.Module, Candidate]:
+    job: Job, judge: Judge, net: Network, candidate: Candidate
+) -> tuple[Network, Candidate]:
     """The chosen network trained on alone from the supernet's weights, and its new validation
     score. It goes on where it was interrupted."""
     recipe = job.recipe
@@ -200,12 +199,12 @@ class Delivery:
     """A network as a file: what was found when the file was run."""
 
     candidate: Candidate
-    net: nn.Module
+    net: Network
     measured: verify.Measured | None
     parity_error: float
 
 
-def _export(job: Job, net: nn.Module, candidate: Candidate, path: Path) -> Delivery:
+def _export(job: Job, net: Network, candidate: Candidate, path: Path) -> Delivery:
     arch = net.arch
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = (job.task.channels, arch.resolution, arch.resolution)

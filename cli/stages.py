@@ -21,9 +21,10 @@ from hw_profiles import calibrate, measure, op
 from hw_profiles import latency as latencies
 from hw_profiles.device import Device
 from hw_profiles.latency import LatencyTable
-from nas import checkpoint, search, space, supernet
+from nas import checkpoint, file, search, space, supernet
 from nas import run as runs
 from nas import study as studies
+from nas.elastic import Network, channels_last
 from nas.errors import BudgetInfeasible, NasctlError
 from nas.run import Run, Spec
 from nas.search import Candidate, Problem
@@ -112,7 +113,7 @@ def _profile(job: Job) -> None:
     noisy = sum(bool(timing.noisy) for timing in timings)
     doubt = f"; {noisy} of them in doubt, because the machine was busy" if noisy else ""
     table = table.model_copy(update={"includes": f"{PROFILED} whole networks measured{doubt}"})
-    table.save(job.run.path(TABLE))
+    job.run.write_text(TABLE, table.model_dump_json(indent=1) + "\n")
 
 
 def make_problem(job: Job, table: LatencyTable, evaluate: Callable[[Genes], Any]) -> Problem:
@@ -141,14 +142,14 @@ def make_problem(job: Job, table: LatencyTable, evaluate: Callable[[Genes], Any]
 # ---- supernet ------------------------------------------------------------------------------------
 
 
-def trained_supernet(job: Job) -> nn.Module:
+def trained_supernet(job: Job) -> Network:
     """The space's largest network, trained in this run or taken from the run it names."""
     if job.spec.supernet is None:
         staged(job, "train", job.train_key, [SUPERNET], lambda: _train(job))
     return finished_supernet(job)
 
 
-def finished_supernet(job: Job) -> nn.Module:
+def finished_supernet(job: Job) -> Network:
     """The supernet that this run trained (or took from another)."""
     net = fresh_supernet(job)
     if job.spec.supernet is not None:
@@ -159,11 +160,11 @@ def finished_supernet(job: Job) -> nn.Module:
     return net
 
 
-def fresh_supernet(job: Job) -> nn.Module:
+def fresh_supernet(job: Job) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.spec.seed)  # torch's initialisers know no other generator
         net = job.space.build(job.space.decode(job.space.largest))
-    return net.to(memory_format=torch.channels_last)
+    return channels_last(net)
 
 
 def _train(job: Job) -> None:
@@ -219,7 +220,7 @@ class Judge:
         val = job.task.val
         self.val = Split(val.images[:JUDGED_ON], val.labels[:JUDGED_ON])
 
-    def child(self, genes: Genes) -> nn.Module:
+    def child(self, genes: Genes) -> Network:
         """The stand-alone network of `genes` with its weights from the supernet, in eval mode."""
         return supernet.child(self.net, self.job.space, genes, self.calibration)
 
@@ -239,7 +240,7 @@ def supernet_path(job: Job) -> Path:
 
 def search_key(job: Job, table: LatencyTable) -> str:
     """What a search's results depend on: weights, data, latencies, budget and seed."""
-    weights = runs.sha256(supernet_path(job))
+    weights = file.sha256(supernet_path(job))
     settings = job.spec.digest("space", "width", "latency_ms", "seed", "threads")
     return runs.digest([weights, job.task.fingerprint, table.model_dump(mode="json"), settings])
 
@@ -255,7 +256,8 @@ def searched(job: Job, problem: Problem, table: LatencyTable) -> list[Candidate]
     found: list[Candidate] = []
 
     def work() -> None:
-        with console.bar("searching", spec.evaluations) as update:
+        where = spec.storage or str(job.run.path(JOURNAL))
+        with console.bar("searching", spec.evaluations) as update, studies.reachable(where):
             for candidate in search.search(problem, study, spec.evaluations):
                 found.append(candidate)
                 best = min(found, key=lambda c: c.cross_entropy)

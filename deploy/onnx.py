@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from deploy import file
+from nas import file
 from nas.errors import NasctlError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploy import file
+from nas import file
 from nas.errors import NasctlError
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploy import file
 from hw_profiles.latency import Estimate
 from hw_profiles.measure import Plan, Progress, Timing, interleaved, session_call
 from hw_profiles.runtimes import onnxruntime
+from nas import file
 from nas.errors import NasctlError, ParityFailed
 
 if TYPE_CHECKING:

@@ -6,14 +6,14 @@ One file, replaced atomically, so weights and momentum can never come from diffe
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nas import file
 from nas.errors import NasctlError
 
 
@@ -64,23 +64,14 @@ def fill(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 def write(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
-    temporary = path.with_name(path.name + ".part")
-    try:
-        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, temporary, meta)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise NasctlError(
-            f"cannot write: {error}",
-            where=str(path),
-            next="What was saved before is intact; free some space and run the same command.",
-        ) from error
+    data = safetensors.torch.save({k: t.detach().contiguous() for k, t in tensors.items()}, meta)
+    file.write(path, data)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        with safe_open(path, framework="pt") as opened:
+            return {k: opened.get_tensor(k) for k in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise NasctlError(
             f"damaged or not a safetensors file ({error})",

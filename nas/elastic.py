@@ -11,6 +11,7 @@ centre-cropped kernels as in Once-for-All (arXiv 1908.09791, section 3.3, withou
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,20 @@ def round_to(value: float, tile: int = 8) -> int:
     """The multiple of `tile` nearest to `value`, at least one tile and never 10 % below `value`."""
     rounded = max(tile, int(value + tile / 2) // tile * tile)
     return rounded + tile if rounded < 0.9 * value else rounded
+
+
+class Network(nn.Module):
+    """A space's network: built at `arch`, `net(x, smaller)` runs any arch that fits inside it."""
+
+    arch: Any
+
+
+N = TypeVar("N", bound=nn.Module)
+
+
+def channels_last(net: N) -> N:
+    """Weights in the layout that convolutions on CPUs are up to 4x faster in (depthwise)."""
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class Conv2d(nn.Conv2d):
@@ -67,8 +82,12 @@ class BatchNorm2d(nn.BatchNorm2d):
         c = x.shape[1]
         if c == self.num_features:
             return super().forward(x)
-        stats = (None, None) if self.training else (self.running_mean[:c], self.running_var[:c])
-        return F.batch_norm(x, *stats, self.weight[:c], self.bias[:c], self.training, 0.0, self.eps)
+        mean = var = None
+        if not self.training:
+            assert self.running_mean is not None and self.running_var is not None
+            mean, var = self.running_mean[:c], self.running_var[:c]
+        weight, bias = self.weight[:c], self.bias[:c]
+        return F.batch_norm(x, mean, var, weight, bias, self.training, 0.0, self.eps)
 
 
 class Linear(nn.Linear):
@@ -94,6 +113,7 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         c, mid = x.shape[1], self.bottleneck(x.shape[1])
+        assert self.reduce.bias is not None and self.expand.bias is not None
         gate = x.mean((2, 3), keepdim=True)
         gate = F.relu(F.conv2d(gate, self.reduce.weight[:mid, :c], self.reduce.bias[:mid]))
         gate = F.conv2d(gate, self.expand.weight[:c, :mid], self.expand.bias[:c])
@@ -109,7 +129,7 @@ def leading(tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 @torch.no_grad()
-def extract(supernet: nn.Module, small: nn.Module) -> nn.Module:
+def extract(supernet: nn.Module, small: N) -> N:
     """Fill `small` (built at the wanted architecture) with its slice of `supernet`; return it.
 
     Afterwards `small(x)` equals `supernet(x, arch)` to float rounding, in train and eval mode.
@@ -121,7 +141,7 @@ def extract(supernet: nn.Module, small: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def recalibrate(net: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+def recalibrate(net: N, batches: Iterable[Tensor]) -> N:
     """Replace the batch-norm statistics by those of `batches` (normalised, not augmented).
 
     The running variance becomes the mean of the per-batch unbiased variances (torch's cumulative

@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nas import file
 from nas.errors import NasctlError, UsageError
 
 MANIFEST = "run.json"
@@ -29,7 +29,7 @@ MANIFEST = "run.json"
 class Spec(BaseModel):
     """What a search is asked for. Field names are the long flags of `nasctl search`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     data: str = "digits"
     size: int | None = Field(None, ge=4, le=1024)  # px; None: the images' own
@@ -59,12 +59,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def make_spec(flags: Mapping[str, Any], file: Path | None = None) -> Spec:
+def make_spec(flags: Mapping[str, Any], path: Path | None = None) -> Spec:
     """The TOML file's fields, overridden by the flags that were given (not None).
 
     Raises UsageError naming the flag or field that is wrong and what it may be.
     """
-    given = {**read_spec(file), **{k: v for k, v in flags.items() if v is not None}}
+    given = {**read_spec(path), **{k: v for k, v in flags.items() if v is not None}}
     try:
         return Spec(**given)
     except ValidationError as error:
@@ -77,14 +77,14 @@ def make_spec(flags: Mapping[str, Any], file: Path | None = None) -> Spec:
         ) from error
 
 
-def read_spec(file: Path | None) -> dict[str, Any]:
+def read_spec(path: Path | None) -> dict[str, Any]:
     """The fields that a TOML spec sets, not yet validated; nothing without a file."""
-    if file is None:
+    if path is None:
         return {}
     try:
-        return tomllib.loads(file.read_text())
+        return tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"cannot read the spec ({error})", where=str(file)) from error
+        raise UsageError(f"cannot read the spec ({error})", where=str(path)) from error
 
 
 class Run:
@@ -151,7 +151,7 @@ class Run:
         if record is None or record["key"] != key:
             return False
         return all(
-            self.path(name).is_file() and sha256(self.path(name)) == digest_
+            self.path(name).is_file() and file.sha256(self.path(name)) == digest_
             for name, digest_ in record["files"].items()
         )
 
@@ -161,7 +161,7 @@ class Run:
         manifest["stages"][stage] = {
             "key": key,
             "seconds": round(seconds, 2),
-            "files": {name: sha256(self.path(name)) for name in files},
+            "files": {name: file.sha256(self.path(name)) for name in files},
         }
         self.write_json(MANIFEST, manifest)
 
@@ -183,19 +183,4 @@ class Run:
         """Atomically: a reader sees the old file or the new one, and a full disk harms neither."""
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
-        try:
-            temporary.write_text(text)
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise NasctlError(
-                f"cannot write: {error}",
-                where=str(path),
-                next="What was saved before is intact; free some space and run the same command.",
-            ) from error
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        file.write(path, text.encode())

@@ -151,13 +151,17 @@ def search(problem: Problem, study: optuna.Study, evaluations: int) -> Iterator[
             proposals = generation, propose(problem, generation, before)
         if place >= len(proposals[1]):
             return
-        yield _evaluate(problem, study, slot, proposals[1][place])
+        candidate = _evaluate(problem, study, slot, proposals[1][place])
+        if candidate is not None:
+            yield candidate
 
 
-def _evaluate(problem: Problem, study: optuna.Study, slot: int, genes: Genes) -> Candidate:
+def _evaluate(problem: Problem, study: optuna.Study, slot: int, genes: Genes) -> Candidate | None:
     from nas import study as studies
 
-    trial, slot, genes = studies.ask(study, problem.space, slot, genes)
+    trial = studies.ask(study, problem.space, slot, genes)
+    if trial is None:
+        return None
     value, high = problem.latency(genes[None])
     cross_entropy, accuracy = problem.evaluate(genes)
     candidate = Candidate(

@@ -27,7 +27,7 @@ from hw_profiles.op import Op
 from nas.errors import NasctlError, unknown
 
 if TYPE_CHECKING:
-    from torch import nn
+    from nas.elastic import Network
 
 Genes = NDArray[np.int64]  # [N, G] or [G], indices into each gene's options
 
@@ -39,6 +39,10 @@ class Gene:
     name: str
     options: tuple[int, ...]  # ascending: the last is the largest network's
     needs: tuple[str, int] | None = None
+
+    def needed_at(self, value: int) -> bool:
+        """Is it active when the gene it needs has this value?"""
+        return self.needs is None or value >= self.needs[1]
 
 
 class SearchSpace(ABC):
@@ -58,7 +62,7 @@ class SearchSpace(ABC):
         """Every operator of the network in execution order: the only description of its cost."""
 
     @abstractmethod
-    def build(self, arch: Any) -> nn.Module:
+    def build(self, arch: Any) -> Network:
         """A network `net(x, arch=None)`, freshly initialised, that runs any arch up to this one."""
 
     # ---- derived -------------------------------------------------------------------------------
@@ -128,7 +132,7 @@ class SearchSpace(ABC):
 
         def ways(gene: Gene) -> int:
             return sum(
-                math.prod(ways(f) for f in followers.get(gene.name, []) if option >= f.needs[1])  # type: ignore[index]
+                math.prod(ways(f) for f in followers.get(gene.name, []) if f.needed_at(option))
                 for option in gene.options
             )
 
@@ -154,7 +158,7 @@ class SearchSpace(ABC):
             tables.append((at, strides, np.array(rows, np.float64)))
 
         def gather(genes: Genes) -> NDArray[np.float64]:
-            return sum(table[genes[:, at] @ strides] for at, strides, table in tables)  # type: ignore[return-value]
+            return sum(table[genes[:, at] @ strides] for at, strides, table in tables)
 
         return gather
 

@@ -8,16 +8,19 @@ Imports without torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import time
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import optuna
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from nas.errors import NasctlError
 
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 
 #: after this long a shared study's unfinished trial is taken to be a dead process's
 STALE = timedelta(minutes=30)
+CLAIM_S = 10.0  # how long a worker may take between starting a trial and naming its slot
+#: what opening a damaged journal, a wrong URL or one without its driver raises besides OptunaError
+DAMAGE = (KeyError, ValueError, AssertionError, ImportError, SQLAlchemyError)
 
 
 def open_study(
@@ -41,41 +47,54 @@ def open_study(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     where = storage or str(path)
-    try:
+    with reachable(where, *DAMAGE):
         study = optuna.create_study(
             study_name=name,
             storage=storage or _journal(path),
             directions=["minimize", "minimize"],
-            sampler=optuna.samplers.RandomSampler(seed=0),  # never asked: every trial is enqueued
+            sampler=_Given({}),
             load_if_exists=True,
         )
-    except (optuna.exceptions.OptunaError, KeyError, ValueError, OSError, ImportError) as error:
-        raise NasctlError(
-            f"cannot open the study ({type(error).__name__}: {error})",
-            where=where,
-            next="Check --storage, or delete the file to search again.",
-        ) from error
-    if study.user_attrs.setdefault("search", fingerprint) != fingerprint:
-        raise NasctlError(
-            f"study '{name}' belongs to another search (other space, data, supernet or budget)",
-            where=where,
-            next="Use another --study-name or --run.",
-        )
-    study.set_user_attr("search", fingerprint)
-    _retire(study, STALE if storage else timedelta(0))
+        if study.user_attrs.get("search", fingerprint) != fingerprint:
+            raise NasctlError(
+                f"study '{name}' belongs to another search (other space, data, supernet or budget)",
+                where=where,
+                next="Use another --study-name or --run.",
+            )
+        study.set_user_attr("search", fingerprint)
+        _retire(study, STALE if storage else timedelta(0))
     return study
+
+
+@contextlib.contextmanager
+def reachable(where: str, *also: type[Exception]) -> Iterator[None]:
+    """What a storage raises (damage, a full disk, a lost connection) as one clear line."""
+    try:
+        yield
+    except (optuna.exceptions.OptunaError, OSError, *also) as error:
+        reason = str(error).splitlines()[0] if str(error) else "inconsistent"
+        raise NasctlError(
+            f"the study cannot be used ({type(error).__name__}: {reason})",
+            where=where,
+            next="Finished evaluations are kept. Check the disk or --storage; a damaged journal "
+            "can be deleted to search again.",
+        ) from error
 
 
 def finished(path: Path, storage: str | None, name: str) -> list[Candidate]:
     """What a finished search evaluated, without taking part in it."""
     if storage is None and not path.exists():
         raise NasctlError("no search in this run yet", where=str(path))
-    study = optuna.load_study(study_name=name, storage=storage or _journal(path))
-    return candidates(study)
+    with reachable(storage or str(path), *DAMAGE):
+        study = optuna.load_study(study_name=name, storage=storage or _journal(path))
+        return candidates(study)
 
 
 def _journal(path: Path) -> optuna.storages.JournalStorage:
     trim(path)
+    # A process killed while it held Optuna's lock leaves it behind; the run directory's own lock,
+    # which the system releases, says that nobody else is here.
+    Path(f"{path}.lock").unlink(missing_ok=True)
     lock = JournalFileOpenLock(str(path))  # the symlink lock needs a file system that has symlinks
     return optuna.storages.JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
 
@@ -128,7 +147,7 @@ def candidates(study: optuna.Study) -> list[Candidate]:
     """Every evaluated network, by slot."""
     from nas.search import Candidate
 
-    found = {}
+    found: dict[int, Candidate] = {}
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         attrs = trial.user_attrs
         cross_entropy, latency_ms = trial.values
@@ -149,28 +168,61 @@ def candidates(study: optuna.Study) -> list[Candidate]:
 def next_slot(study: optuna.Study) -> int:
     """The first slot that nobody has evaluated or is evaluating."""
     taken = {
-        trial.user_attrs["slot"]
+        trial.user_attrs.get("slot")
         for trial in study.get_trials(deepcopy=False)
         if trial.state in (TrialState.COMPLETE, TrialState.RUNNING)
     }
     return next(slot for slot in range(len(taken) + 1) if slot not in taken)
 
 
-def ask(
-    study: optuna.Study, space: SearchSpace, slot: int, genes: Genes
-) -> tuple[Trial, int, Genes]:
-    """Start a trial for `genes`; with several workers it may be one another worker enqueued."""
-    values = {
-        k: v for k, v in space.values(genes).items() if len(space.genes[space.index[k]].options) > 1
-    }
-    distributions = {
+class _Given(optuna.samplers.BaseSampler):
+    """Hands out the values it was made with: proposals are ours, the study keeps them."""
+
+    def __init__(self, values: Mapping[str, int]) -> None:
+        self.values = values
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+        return {}
+
+    def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(self, study: Any, trial: Any, param_name: str, distribution: Any) -> int:
+        return self.values[param_name]
+
+
+def ask(study: optuna.Study, space: SearchSpace, slot: int, genes: Genes) -> Trial | None:
+    """Start a trial for `genes` in `slot`; None if another worker has the slot."""
+    distributions: dict[str, optuna.distributions.BaseDistribution] = {
         gene.name: optuna.distributions.CategoricalDistribution(gene.options)
         for gene in space.genes
-        if gene.name in values
     }
-    study.enqueue_trial(values, user_attrs={"slot": slot, "genes": genes.tolist()})
+    study.sampler = _Given(space.values(genes))
     trial = study.ask(distributions)
-    return trial, trial.user_attrs["slot"], np.array(trial.user_attrs["genes"])
+    trial.set_user_attr("genes", genes.tolist())
+    trial.set_user_attr("slot", slot)
+    if _taken(study, slot, trial.number):
+        study.tell(trial, state=TrialState.FAIL)
+        return None
+    return trial
+
+
+def _taken(study: optuna.Study, slot: int, number: int) -> bool:
+    """Does another trial come before trial `number` in the slot?
+
+    Of two workers that ask for one slot at one moment the lower number wins. A running trial with a
+    lower number that has not said its slot yet is waited for, up to CLAIM_S: it may be this one.
+    """
+    deadline = time.monotonic() + CLAIM_S
+    while True:
+        others = [t for t in study.get_trials(deepcopy=False) if t.number != number]
+        running = [t for t in others if t.state == TrialState.RUNNING and t.number < number]
+        complete = [t for t in others if t.state == TrialState.COMPLETE]
+        if any(t.user_attrs.get("slot") == slot for t in running + complete):
+            return True
+        if all("slot" in t.user_attrs for t in running) or time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
 
 
 def tell(study: optuna.Study, trial: Trial, candidate: Candidate) -> None:

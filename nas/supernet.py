@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from nas import checkpoint
 from nas.data.augment import augment
-from nas.elastic import extract, recalibrate, resize
+from nas.elastic import N, Network, channels_last, extract, recalibrate, resize
 from nas.errors import NasctlError
 from nas.space import Genes, SearchSpace
 from nas.tasks import Split, Task
@@ -86,7 +86,7 @@ def sandwich(space: SearchSpace, recipe: Recipe) -> Callable[[int], list[Any]]:
     return archs
 
 
-def alone(net: nn.Module) -> Callable[[int], list[Any]]:
+def alone(net: Network) -> Callable[[int], list[Any]]:
     """For `train`: every step runs `net` itself, and only that."""
     return lambda step: [net.arch]
 
@@ -194,26 +194,26 @@ class Score:
     accuracy: float
 
 
-def child(net: nn.Module, space: SearchSpace, genes: Genes, calibration: Tensor) -> nn.Module:
+def child(net: nn.Module, space: SearchSpace, genes: Genes, calibration: Tensor) -> Network:
     """The stand-alone network of `genes`, batch-norm statistics re-calibrated, in eval mode.
 
     `calibration`: normalised images [N, C, H, W] at the task's size.
     """
     arch = space.decode(genes)
-    small = extract(net, space.build(arch)).to(memory_format=torch.channels_last)
+    small = channels_last(extract(net, space.build(arch)))
     return calibrate(small, calibration, arch.resolution)
 
 
-def calibrate(net: nn.Module, calibration: Tensor, resolution: int) -> nn.Module:
+def calibrate(net: N, calibration: Tensor, resolution: int) -> N:
     """`net` in eval mode with the batch-norm statistics of the calibration images."""
-    return recalibrate(net, resize(calibration, resolution).split(BATCH_EVAL))
+    return recalibrate(net, torch.split(resize(calibration, resolution), BATCH_EVAL))
 
 
 @torch.no_grad()
 def evaluate(net: nn.Module, task: Task, split: Split, resolution: int) -> Score:
     """Cross-entropy (nats) and the task's metric of an eval-mode network on a split."""
     logits = []
-    for images in split.images.split(BATCH_EVAL):
+    for images in torch.split(split.images, BATCH_EVAL):
         x = task.normalise(images).contiguous(memory_format=torch.channels_last)
         logits.append(net(resize(x, resolution)))
     every = torch.cat(logits)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from deploy import file
 from deploy.onnx import export
 from deploy.verify import parity
 from hw_profiles.runtimes import onnxruntime
+from nas import file
 from nas.errors import NasctlError
 
 

@@ -74,7 +74,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_towards_zero(steps):
     assert rates[peak] == pytest.approx(0.5)
     assert peak <= max(1, round(0.1 * steps))
     assert (np.diff(rates[: peak + 1]) >= 0).all() and (np.diff(rates[peak:]) <= 0).all()
-    assert 0 < rates[-1] and (steps < 10 or rates[-1] < 0.06)
+    assert rates[-1] > 0 and (steps < 10 or rates[-1] < 0.06)
 
 
 def test_a_sandwich_is_largest_smallest_and_random():
@@ -286,11 +286,11 @@ def refuse(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["nas.checkpoint.save_file", "nas.checkpoint.os.replace"])
+@pytest.mark.parametrize("where", ["nas.file.os.fsync", "nas.file.os.replace"])
 def test_a_full_disk_is_one_clear_error_and_harms_nothing(where, saved, tiny, monkeypatch):
     before = saved.read_bytes()
     monkeypatch.setattr(where, refuse)
-    with pytest.raises(NasctlError, match="cannot write: .*No space left.*saved before is intact"):
+    with pytest.raises(NasctlError, match="cannot write: .*No space left.*there before is intact"):
         list(steps_of(fresh(), tiny, resume=saved, save_every_s=0.0))
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]

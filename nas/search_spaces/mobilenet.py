@@ -14,13 +14,22 @@ default is 1, or 1/4 below 96 px, where the ImageNet widths would cost 0.6 GMACs
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hw_profiles.op import Op, Tape, Wire
-from nas.elastic import BatchNorm2d, Conv2d, DepthwiseConv2d, Linear, SqueezeExcite, round_to
+from nas.elastic import (
+    BatchNorm2d,
+    Conv2d,
+    DepthwiseConv2d,
+    Linear,
+    Network,
+    SqueezeExcite,
+    round_to,
+)
 from nas.space import Gene, Genes, SearchSpace
 
 
@@ -118,7 +127,7 @@ class Space(SearchSpace):
         tape.linear(x, self.classes)
         return tape.ops
 
-    def build(self, arch: Arch) -> nn.Module:
+    def build(self, arch: Arch) -> MobileNet:
         return MobileNet(arch, self.channels, self.classes, small=self.small)
 
 
@@ -197,7 +206,7 @@ class Block(nn.Module):
         return x + y
 
 
-class MobileNet(nn.Module):
+class MobileNet(Network):
     """Built at `arch`; `net(x, smaller)` runs any architecture that fits inside it.
 
     The input's resolution is the caller's affair (`nas.elastic.resize`).
@@ -227,10 +236,10 @@ class MobileNet(nn.Module):
     def forward(self, x: Tensor, arch: Arch | None = None) -> Tensor:
         arch = arch or self.arch
         x = F.hardswish(self.stem_norm(self.stem(x, arch.stem)))
-        for blocks, width, depth, kernel in zip(
+        for stage, width, depth, kernel in zip(
             self.stages, arch.widths, arch.depths, arch.kernels, strict=True
         ):
-            for block in blocks[:depth]:
+            for block in islice(stage.children(), depth):
                 x = block(x, width, kernel)
         x = F.hardswish(self.last_norm(self.last(x, arch.last)))
         return self.head(x.mean((2, 3)))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hw_profiles.op import Op, Tape, Wire
-from nas.elastic import BatchNorm2d, Conv2d, Linear, round_to
+from nas.elastic import BatchNorm2d, Conv2d, Linear, Network, round_to
 from nas.space import Gene, Genes, SearchSpace
 
 STAGES = 3
@@ -88,7 +88,7 @@ class Space(SearchSpace):
         tape.linear(tape.gap(x), self.classes)
         return tape.ops
 
-    def build(self, arch: Arch) -> nn.Module:
+    def build(self, arch: Arch) -> ResNet:
         return ResNet(arch, self.channels, self.classes)
 
 
@@ -128,7 +128,7 @@ class Block(nn.Module):
         return F.relu(x + y)
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """Built at `arch`; `net(x, smaller)` runs any architecture that fits inside it."""
 
     def __init__(self, arch: Arch, channels: int, classes: int) -> None:
@@ -149,7 +149,7 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor, arch: Arch | None = None) -> Tensor:
         arch = arch or self.arch
         x = F.relu(self.stem_norm(self.stem(x)))
-        for blocks, width, mids in zip(self.stages, arch.widths, arch.mids, strict=True):
-            for block, mid in zip(blocks, mids, strict=False):  # a shallower arch stops early
+        for stage, width, mids in zip(self.stages, arch.widths, arch.mids, strict=True):
+            for block, mid in zip(stage.children(), mids, strict=False):  # a short arch stops early
                 x = block(x, width, mid)
         return self.head(x.mean((2, 3)))

@@ -1,12 +1,12 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and their digests. Imports without torch."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
 
-from nas import run as runs
 from nas.errors import NasctlError
 
 
@@ -32,14 +32,19 @@ def write(path: Path, data: bytes) -> None:
 def record(path: Path) -> dict[str, str | int]:
     """What a report says of a file."""
     try:
-        return {"path": path.name, "sha256": runs.sha256(path), "bytes": path.stat().st_size}
+        return {"path": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
     except OSError as error:
         raise NasctlError(f"cannot read: {error.strerror}", where=str(path)) from error
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cannot_write(path: Path, error: OSError) -> NasctlError:
     return NasctlError(
         f"cannot write: {error.strerror or error}",
         where=str(path),
-        next="Nothing was left behind; name a folder that exists, is writable and has space.",
+        next="What was there before is intact; the folder must exist, be writable and have space.",
     )

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cli import console, main
+
+SEARCH = ("search", "--hw", "jetson", "--width", 0.25, "--threads", 1)
+TINY = (*SEARCH, "--epochs", 0.2, "--batch", 64, "--evaluations", 3)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, to be copied by whoever harms it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert main.run([str(word) for word in (*TINY, "--run", folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(finished, workdir):
+    return Path(shutil.copytree(finished, workdir / "run"))
+
+
+def assert_one_line(outcome, code, *fragments):
+    """One line of error, the last on stderr, and nothing on stdout."""
+    lines = [line for line in outcome.err.splitlines() if line.startswith("nasctl: ")]
+    assert outcome.code == code, outcome.err
+    assert len(lines) == 1 and outcome.err.splitlines()[-1] == lines[0]
+    assert "Traceback" not in outcome.err and outcome.out == ""
+    for fragment in fragments:
+        assert fragment in lines[0]
+
+
+# ---- what is typed -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        ("serch", ["serch", "Did you mean 'search'?"]),
+        ("search --latncy 5ms", ["--latncy", "--latency"]),
+        ("search --space resnt", ["--space: unknown space 'resnt'", "Did you mean resnet?"]),
+        ("search --hw jetsn", ["--hw: unknown device 'jetsn'", "Did you mean jetson?"]),
+        ("search --data digts", ["--data: no such data 'digts'", "Did you mean digits?"]),
+        ("search --data no.such.module:task", ["--data no.such.module:task"]),
+        ("search --space no.such.module", ["--space: cannot import 'no.such.module'"]),
+        ("search --latency 5", ["--latency: '5' has no unit", "as in 5ms"]),
+        ("search --latency 5MB", ["--latency: '5MB' is not a latency"]),
+        ("search --latency -5ms", ["--latency"]),
+        ("search --latency 0ms", ["--latency: a budget must be above zero"]),
+        ("search --latency 1e999ms", ["--latency"]),
+        ("search --epochs 0", ["--epochs: ", "greater than 0"]),
+        ("search --epochs inf", ["--epochs: "]),
+        ("search --epochs many", ["--epochs"]),
+        ("search --batch 100000", ["--batch: 100000 images per step"]),
+        ("search --size 2", ["--size: "]),
+        ("search --spec nowhere.toml", ["nowhere.toml: cannot read the spec"]),
+        ("export nowhere --out x.onnx --slot 1", ["RUN: no run in nowhere"]),
+        ("export nowhere --out x.onnx", ["name the network"]),
+        ("export nowhere", ["--out"]),
+        ("report nowhere", ["RUN: no run directory nowhere"]),
+        ("report", ["run"]),
+        ("spaces --size 2", ["--size"]),
+    ],
+)
+def test_a_wrong_word_is_one_line_and_exit_code_2(words, fragments, nasctl, monkeypatch):
+    monkeypatch.setattr("cli.stages.trained_supernet", lambda job: pytest.fail("it began to work"))
+    typed = words.split()
+    hardware = ("--hw", "jetson") if typed[0] == "search" and "--hw" not in typed else ()
+    outcome = nasctl(*typed, *hardware)
+    assert_one_line(outcome, outcome.code, *fragments)
+    assert outcome.code == (1 if "no.such.module" in words else 2)
+
+
+def test_an_infeasible_budget_names_the_fastest_and_a_budget_that_fits(nasctl):
+    outcome = nasctl(*TINY, "--latency", "1us", "--run", "r")
+    assert_one_line(outcome, 3, "--latency: no network", "the fastest found needs", "Arch(")
+    asked = re.search(r"Ask for (\S+) or more", outcome.err)[1]
+    assert nasctl(*TINY, "--latency", asked, "--run", "s", "--dry-run").code == 0
+    assert nasctl(*TINY, "--latency", "1us", "--run", "r").code == 3  # nothing was left behind
+
+
+def test_the_budget_that_the_error_offers_is_accepted(nasctl, monkeypatch):
+    outcome = nasctl(*TINY, "--latency", "1us", "--run", "r")
+    asked = re.search(r"Ask for (\S+) or more", outcome.err)[1]
+    from cli import stages
+
+    def stop(job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "trained_supernet", stop)
+    assert nasctl(*TINY, "--latency", asked, "--run", "s").code == 130  # it got as far as training
+
+
+# ---- files that are not what they should be ------------------------------------------------------
+
+
+def test_a_damaged_picture_is_one_line(nasctl, workdir):
+    for name in ("cat", "dog"):
+        (workdir / "pictures" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (8, 8), (i, i, i)).save(workdir / "pictures" / name / f"{i}.png")
+    (workdir / "pictures" / "dog" / "7.png").write_bytes(b"\x89PNG no picture")
+    assert_one_line(nasctl(*TINY, "--data", "pictures"), 1, "7.png")
+
+
+def test_a_damaged_device_file_is_one_line(nasctl, workdir):
+    (workdir / "mine.toml").write_text('name = "mine"\nsummary = 3\n')
+    assert_one_line(nasctl("search", "--hw", "mine.toml"), 1, "mine.toml: field 'summary'")
+    assert_one_line(nasctl("search", "--hw", "none.toml"), 1, "none.toml: cannot read")
+
+
+def test_a_run_of_another_spec_is_one_line(nasctl, copied):
+    outcome = nasctl(*TINY, "--seed", 5, "--run", copied)
+    assert_one_line(outcome, 2, "another spec: seed 0 there, 5 here", "--force")
+
+
+def test_a_damaged_manifest_is_one_line(nasctl, copied):
+    (copied / "run.json").write_text('{"spec": ')
+    assert_one_line(nasctl(*TINY, "--run", copied), 1, "run.json: missing or damaged")
+    assert_one_line(nasctl("export", copied, "--out", "x.onnx", "--slot", 0), 1, "run.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"{}"])
+def test_a_damaged_supernet_is_one_line(content, nasctl, copied):
+    (copied / "supernet.safetensors").write_bytes(content)
+    outcome = nasctl("export", copied, "--out", "x.onnx", "--slot", 0)
+    assert_one_line(outcome, 1, "supernet.safetensors: damaged")
+    outcome = nasctl(*TINY, "--supernet", copied, "--run", "new")
+    assert_one_line(outcome, 1, "supernet.safetensors: damaged")
+
+
+def test_a_supernet_of_another_space_or_of_no_run_is_one_line(nasctl, copied):
+    words = ("search", "--hw", "jetson", "--supernet", copied, "--run", "new")
+    assert_one_line(nasctl(*words), 1, "trained with --width 0.25, this search has None")
+    assert_one_line(nasctl(*TINY, "--supernet", "none", "--run", "b"), 1, "no trained supernet")
+    (copied / "run.json").unlink()
+    outcome = nasctl(*TINY, "--supernet", copied, "--run", "c")
+    assert_one_line(outcome, 1)
+
+
+def test_a_damaged_report_is_one_line(nasctl, copied):
+    for content in ("", "{", "{}", "[]"):
+        (copied / "report.json").write_text(content)
+        assert_one_line(nasctl("report", copied), 1, "report.json")
+    (copied / "report.json").unlink()
+    assert_one_line(nasctl("report", copied), 1, "report.json")
+
+
+def test_a_damaged_journal_is_one_line(nasctl, copied):
+    lines = (copied / "study.journal").read_bytes().splitlines(keepends=True)
+    lines[2] = b"{\n"
+    (copied / "study.journal").write_bytes(b"".join(lines))
+    words = ("export", copied, "--out", "x.onnx", "--slot", 0)
+    assert_one_line(nasctl(*words), 1, "study.journal: line 3 is not JSON")
+    (copied / "study.journal").unlink()
+    assert_one_line(nasctl(*words), 1, "study.journal: no search in this run yet")
+
+
+def test_an_unknown_slot_lists_the_known_and_a_tight_budget_names_the_fastest(nasctl, copied):
+    out = ("export", copied, "--out", "x.onnx")
+    assert_one_line(nasctl(*out, "--slot", 99), 2, "--slot: no network 99", "allowed: ")
+    assert_one_line(nasctl(*out, "--latency", "1us"), 3, "--latency: no evaluated network fits")
+
+
+# ---- what works ----------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_not_repeated_and_reports_again(nasctl, copied):
+    before = (copied / "supernet.safetensors").stat().st_mtime_ns
+    again = nasctl(*TINY, "--run", copied, "--json")
+    assert again.code == 0 and json.loads(again.out)["chosen"]["val_ce"] > 0
+    assert (copied / "supernet.safetensors").stat().st_mtime_ns == before
+    shown = nasctl("report", copied, "--json")
+    assert json.loads(shown.out) == json.loads((copied / "report.json").read_text())
+
+
+def test_a_deleted_output_is_made_again(nasctl, copied):
+    weights = (copied / "supernet.safetensors").read_bytes()
+    (copied / "supernet.safetensors").unlink()
+    assert nasctl(*TINY, "--run", copied).code == 0
+    assert (copied / "supernet.safetensors").read_bytes() == weights
+
+
+def test_another_network_is_exported(nasctl, copied, workdir):
+    outcome = nasctl("export", copied, "--out", "new/x.onnx", "--slot", 1, "--json")
+    assert outcome.code == 0 and json.loads(outcome.out)["slot"] == 1
+    assert (workdir / "new" / "x.onnx").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("verb", ["devices", "spaces"])
+def test_listings_are_json_on_request(verb, nasctl):
+    outcome = nasctl(verb, "--json")
+    assert outcome.code == 0 and outcome.err == ""
+    assert {"resnet", "cpu"} & {row["name"] for row in json.loads(outcome.out)}
+    assert nasctl(verb).code == 0
+
+
+def test_no_arguments_show_the_help(nasctl):
+    assert nasctl().out == nasctl("--help").out != ""
+
+
+def test_a_reader_that_leaves_is_no_error():
+    words = f"{sys.executable} -m cli.main devices --json | head -c 1 > /dev/null; echo $PIPESTATUS"
+    shell = ["bash", "-c", words]
+    found = subprocess.run(shell, capture_output=True, text=True, check=True)
+    assert found.stdout == "0\n" and found.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "ms"),
+    [("5ms", 5), ("300us", 0.3), ("300µs", 0.3), (" 0.1 s ", 100), ("1e-1ms", 0.1), (".5MS", 0.5)],
+)
+def test_latencies_have_units(text, ms):
+    assert console.parse_latency(text) == pytest.approx(ms)

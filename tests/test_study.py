@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import toy
+from optuna.trial import TrialState
+
+from nas import search, study
+from nas.errors import NasctlError
+from nas.search import Candidate
+
+SPACE = toy.Space(n=2, options=6)
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch):
+    """Nothing here pulls the plug, so nothing needs to reach the disk."""
+    monkeypatch.setattr(search, "POOL", 300)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def run(path, evaluations, **options):
+    opened = study.open_study(path, "same", **options)
+    return list(search.search(toy.problem(SPACE), opened, evaluations))
+
+
+@pytest.fixture
+def journal(tmp_path):
+    run(tmp_path / "study.journal", 4)
+    return tmp_path / "study.journal"
+
+
+def lines(path):
+    return path.read_bytes().splitlines(keepends=True)
+
+
+# ---- a file that a killed process left -----------------------------------------------------------
+
+
+def test_cut_at_any_byte_the_whole_lines_are_kept(journal):
+    data = b"".join(lines(journal)[:12])  # every kind of line
+    for size in range(len(data) + 1):
+        journal.write_bytes(data[:size])
+        whole = data[:size].rfind(b"\n") + 1
+        assert study.trim(journal) == size - whole
+        assert journal.read_bytes() == data[:whole]
+
+
+def assert_opens_with_a_prefix(journal, data, sizes):
+    complete = study.candidates(study.open_study(journal, "same"))
+    assert [c.slot for c in complete] == [0, 1, 2, 3]
+    for size in sizes:
+        journal.write_bytes(data[:size])
+        found = study.candidates(study.open_study(journal, "same"))
+        assert found == complete[: len(found)], size
+        assert size < len(data) or found == complete
+
+
+def test_cut_at_any_line_the_study_opens_with_a_prefix(journal):
+    ends = np.cumsum([0, *map(len, lines(journal))])
+    sizes = sorted({int(end + by) for end in ends for by in (-1, 0, 1) if end + by >= 0})
+    assert_opens_with_a_prefix(journal, journal.read_bytes(), sizes)
+
+
+@pytest.mark.slow
+def test_cut_at_any_byte_the_study_opens_with_a_prefix(journal):
+    data = journal.read_bytes()
+    assert_opens_with_a_prefix(journal, data, range(len(data) + 1))
+
+
+def test_cut_at_any_line_the_search_ends_as_if_it_had_not_stopped(journal):
+    whole, data = run(journal, 6), journal.read_bytes()
+    assert [c.slot for c in whole] == list(range(6))
+    for size in np.cumsum([0, *map(len, lines(journal))]):
+        journal.write_bytes(data[: size + 1])
+        assert run(journal, 6) == whole, size
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 40, b'{"op_code": 5, "work', b"12\n", b"\xff\xfe", b"\n"])
+def test_a_tail_of_rubbish_is_cut(tail, journal):
+    data = journal.read_bytes()
+    journal.write_bytes(data + tail)
+    assert study.trim(journal) == len(tail)
+    assert journal.read_bytes() == data
+    assert study.trim(journal) == 0
+
+
+@pytest.mark.parametrize("damage", [b"{\n", b"\0\0\0\n", b'{"op_code": \n'])
+def test_damage_before_the_tail_is_an_error_that_names_the_line(damage, journal):
+    every = lines(journal)
+    every[3] = damage
+    journal.write_bytes(b"".join(every))
+    with pytest.raises(NasctlError, match="study.journal: line 4 is not JSON"):
+        study.open_study(journal, "same")
+    assert lines(journal) == every  # and nothing was cut
+
+
+@pytest.mark.parametrize(
+    "line", [b"{}\n", b'{"op_code": 5, "worker_id": "x"}\n', b'{"op_code": 99}\n']
+)
+def test_json_that_is_no_journal_is_one_clear_error(line, tmp_path):
+    (tmp_path / "j").write_bytes(line * 2)
+    with pytest.raises(NasctlError, match="cannot be used"):
+        study.open_study(tmp_path / "j", "same")
+
+
+def test_another_search_is_refused(journal):
+    with pytest.raises(NasctlError, match="belongs to another search"):
+        study.open_study(journal, "other")
+
+
+def test_an_unreachable_storage_is_one_clear_error(tmp_path):
+    for url in (f"sqlite:///{tmp_path}/no/such/folder/s.db", "nosuchdb://x", "rubbish"):
+        with pytest.raises(NasctlError, match="cannot be used") as caught:
+            study.open_study(tmp_path / "j", "same", storage=url)
+        assert "\n" not in str(caught.value)
+
+
+def test_finished_reads_and_explains_what_is_missing(journal, tmp_path):
+    assert [c.slot for c in study.finished(journal, None, "nasctl")] == [0, 1, 2, 3]
+    with pytest.raises(NasctlError, match="no search in this run yet"):
+        study.finished(tmp_path / "none", None, "nasctl")
+    with pytest.raises(NasctlError):
+        study.finished(journal, None, "another-name")
+
+
+# ---- trials that a dead process left -------------------------------------------------------------
+
+
+def states(path):
+    return Counter(trial.state for trial in study.open_study(path, "same").trials)
+
+
+def test_a_running_trial_is_retired_and_its_slot_proposed_again(journal):
+    opened = study.open_study(journal, "same")
+    study.ask(opened, SPACE, 4, SPACE.largest)
+    assert study.next_slot(opened) == 5
+    again = study.open_study(journal, "same")
+    assert study.next_slot(again) == 4
+    assert states(journal)[TrialState.FAIL] == 1
+    assert [c.slot for c in run(journal, 6)] == list(range(6))
+
+
+def test_in_a_shared_storage_only_old_trials_are_retired(tmp_path, monkeypatch):
+    url = f"sqlite:///{tmp_path}/shared.db"
+    opened = study.open_study(tmp_path / "j", "same", storage=url)
+    study.ask(opened, SPACE, 0, SPACE.largest)
+    again = study.open_study(tmp_path / "j", "same", storage=url)
+    assert again.trials[0].state == TrialState.RUNNING  # another worker may be at it
+    monkeypatch.setattr(study, "STALE", timedelta(0))
+    again = study.open_study(tmp_path / "j", "same", storage=url)
+    assert again.trials[0].state == TrialState.FAIL
+    assert not (tmp_path / "j").exists()
+
+
+def test_a_slot_that_another_worker_holds_is_left_to_it(tmp_path):
+    url = f"sqlite:///{tmp_path}/shared.db"
+    mine, theirs = (study.open_study(tmp_path / "j", "same", storage=url) for _ in range(2))
+    held = study.ask(mine, SPACE, 0, SPACE.largest)
+    assert study.ask(theirs, SPACE, 0, SPACE.largest) is None
+    assert study.next_slot(theirs) == 1
+    study.tell(mine, held, Candidate(0, (5, 5), 1.0, 1.2, 0.5, 0.9))
+    assert study.ask(theirs, SPACE, 0, SPACE.largest) is None
+    assert [c.slot for c in study.candidates(theirs)] == [0]
+
+
+def test_a_trial_stores_the_values_of_its_genes(tmp_path):
+    space = toy.Space(n=2, options=3)
+    space.genes = (space.genes[0], toy.Gene("g1", (7,)))  # one option
+    trial = study.ask(study.open_study(tmp_path / "j", "same"), space, 4, np.array([2, 0]))
+    assert trial.user_attrs == {"slot": 4, "genes": [2, 0]}
+    assert trial.params == {"g0": 2, "g1": 7}
+
+
+# ---- several workers -----------------------------------------------------------------------------
+
+WORKER = """
+import sys
+from pathlib import Path
+import toy
+from nas import search, study
+
+url, evaluations = sys.argv[1], int(sys.argv[2])
+search.POOL = 300
+opened = study.open_study(Path("unused"), "same", storage=url)
+print("ready", flush=True)
+sys.stdin.readline()
+for candidate in search.search(toy.problem(toy.Space(n=2, options=6)), opened, evaluations):
+    print(candidate.slot, flush=True)
+"""
+
+
+def share(url, folder, evaluations, workers=2):
+    """Slots that each worker says were evaluated; all begin at the same moment."""
+    study.open_study(folder / "unused", "same", storage=url)  # tables exist
+    command = [sys.executable, "-c", WORKER, url, str(evaluations)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, env=environment, **pipes) for _ in range(workers)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * workers
+    return outputs
+
+
+def assert_every_slot_once(url, folder, evaluations):
+    outputs = share(url, folder, evaluations)
+    trials = optuna.load_study(study_name="nasctl", storage=url).trials
+    complete = [t.user_attrs["slot"] for t in trials if t.state == TrialState.COMPLETE]
+    assert sorted(complete) == list(range(evaluations))
+    assert not [t for t in trials if t.state == TrialState.RUNNING]
+    assert all(output for output in outputs)  # both took part
+
+
+def test_two_workers_of_one_sqlite_file_evaluate_every_slot_once(tmp_path):
+    assert_every_slot_once(f"sqlite:///{tmp_path}/shared.db", tmp_path, 24)
+
+
+def server_programs():
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    found = shutil.which("initdb") or (folders and shutil.which("initdb", path=folders[-1]))
+    return Path(found).parent if found else None
+
+
+@pytest.fixture
+def postgresql():
+    """A server of the test's own on a socket in a temporary folder; gives its URL."""
+    programs = server_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL server programs on this machine")
+    if not importlib.util.find_spec("psycopg"):
+        pytest.skip("no PostgreSQL driver: pip install 'psycopg[binary]'")
+    owner = pwd.getpwnam("postgres") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
+    folder = Path(tempfile.mkdtemp(prefix="nasctl-pg-"))
+    os.chown(folder, owner.pw_uid, owner.pw_gid)
+    as_owner = {"cwd": folder, "check": True, "stdout": subprocess.DEVNULL}
+    if os.getuid() == 0:  # the server refuses to run as root
+        as_owner |= {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
+    data, options = folder / "data", f"-k {folder} -c listen_addresses=''"
+    initialise = [programs / "initdb", "-D", data, "-A", "trust", "-U", "nasctl", "-N"]
+    control = [programs / "pg_ctl", "-D", data, "-w", "-l", folder / "log"]
+    try:
+        subprocess.run(initialise, **as_owner)
+        subprocess.run([*control, "-o", options, "start"], **as_owner)
+        yield f"postgresql+psycopg://nasctl@/postgres?host={folder}"
+        subprocess.run([*control, "-m", "immediate", "stop"], **as_owner)
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the pool that Optuna leaves open
+def test_two_workers_of_one_postgresql_evaluate_every_slot_once(postgresql, tmp_path):
+    assert_every_slot_once(postgresql, tmp_path, 40)
+
+
+def test_a_journal_is_json_lines(journal):
+    assert all(isinstance(json.loads(line), dict) for line in lines(journal))
