@@ -38,6 +38,7 @@ TOLERANCE = 1.02  # a baseline may be this much slower than the network it is he
 @dataclass(frozen=True)
 class Setting:
     data: str
+    size: int | None
     latency: str
     flags: tuple[str, ...]
     seeds: int
@@ -46,21 +47,23 @@ class Setting:
 def main(argv: list[str] | None = None) -> int:
     parser = contract.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--latency", default="400us")
-    parser.add_argument("--epochs", default="1.6")
-    parser.add_argument("--finetune", default="12")
+    parser.add_argument("--size", type=int, default=16, help="pixels, so that minutes suffice")
+    parser.add_argument("--latency", default="120us")
+    parser.add_argument("--epochs", default="2")
+    parser.add_argument("--finetune", default="6")
     arguments = parser.parse_args(argv)
     outcome = contract.Outcome("main_job")
     folder = contract.data("cifar10")
     if arguments.quick:
         quick = ("--epochs", "12", "--finetune", "12", "--evaluations", "16")
-        setting = Setting("digits", "100us", quick, seeds=1)
+        setting = Setting("digits", None, "150us", quick, seeds=1)
     elif folder is None:
         return outcome.skip("NASCTL_DATA/cifar10 is absent")
     else:
         epochs, finetune = ("--epochs", arguments.epochs), ("--finetune", arguments.finetune)
         full = (*epochs, *finetune, "--evaluations", "32")
-        setting = Setting(str(folder), arguments.latency, full, arguments.seeds)
+        size = arguments.size
+        setting = Setting(str(folder), size, arguments.latency, full, arguments.seeds)
     rows = finished_rows(setting, quick=arguments.quick)
     report(rows, outcome)
     return outcome.finish(arguments.save)
@@ -71,9 +74,10 @@ def finished_rows(setting: Setting, *, quick: bool) -> list[dict[str, Any]]:
     name = Path(setting.data).name
     where = Path(tempfile.mkdtemp()) if quick else contract.RESULTS
     kept = contract.Rows(where / "main_job.rows.jsonl")
-    task = tasks.load(setting.data)
+    task = tasks.load(setting.data, size=setting.size)
+    same = {"data": name, "size": setting.size, "latency": setting.latency}
     for seed in range(setting.seeds):
-        key = {"data": name, "latency": setting.latency, "flags": setting.flags, "seed": seed}
+        key = {**same, "flags": list(setting.flags), "seed": seed}
         found = kept.get({**key, "network": "search"})
         if found is None:
             found = run_search(setting, seed)
@@ -85,7 +89,7 @@ def finished_rows(setting: Setting, *, quick: bool) -> list[dict[str, Any]]:
     return [
         {**json.loads(key), **row}
         for key, row in kept.done.items()
-        if json.loads(key)["data"] == name
+        if {**json.loads(key), **same, "flags": list(setting.flags)} == json.loads(key)
     ]
 
 
@@ -94,6 +98,7 @@ def run_search(setting: Setting, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "cli.main", "search", "--data", setting.data]
         command += ["--hw", "cpu", "--latency", setting.latency, *setting.flags]
+        command += ["--size", str(setting.size)] if setting.size else []
         command += ["--seed", str(seed), "--run", folder, "--json"]
         began = time.monotonic()
         done = subprocess.run(command, capture_output=True, text=True, check=True)

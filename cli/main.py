@@ -17,6 +17,8 @@ from nas.errors import NasctlError
 EPILOG = """Exit codes: 0 done; 1 an expected failure; 2 usage; 3 budget infeasible;
 4 budget missed when measured; 5 parity failed; 130 interrupted (the same command goes on)."""
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="nasctl",
     help="Hardware-aware architecture search: from task, board and budget to a verified file.",
@@ -38,6 +40,8 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; expected errors become one line on stderr."""
     try:
         code = app(arguments or ["--help"], prog_name="nasctl", standalone_mode=False)
+        if code == INTERRUPTED:  # typer's translation of KeyboardInterrupt
+            raise KeyboardInterrupt
         return int(code or 0)
     except NasctlError as error:
         print(f"nasctl: {error}", file=sys.stderr)
@@ -47,10 +51,7 @@ def run(arguments: list[str]) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         print("nasctl: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader left (`nasctl devices | head`): not our failure
-        return 0
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ inputs is skipped; every stage goes on where it was interrupted.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ def make_problem(job: Job, table: LatencyTable, evaluate: Callable[[Genes], Any]
                 f"(upper end; estimate {console.format_ms(value)}, {table.source}), "
                 f"{job.space.decode(genes)}",
                 where="--latency",
-                next=f"Ask for {high:.3g}ms or more, or a smaller --width, --size or --space.",
+                next=f"Ask for {math.ceil(high * 1e4) / 1e4:g}ms, or a smaller --width or --size.",
             )
     return problem
 
@@ -196,7 +197,10 @@ def _fill_from(job: Job, net: nn.Module, other: Run) -> None:
     path = supernet_path(job)
     if not path.exists():
         raise NasctlError("no trained supernet there", where=f"--supernet {other.folder}")
-    spec = Spec(**other.manifest()["spec"])
+    manifest = other.manifest()
+    if "spec" not in manifest:
+        raise NasctlError("no run.json there", where=f"--supernet {other.folder}")
+    spec = runs.make_spec(manifest["spec"])
     for name in ("data", "size", "space", "width"):
         here, there = getattr(job.spec, name), getattr(spec, name)
         if here != there:
@@ -262,12 +266,12 @@ def searched(job: Job, problem: Problem, table: LatencyTable) -> list[Candidate]
                 found.append(candidate)
                 best = min(found, key=lambda c: c.cross_entropy)
                 update(len(found), f"best cross-entropy {best.cross_entropy:.4f}")
-        front = [search.as_dict(c, job.space) for c in search.front(found)]
+        every = studies.candidates(study)  # other workers' too
+        front = [search.as_dict(c, job.space) for c in search.front(every)]
         job.run.write_json(FRONT, front)
 
-    if staged(job, "search", runs.digest([key, spec.evaluations]), [FRONT], work) is None:
-        found = studies.candidates(study)
-    return found
+    staged(job, "search", runs.digest([key, spec.evaluations]), [FRONT], work)
+    return studies.candidates(study)
 
 
 def cost(job: Job, candidate: Candidate) -> tuple[int, int]:

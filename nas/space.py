@@ -34,7 +34,8 @@ Genes = NDArray[np.int64]  # [N, G] or [G], indices into each gene's options
 
 @dataclass(frozen=True)
 class Gene:
-    """One decision. Inactive (and canonically 0) unless the gene `needs[0]` is >= `needs[1]`."""
+    """One decision. Inactive (and canonically 0) unless the gene `needs[0]`, declared before it,
+    is active and >= `needs[1]`."""
 
     name: str
     options: tuple[int, ...]  # ascending: the last is the largest network's
@@ -90,7 +91,8 @@ class SearchSpace(ABC):
         for at, gene in enumerate(self.genes):
             if gene.needs:
                 on, least = index[gene.needs[0]], gene.needs[1]
-                mask[..., at] = np.array(self.genes[on].options)[genes[..., on]] >= least
+                enough = np.array(self.genes[on].options)[genes[..., on]] >= least
+                mask[..., at] = mask[..., on] & enough
         return mask
 
     def canonical(self, genes: Genes) -> Genes:

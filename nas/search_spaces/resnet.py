@@ -43,6 +43,8 @@ class Space(SearchSpace):
     ) -> None:
         self.channels, self.classes, self.size = channels, classes, size
         width = width or 1.0
+        # three halvings must come out even; the nearest such size (28 px becomes 32)
+        self.resolution = max(8, round(size / 8) * 8)
         self.stem = round_to(STEM * width)
         genes: list[Gene] = []
         for s in range(STAGES):
@@ -67,7 +69,7 @@ class Space(SearchSpace):
     def decode(self, genes: Genes) -> Arch:
         value = self.values(genes)
         return Arch(
-            resolution=self.size,
+            resolution=self.resolution,
             stem=self.stem,
             widths=tuple(value[f"stage{s}.width"] for s in range(STAGES)),
             mids=tuple(
