@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 
@@ -19,4 +20,4 @@ def listing() -> list[tuple[str, str]]:
 
 if __name__ == "__main__":
     for name, line in listing():
-        print(f"python -m benchmarks.{name:22s} {line}")
+        print(name if "--names" in sys.argv else f"python -m benchmarks.{name:22s} {line}")

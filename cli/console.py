@@ -44,11 +44,14 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def say(text: str = "") -> None:
-    """A line for people, on stderr: stdout carries results."""
+def say(text: str = "", label: str = "") -> None:
+    """A line for people under a bold label, on stderr: stdout carries results."""
     from rich.console import Console
+    from rich.text import Text
 
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text)
+    # as Text, because a path may hold what rich would read as markup
+    line = Text.assemble((f"{label:<10}", "bold"), text)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(line)
 
 
 def show(table: Any) -> None:

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from cli import console
+from nas.errors import NasctlError
 
 REQUIRED = ("torch", "onnx", "onnxruntime", "optuna", "numpy", "safetensors", "scikit-learn")
-OPTIONAL = {"tensorrt": "builds engines on an NVIDIA target: pip install 'nasctl[tensorrt]'"}
+OPTIONAL = {"tensorrt": "nothing here needs it yet: the ONNX file is built on the board"}
 
 
 def command(
@@ -71,15 +72,17 @@ def _machine() -> list[dict[str, Any]]:
 
 
 def _devices() -> list[dict[str, Any]]:
-    from hw_profiles import device, latency
+    from cli.devices import latency_source
+    from hw_profiles import device
 
     rows = []
     for name in device.names():
-        found = device.load(name)
-        if found.local:
-            detail = "measured on first use"
-        else:
-            detail = f"{latency.table(found).source} estimates; the file is not run on the board"
-        ok = True if found.local else None
+        try:
+            found = device.load(name)
+        except NasctlError as error:
+            rows.append({"ok": False, "what": f"--hw {name}", "detail": str(error)})
+            continue
+        ok, detail = (True, "") if found.local else (None, "; the file is not run on the board")
+        detail = f"latencies: {latency_source(found)}{detail}"
         rows.append({"ok": ok, "what": f"--hw {name}", "detail": detail})
     return rows

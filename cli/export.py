@@ -32,8 +32,8 @@ def command(
     from cli import deliver
     from cli.search import resume
 
-    job, judge, candidates = resume(run, budget)
-    content = deliver.export_one(job, judge, candidates, out, slot)
+    with resume(run, budget) as (job, judge, candidates):
+        content = deliver.export_one(job, judge, candidates, out, slot)
     if json:
         return console.emit_json(content)
     measured = content["measured"]

@@ -25,8 +25,7 @@ def command(
     if json:
         return console.emit_json(content)
     from cli.deliver import PAGE, summarise
-    from nas.run import Run
 
-    Run(run).write_text(PAGE, report.render(content))
+    report.write(content, run / PAGE)
     summarise(content, run, sum(stage["seconds"] for stage in content["stages"]))
     return None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli import console
-from nas.errors import UsageError
+from nas.errors import NasctlError, UsageError
 
 if TYPE_CHECKING:
     from cli.stages import Job, Judge
@@ -54,7 +56,7 @@ def command(
     quick: Annotated[
         bool, typer.Option("--quick", help="A fifth of the training: a try-out.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Repeat finished stages.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and a time estimate.")
     ] = False,
@@ -82,7 +84,7 @@ def command(
         "storage": storage,
         "study_name": study_name,
     }
-    job = prepare(flags, spec, run, quick=quick, force=force)
+    job = prepare(flags, spec, run, quick=quick)
     if dry_run:
         return _plan(job, json)
     with job.run.locked(job.spec, force=force):
@@ -92,15 +94,13 @@ def command(
     return None
 
 
-def prepare(
-    flags: dict[str, Any], file: Path | None, folder: Path | None, *, quick: bool, force: bool
-) -> Job:
+def prepare(flags: dict[str, Any], file: Path | None, folder: Path | None, *, quick: bool) -> Job:
     """Everything validated and loaded: names before data, data before any work."""
     from hw_profiles import device
     from nas import run as runs
     from nas import space as spaces
 
-    given = {**runs.read_spec(file), **{k: v for k, v in flags.items() if v is not None}}
+    given = runs.given_fields(flags, file)
     # what depends on the data is filled in below; everything typed is validated here
     rough = runs.make_spec({"epochs": 1, "threads": os.cpu_count(), **given})
     board = device.load(rough.hw)
@@ -108,7 +108,7 @@ def prepare(
         spaces.load(rough.space)  # raises, before torch is imported
     from nas import tasks
 
-    console.say(f"[bold]data[/]      {rough.data}")
+    console.say(rough.data, "data")
     task = tasks.load(rough.data, size=rough.size)
     spec = runs.make_spec({**_defaults(rough, len(task.train), quick=quick), **given})
     if spec.batch > len(task.train):
@@ -116,26 +116,46 @@ def prepare(
         raise UsageError(what, where="--batch")
     name = f"{spec.space}-{Path(spec.data).stem}-{board.name}-{spec.digest()[:8]}"
     run = runs.Run(folder or Path("runs") / name.replace(":", "-"))
-    return _job(spec, run, task, board, force)
+    return _job(spec, run, task, board)
 
 
-def resume(folder: Path, latency_ms: float | None) -> tuple[Job, Judge, list[Candidate]]:
-    """The job of a finished run with another budget, its supernet and its evaluated networks."""
+@contextlib.contextmanager
+def resume(folder: Path, latency_ms: float | None) -> Iterator[tuple[Job, Judge, list[Candidate]]]:
+    """The job of a finished run with another budget, its supernet and its evaluated networks.
+
+    Holds the run's lock, so that no search can be writing there at the same time.
+    """
+    from nas import run as runs
+
+    run = runs.Run(folder)
+    with run.locked():
+        own = run.manifest()["spec"]["supernet"] is None
+        for stage in ("train", "search") if own else ("search",):
+            if not run.unchanged(stage):
+                raise NasctlError(
+                    f"stage '{stage}' is not finished, or its files were changed since",
+                    where=str(folder),
+                    next="Run its `nasctl search` again first.",
+                )
+        yield _resumed(run, latency_ms)
+
+
+def _resumed(run: Run, latency_ms: float | None) -> tuple[Job, Judge, list[Candidate]]:
     from cli import stages
     from hw_profiles import device
     from nas import run as runs
     from nas import study, tasks
 
-    run = runs.Run(folder)
     spec = runs.make_spec({**run.manifest()["spec"], "latency_ms": latency_ms})
     task = tasks.load(spec.data, size=spec.size)
-    job = _job(spec, run, task, device.load(spec.hw), False)
+    job = _job(spec, run, task, device.load(spec.hw))
+    stages.check_inputs(job)
     judge = stages.Judge(job, stages.finished_supernet(job))
     candidates = study.finished(run.path(stages.JOURNAL), spec.storage, spec.study_name)
     return job, judge, candidates
 
 
-def _job(spec: Spec, run: Run, task: Task, board: Device, force: bool) -> Job:
+def _job(spec: Spec, run: Run, task: Task, board: Device) -> Job:
     import torch
 
     from cli.stages import Job
@@ -149,7 +169,7 @@ def _job(spec: Spec, run: Run, task: Task, board: Device, force: bool) -> Job:
         size=task.size,
         width=spec.width,
     )
-    return Job(spec, run, task, space, board, force)
+    return Job(spec, run, task, space, board)
 
 
 def _defaults(spec: Spec, n_train: int, *, quick: bool) -> dict[str, Any]:
@@ -168,19 +188,20 @@ def _search(job: Job) -> dict[str, Any]:
     began = time.monotonic()
     task, spec = job.task, job.spec
     console.say(
-        f"          {len(task.train)} train, {len(task.val)} validation, {len(task.test)} test; "
+        f"{len(task.train)} train, {len(task.val)} validation, {len(task.test)} test; "
         f"{task.channels} x {task.size} x {task.size}, {task.n_classes} classes"
     )
-    console.say(f"[bold]run[/]       {job.run.folder}")
-    console.say(f"[bold]latency[/]   {job.device.summary}")
+    console.say(str(job.run.folder), "run")
+    console.say(job.device.summary, "latency")
+    stages.check_inputs(job)
     table = stages.latency_table(job)
     stages.make_problem(job, table, lambda genes: (0.0, 0.0))  # an impossible budget ends it here
-    console.say(f"[bold]supernet[/]  {spec.space}, {job.space.count():.3g} networks")
+    console.say(f"{spec.space}, {job.space.count():.3g} networks", "supernet")
     net = stages.trained_supernet(job)
     judge = stages.Judge(job, net)
-    console.say(f"[bold]search[/]    {spec.evaluations} evaluations on validation images")
+    console.say(f"{spec.evaluations} evaluations on validation images", "search")
     candidates = stages.searched(job, stages.make_problem(job, table, judge), table)
-    console.say("[bold]deliver[/]   extract, export, verify")
+    console.say("extract, export, verify", "deliver")
     report = deliver.deliver(job, table, judge, candidates)
     deliver.summarise(report, job.run.folder, time.monotonic() - began)
     return report
@@ -208,6 +229,8 @@ def _plan(job: Job, json: bool) -> None:
         "profile": 45.0 if job.device.local else 0.0,
         "train": 0.0 if job.spec.supernet else step_s * job.recipe.steps,
         "search": evaluation_s * job.spec.evaluations,
+        # the largest network's step is at most half of a sandwich step
+        "finetune": step_s / 2 * job.spec.finetune * len(job.task.train) / job.spec.batch,
         "deliver": 20.0,
     }
     plan = {
@@ -221,6 +244,7 @@ def _plan(job: Job, json: bool) -> None:
     if json:
         return console.emit_json(plan)
     for name, seconds in parts.items():
-        console.say(f"  {name:<9} {console.format_seconds(seconds)}")
-    console.say(f"  in all    {console.format_seconds(sum(parts.values()))}, into {job.run.folder}")
+        console.say(console.format_seconds(seconds), name)
+    total = console.format_seconds(sum(parts.values()))
+    console.say(f"{total}, into {job.run.folder}", "in all")
     return None

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from cli import console
+from deploy import verify
 from hw_profiles import calibrate, measure, op
 from hw_profiles import latency as latencies
 from hw_profiles.device import Device
@@ -26,7 +27,7 @@ from nas import checkpoint, file, search, space, supernet
 from nas import run as runs
 from nas import study as studies
 from nas.elastic import Network, channels_last
-from nas.errors import BudgetInfeasible, NasctlError
+from nas.errors import BudgetInfeasible, NasctlError, UsageError
 from nas.run import Run, Spec
 from nas.search import Candidate, Problem
 from nas.space import Genes, SearchSpace
@@ -49,7 +50,6 @@ class Job:
     task: Task
     space: SearchSpace
     device: Device
-    force: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -67,7 +67,7 @@ def staged(
     job: Job, stage: str, key: str, files: list[str], work: Callable[[], None]
 ) -> float | None:
     """Do `work` unless it is done; return the seconds it took, or None if it was skipped."""
-    if not job.force and job.run.done(stage, key):
+    if job.run.done(stage, key):
         return None
     began = time.monotonic()
     work()
@@ -83,8 +83,9 @@ def latency_table(job: Job) -> LatencyTable:
     """The device's table; for this machine one measured now, on networks of the very space."""
     if not job.device.local:
         return latencies.table(job.device)
-    fields = ("space", "width", "size", "seed")
-    key = runs.digest([job.spec.digest(*fields), job.task.channels, job.task.n_classes])
+    images = [job.task.channels, job.task.size, job.task.n_classes]
+    here = [verify.environment(), job.device.model_dump(mode="json")]
+    key = runs.digest([job.spec.digest("space", "width", "seed"), images, here])
     seconds = staged(job, "profile", key, [TABLE], lambda: _profile(job))
     table = LatencyTable.load(job.run.path(TABLE))
     if seconds is not None:
@@ -147,17 +148,15 @@ def trained_supernet(job: Job) -> Network:
     """The space's largest network, trained in this run or taken from the run it names."""
     if job.spec.supernet is None:
         staged(job, "train", job.train_key, [SUPERNET], lambda: _train(job))
+        job.run.path(STATE).unlink(missing_ok=True)
     return finished_supernet(job)
 
 
 def finished_supernet(job: Job) -> Network:
     """The supernet that this run trained (or took from another)."""
-    net = fresh_supernet(job)
-    if job.spec.supernet is not None:
-        _fill_from(job, net, Run(Path(job.spec.supernet)))
-        return net
-    tensors, _ = checkpoint.read(job.run.path(SUPERNET))
-    checkpoint.fill(net, tensors, job.run.path(SUPERNET))
+    net, path = fresh_supernet(job), supernet_path(job)
+    tensors, _ = checkpoint.read(path)
+    checkpoint.fill(net, tensors, path)
     return net
 
 
@@ -170,14 +169,11 @@ def fresh_supernet(job: Job) -> Network:
 
 def _train(job: Job) -> None:
     net, recipe, state = fresh_supernet(job), job.recipe, job.run.path(STATE)
-    if job.force:
-        state.unlink(missing_ok=True)
     steps = supernet.train(
         net, supernet.sandwich(job.space, recipe), job.task, recipe, resume=state
     )
     follow(steps, recipe.steps, "training the supernet")
-    checkpoint.write(job.run.path(SUPERNET), net.state_dict(), {"train_key": job.train_key})
-    state.unlink(missing_ok=True)
+    checkpoint.write(job.run.path(SUPERNET), net.state_dict(), _trained_on(job))
 
 
 def follow(steps: Generator[Step, None, None], total: int, title: str) -> None:
@@ -192,24 +188,38 @@ def follow(steps: Generator[Step, None, None], total: int, title: str) -> None:
                 raise KeyboardInterrupt
 
 
-def _fill_from(job: Job, net: nn.Module, other: Run) -> None:
-    """Weights of another run, after checking that they were trained on the same task."""
+def _trained_on(job: Job) -> dict[str, str]:
+    """What a supernet file says of itself, so that another run can tell whether it fits."""
+    spec = job.spec
+    return {"data": job.task.fingerprint, "space": spec.space, "width": str(spec.width)}
+
+
+def check_inputs(job: Job) -> None:
+    """What the spec alone cannot tell: before any work."""
+    spec, device = job.spec, job.device
+    if device.local and (device.runtime, device.precision) != ("onnxruntime", "fp32"):
+        raise NasctlError(
+            f"{device.name} is this machine, where only onnxruntime in fp32 can be measured",
+            where="--hw",
+        )
+    if device.local and spec.storage:
+        raise UsageError(
+            "machines that share a search must agree on latencies, and each would measure its own",
+            where="--storage",
+            next="Share the search of a device with a table.",
+        )
+    if spec.supernet is None:
+        return
     path = supernet_path(job)
     if not path.exists():
-        raise NasctlError("no trained supernet there", where=f"--supernet {other.folder}")
-    manifest = other.manifest()
-    if "spec" not in manifest:
-        raise NasctlError("no run.json there", where=f"--supernet {other.folder}")
-    spec = runs.make_spec(manifest["spec"])
-    for name in ("data", "size", "space", "width"):
-        here, there = getattr(job.spec, name), getattr(spec, name)
-        if here != there:
+        raise NasctlError("no trained supernet there", where=f"--supernet {spec.supernet}")
+    _, there = checkpoint.read(path)
+    for name, wanted in _trained_on(job).items():
+        # by content, not by name: training images of the one must not be test images of the other
+        if there.get(name) != wanted:
             raise NasctlError(
-                f"that supernet was trained with --{name} {there}, this search has {here}",
-                where=f"--supernet {other.folder}",
+                f"that supernet was trained with other {name}", where=f"--supernet {spec.supernet}"
             )
-    tensors, _ = checkpoint.read(path)
-    checkpoint.fill(net, tensors, path)
 
 
 # ---- search --------------------------------------------------------------------------------------
@@ -245,15 +255,13 @@ def supernet_path(job: Job) -> Path:
 def search_key(job: Job, table: LatencyTable) -> str:
     """What a search's results depend on: weights, data, latencies, budget and seed."""
     weights = file.sha256(supernet_path(job))
-    settings = job.spec.digest("space", "width", "latency_ms", "seed", "threads")
+    settings = job.spec.digest("space", "width", "latency_ms", "seed")
     return runs.digest([weights, job.task.fingerprint, table.model_dump(mode="json"), settings])
 
 
 def searched(job: Job, problem: Problem, table: LatencyTable) -> list[Candidate]:
     """Every evaluated network; the front is in pareto.json."""
     spec, key = job.spec, search_key(job, table)
-    if job.force:
-        job.run.path(JOURNAL).unlink(missing_ok=True)
     study = studies.open_study(
         job.run.path(JOURNAL), key, storage=spec.storage, name=spec.study_name
     )
@@ -266,6 +274,7 @@ def searched(job: Job, problem: Problem, table: LatencyTable) -> list[Candidate]
                 found.append(candidate)
                 best = min(found, key=lambda c: c.cross_entropy)
                 update(len(found), f"best cross-entropy {best.cross_entropy:.4f}")
+        studies.settle(study)
         every = studies.candidates(study)  # other workers' too
         front = [search.as_dict(c, job.space) for c in search.front(every)]
         job.run.write_json(FRONT, front)

@@ -61,12 +61,15 @@ def accuracy(
     """Share of `labels` (class numbers) that the file's largest logit gets right."""
     if len(images) != len(labels) or len(labels) == 0:
         raise ValueError(f"{len(images)} images for {len(labels)} labels")
+    logits = outputs(path, images, batch=batch, threads=threads)
+    return float((logits.argmax(axis=1) == labels).mean())
+
+
+def outputs(path: Path, images: np.ndarray, *, batch: int = 256, threads: int = 1) -> np.ndarray:
+    """The file's first output for every image, run in batches."""
     session = onnxruntime.load(path, threads=threads)
-    right = 0
-    for at in range(0, len(images), batch):
-        logits = _outputs(session, images[at : at + batch])
-        right += int((logits.argmax(axis=1) == labels[at : at + batch]).sum())
-    return right / len(images)
+    parts = [_outputs(session, images[at : at + batch]) for at in range(0, len(images), batch)]
+    return np.concatenate(parts)
 
 
 def latency(

@@ -6,6 +6,7 @@ left out, never guessed: without a peak there is no roofline, and the device mus
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tomllib
 from pathlib import Path
@@ -70,7 +71,11 @@ def load(name_or_path: str | Path) -> Device:
     for folder in folders():
         if (found := folder / f"{path.name}.toml").is_file() and path.name == str(name_or_path):
             return _read(found)
-    aliases = {alias: device for device in map(load, names()) for alias in device.aliases}
+    aliases = {}
+    for name in names():
+        with contextlib.suppress(NasctlError):  # a user's broken file must not take `jetson` away
+            device = load(name)
+            aliases |= dict.fromkeys(device.aliases, device)
     if str(name_or_path) in aliases:
         return aliases[str(name_or_path)]
     raise unknown("device", str(name_or_path), [*names(), *aliases], where="--hw")

@@ -167,6 +167,12 @@ class LatencyTable(BaseModel):
             return "measured"
         return "calibrated" if self.fitted_on else "analytic"
 
+    def interval(self, space: str) -> Interval:
+        """Where the bounds of an estimate for `space` come from: its calibrated part, if any."""
+        if not self.fitted_on:
+            return self.intervals["analytic"]
+        return self.intervals["same" if space in self.fitted_on else "cross"]
+
     def columns(self, op: Op) -> Array:
         """This operator's milliseconds in the column of their source; additive over operators."""
         row = np.zeros(len(SOURCES))
@@ -269,7 +275,7 @@ def analytic(device: Device) -> LatencyTable:
             f"device {device.name} has no peak and bandwidth at {device.precision}, "
             "so nothing can be said about it before it is measured",
             where="--hw",
-            next=f"Measure it: nasctl profile --hw {device.name}.",
+            next="Measure it: docs/add_a_device.md says how.",
         )
     if device.relative:
         relative = devices.load(device.relative)

@@ -13,6 +13,7 @@ from nas.errors import NasctlError
 def write(path: Path, data: bytes) -> None:
     """Put `data` at `path` in one step: whoever looks sees the old file or the new one."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         # in the same folder, because a rename across file systems is a copy and not atomic
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     except OSError as error:

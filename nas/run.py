@@ -24,10 +24,12 @@ from nas import file
 from nas.errors import NasctlError, UsageError
 
 MANIFEST = "run.json"
+#: what stages keep in order to go on: removed when a run starts over
+STATES = ("training.safetensors", "finetune.safetensors", "study.journal")
 
 
 class Spec(BaseModel):
-    """What a search is asked for. Field names are the long flags of `nasctl search`."""
+    """What a search is asked for. Fields are the long flags of `nasctl search`, with their unit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -59,14 +61,10 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def make_spec(flags: Mapping[str, Any], path: Path | None = None) -> Spec:
-    """The TOML file's fields, overridden by the flags that were given (not None).
-
-    Raises UsageError naming the flag or field that is wrong and what it may be.
-    """
-    given = {**read_spec(path), **{k: v for k, v in flags.items() if v is not None}}
+def make_spec(fields: Mapping[str, Any]) -> Spec:
+    """Validated; raises UsageError naming the flag or field that is wrong and what it may be."""
     try:
-        return Spec(**given)
+        return Spec(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "spec"
@@ -77,12 +75,13 @@ def make_spec(flags: Mapping[str, Any], path: Path | None = None) -> Spec:
         ) from error
 
 
-def read_spec(path: Path | None) -> dict[str, Any]:
-    """The fields that a TOML spec sets, not yet validated; nothing without a file."""
+def given_fields(flags: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
+    """A TOML spec's fields, overridden by the flags that were given (not None); not validated."""
+    given = {name: value for name, value in flags.items() if value is not None}
     if path is None:
-        return {}
+        return given
     try:
-        return tomllib.loads(path.read_text())
+        return {**tomllib.loads(path.read_text()), **given}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read the spec ({error})", where=str(path)) from error
 
@@ -97,11 +96,11 @@ class Run:
         return self.folder / name
 
     @contextlib.contextmanager
-    def locked(self, spec: Spec, *, force: bool = False) -> Iterator[Run]:
+    def locked(self, spec: Spec | None = None, *, force: bool = False) -> Iterator[Run]:
         """Make the directory if need be, take its lock and check that it belongs to `spec`.
 
         Raises NasctlError if another process works in it or it holds another spec's run; `force`
-        takes over the latter (stages whose inputs changed are repeated).
+        starts over in it, whatever it holds.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -115,13 +114,17 @@ class Run:
                 raise NasctlError(
                     "another process is at work in this run directory", where=str(self.folder)
                 ) from error
-            self._claim(spec, force)
+            if spec is not None:
+                self._claim(spec, force)
             yield self
 
     def _claim(self, spec: Spec, force: bool) -> None:
+        if force:
+            for name in (MANIFEST, *STATES):
+                self.path(name).unlink(missing_ok=True)
         manifest = self.manifest()
         before, now = manifest.get("spec"), spec.model_dump()
-        if before is not None and before != now and not force:
+        if before is not None and before != now:
             changed = [
                 f"{k} {before.get(k)!r} there, {now[k]!r} here"
                 for k in now
@@ -130,7 +133,7 @@ class Run:
             raise UsageError(
                 f"{self.folder} holds a run with another spec: {'; '.join(changed)}",
                 where="--run",
-                next="Use another --run, or --force to redo what changed.",
+                next="Use another --run (--supernet keeps this one's), or --force to start over.",
             )
         if before != now:
             self.write_json(MANIFEST, {"stages": {}, **manifest, "spec": now})
@@ -154,6 +157,11 @@ class Run:
             self.path(name).is_file() and file.sha256(self.path(name)) == digest_
             for name, digest_ in record["files"].items()
         )
+
+    def unchanged(self, stage: str) -> bool:
+        """Is the stage finished, its files still as it wrote them?"""
+        record = self.manifest().get("stages", {}).get(stage)
+        return record is not None and self.done(stage, record["key"])
 
     def finish(self, stage: str, key: str, seconds: float, files: Sequence[str]) -> None:
         """Record a stage's outputs."""
@@ -181,6 +189,4 @@ class Run:
 
     def write_text(self, name: str, text: str) -> None:
         """Atomically: a reader sees the old file or the new one, and a full disk harms neither."""
-        path = self.path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file.write(path, text.encode())
+        file.write(self.path(name), text.encode())

@@ -11,6 +11,7 @@ Imports without torch: evaluation is a callable.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas import pareto
+from nas.errors import NasctlError
 from nas.predictors import ridge
 from nas.space import Genes, SearchSpace
 
@@ -80,6 +82,9 @@ def propose(problem: Problem, generation: int, history: Sequence[Candidate]) -> 
     """The rows to evaluate next, up to GENERATION of them [n, G], none of them in `history`."""
     space, rng = problem.space, np.random.default_rng((problem.seed, 3, generation))
     pool = _pool(space, rng, history)
+    if generation == 0 and problem.budget_ms is not None:
+        # perhaps the only one that fits
+        pool = np.unique(np.concatenate([pool, fastest(problem)[0][None]]), axis=0)
     value, high = problem.latency(pool)
     if problem.budget_ms is not None:
         inside = high <= problem.budget_ms
@@ -164,6 +169,12 @@ def _evaluate(problem: Problem, study: optuna.Study, slot: int, genes: Genes) ->
         return None
     value, high = problem.latency(genes[None])
     cross_entropy, accuracy = problem.evaluate(genes)
+    if not math.isfinite(cross_entropy):
+        raise NasctlError(
+            f"the validation loss of network {slot} is {cross_entropy}",
+            where=str(problem.space.decode(genes)),
+            next="The supernet has diverged: train it again with a smaller --lr.",
+        )
     candidate = Candidate(
         slot,
         tuple(genes.tolist()),

@@ -11,7 +11,6 @@ Imports without torch.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles.op import Op
+from nas.data import module
 from nas.errors import NasctlError, unknown
 
 if TYPE_CHECKING:
@@ -189,21 +189,28 @@ def names() -> list[str]:
     return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
 
 
-def load(name: str, **options: Any) -> SearchSpace:
-    """The space `name` (a file here, or `my_pkg.my_mod`), for images of the given dimensions.
-
-    `options` are the keyword arguments of its class `Space`: channels, classes, size, width.
-    """
+def load(
+    name: str,
+    *,
+    channels: int = 3,
+    classes: int = 10,
+    size: int = 32,
+    width: float | None = None,
+) -> SearchSpace:
+    """The space `name` (a file here, or `my_pkg.my_mod`) for images of the given dimensions."""
     if "." not in name and name not in names():
         raise unknown("space", name, names(), where="--space")
-    try:
-        module = importlib.import_module(name if "." in name else f"nas.search_spaces.{name}")
-    except ModuleNotFoundError as error:
+    module_name = name if "." in name else f"nas.search_spaces.{name}"
+    made = module.call(
+        module.attribute(f"{module_name}:Space", "--space"),
+        "--space",
+        channels=channels,
+        classes=classes,
+        size=size,
+        width=width,
+    )
+    if not isinstance(made, SearchSpace):
         raise NasctlError(
-            f"cannot import '{name}' ({error})", where="--space", next="Is it on PYTHONPATH?"
-        ) from error
-    if not hasattr(module, "Space"):
-        raise NasctlError(
-            f"{name} has no class Space", where="--space", next="See docs/add_a_space.md."
+            f"{name}.Space is no SearchSpace", where="--space", next="See docs/add_a_space.md."
         )
-    return module.Space(**options)
+    return made

@@ -41,29 +41,37 @@ def open_study(
     """The study in the journal `path`, or `name` in the Optuna `storage` URL; made if absent.
 
     A journal belongs to one process (its run directory is locked), so every unfinished trial in it
-    is a dead one. In a shared storage only those older than STALE are.
+    is a dead one, and one of another search is moved aside. In a shared storage only trials older
+    than STALE are dead.
 
-    Raises NasctlError if it is damaged, out of reach or belongs to another search.
+    Raises NasctlError if it is damaged, out of reach or, when shared, belongs to another search.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    where = storage or str(path)
-    with reachable(where, *DAMAGE):
-        study = optuna.create_study(
-            study_name=name,
-            storage=storage or _journal(path),
-            directions=["minimize", "minimize"],
-            sampler=_Given({}),
-            load_if_exists=True,
-        )
+    with reachable(storage or str(path), *DAMAGE):
+        study = _create(storage or _journal(path), name)
+        if storage is None and study.user_attrs.get("search", fingerprint) != fingerprint:
+            # the run's supernet or latencies are not what this journal judged: search again
+            path.replace(path.with_name(path.name + ".old"))
+            study = _create(_journal(path), name)
         if study.user_attrs.get("search", fingerprint) != fingerprint:
             raise NasctlError(
                 f"study '{name}' belongs to another search (other space, data, supernet or budget)",
-                where=where,
-                next="Use another --study-name or --run.",
+                where=storage or str(path),
+                next="Use another --study-name.",
             )
         study.set_user_attr("search", fingerprint)
         _retire(study, STALE if storage else timedelta(0))
     return study
+
+
+def _create(storage: str | optuna.storages.BaseStorage, name: str) -> optuna.Study:
+    return optuna.create_study(
+        study_name=name,
+        storage=storage,
+        directions=["minimize", "minimize"],
+        sampler=_Given({}),
+        load_if_exists=True,
+    )
 
 
 @contextlib.contextmanager
@@ -223,6 +231,19 @@ def _taken(study: optuna.Study, slot: int, number: int) -> bool:
         if all("slot" in t.user_attrs for t in running) or time.monotonic() > deadline:
             return False
         time.sleep(0.02)
+
+
+def settle(study: optuna.Study, poll_s: float = 0.5) -> None:
+    """Wait for other workers' unfinished trials, so that all report the same front."""
+    while True:
+        running = [
+            trial
+            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if datetime.now() - (trial.datetime_start or datetime.now()) < STALE
+        ]
+        if not running:
+            return
+        time.sleep(poll_s)
 
 
 def tell(study: optuna.Study, trial: Trial, candidate: Candidate) -> None:

@@ -48,6 +48,7 @@ class Recipe:
     clip_norm: float = 2.0
     n_random: int = 2
     seed: int = 0
+    start: str = ""  # names the initial weights, where they are not the seed's
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then linear to zero: with few epochs a floor only costs accuracy."""
@@ -167,9 +168,7 @@ def _step(
     for arch in archs:
         logits = net(resize(x, arch.resolution), arch)
         if target is None:
-            loss = F.cross_entropy(
-                logits, task.train.labels[at], label_smoothing=recipe.label_smoothing
-            )
+            loss = _label_loss(task, logits, task.train.labels[at], recipe.label_smoothing)
             target = logits.detach().softmax(1)
         else:
             loss = F.cross_entropy(logits, target)
@@ -183,15 +182,21 @@ def _step(
     return tuple(losses)
 
 
+def _label_loss(task: Task, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    if task.loss is F.cross_entropy:  # smoothing is defined for it alone
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    return task.loss(logits, labels)
+
+
 # ---- judging sub-networks ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Score:
-    """A sub-network on held-out images. Cross-entropy ranks: accuracy ties on small sets."""
+    """A sub-network on held-out images. The loss ranks: accuracy ties on small sets."""
 
-    cross_entropy: float
-    accuracy: float
+    cross_entropy: float  # or the task's own loss
+    accuracy: float  # or the task's own metric
 
 
 def child(net: nn.Module, space: SearchSpace, genes: Genes, calibration: Tensor) -> Network:
@@ -217,9 +222,7 @@ def evaluate(net: nn.Module, task: Task, split: Split, resolution: int) -> Score
         x = task.normalise(images).contiguous(memory_format=torch.channels_last)
         logits.append(net(resize(x, resolution)))
     every = torch.cat(logits)
-    return Score(
-        float(F.cross_entropy(every, split.labels)), float(task.metric(every, split.labels))
-    )
+    return Score(float(task.loss(every, split.labels)), float(task.metric(every, split.labels)))
 
 
 def calibration_images(task: Task, n: int = 1024) -> Tensor:

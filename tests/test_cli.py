@@ -129,19 +129,21 @@ def test_a_damaged_manifest_is_one_line(nasctl, copied):
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"{}"])
 def test_a_damaged_supernet_is_one_line(content, nasctl, copied):
     (copied / "supernet.safetensors").write_bytes(content)
-    outcome = nasctl("export", copied, "--out", "x.onnx", "--slot", 0)
-    assert_one_line(outcome, 1, "supernet.safetensors: damaged")
     outcome = nasctl(*TINY, "--supernet", copied, "--run", "new")
     assert_one_line(outcome, 1, "supernet.safetensors: damaged")
 
 
 def test_a_supernet_of_another_space_or_of_no_run_is_one_line(nasctl, copied):
     words = ("search", "--hw", "jetson", "--supernet", copied, "--run", "new")
-    assert_one_line(nasctl(*words), 1, "trained with --width 0.25, this search has None")
+    assert_one_line(nasctl(*words), 1, "trained with other width")
     assert_one_line(nasctl(*TINY, "--supernet", "none", "--run", "b"), 1, "no trained supernet")
-    (copied / "run.json").unlink()
-    outcome = nasctl(*TINY, "--supernet", copied, "--run", "c")
-    assert_one_line(outcome, 1)
+
+
+def test_a_run_whose_files_changed_is_not_exported(nasctl, copied):
+    for name, stage in (("pareto.json", "search"), ("supernet.safetensors", "train")):
+        (copied / name).write_text("[]")
+        outcome = nasctl("export", copied, "--out", "x.onnx", "--slot", 0)
+        assert_one_line(outcome, 1, f"stage '{stage}' is not finished, or its files were changed")
 
 
 def test_a_damaged_report_is_one_line(nasctl, copied):

@@ -9,7 +9,7 @@ import pytest
 
 from nas.errors import NasctlError, UsageError
 from nas.file import sha256
-from nas.run import MANIFEST, Run, Spec, digest, make_spec
+from nas.run import MANIFEST, Run, Spec, digest, given_fields, make_spec
 
 FLAGS = {"epochs": 1.0, "threads": 1}
 SPEC = make_spec(FLAGS)
@@ -55,7 +55,7 @@ def test_a_wrong_value_names_the_flag_and_the_value(field, value, flag):
 def test_flags_override_the_file(tmp_path):
     file = tmp_path / "spec.toml"
     file.write_text('space = "mobilenet"\nseed = 3\n')
-    spec = make_spec({**FLAGS, "seed": 4, "space": None}, file)
+    spec = make_spec(given_fields({**FLAGS, "seed": 4, "space": None}, file))
     assert (spec.space, spec.seed) == ("mobilenet", 4)
 
 
@@ -65,14 +65,14 @@ def test_an_unreadable_spec_file_is_one_clear_error(content, tmp_path):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UsageError, match="spec.toml: cannot read the spec") as caught:
-        make_spec(FLAGS, file)
+        given_fields(FLAGS, file)
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_field_lists_the_known_ones(tmp_path):
     (tmp_path / "spec.toml").write_text("epoch = 3\n")
     with pytest.raises(UsageError, match="--epoch: .*allowed: .*epochs.*, seed"):
-        make_spec(FLAGS, tmp_path / "spec.toml")
+        make_spec(given_fields(FLAGS, tmp_path / "spec.toml"))
 
 
 def test_digests_see_values_and_not_their_order():
@@ -142,11 +142,22 @@ def test_another_spec_is_refused_with_the_differences(run):
     assert Spec(**run.manifest()["spec"]) == SPEC
 
 
-def test_force_takes_over_another_spec_and_keeps_the_stages(run):
+def test_force_starts_over(run):
     run.finish("train", "a", 1.0, [])
+    run.path("training.safetensors").write_bytes(b"half")
     other = make_spec({**FLAGS, "seed": 5})
     with run.locked(other, force=True):
-        assert run.manifest()["spec"]["seed"] == 5 and run.done("train", "a")
+        assert run.manifest()["spec"]["seed"] == 5 and not run.done("train", "a")
+    assert not run.path("training.safetensors").exists()
+
+
+def test_a_finished_stage_is_unchanged_until_a_file_of_it_changes(run):
+    assert not run.unchanged("train")
+    run.write_text("a.txt", "one")
+    run.finish("train", "a", 1.0, ["a.txt"])
+    assert run.unchanged("train")
+    run.write_text("a.txt", "two")
+    assert not run.unchanged("train")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"spec": {}}', "null", "\0\0"])

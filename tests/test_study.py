@@ -117,9 +117,17 @@ def test_json_that_is_no_journal_is_one_clear_error(line, tmp_path):
         study.open_study(tmp_path / "j", "same")
 
 
-def test_another_search_is_refused(journal):
+def test_a_journal_of_another_search_is_moved_aside(journal):
+    before = journal.read_bytes()
+    assert study.candidates(study.open_study(journal, "other")) == []
+    assert journal.with_name(journal.name + ".old").read_bytes() == before
+
+
+def test_a_shared_study_of_another_search_is_refused(tmp_path):
+    url = f"sqlite:///{tmp_path}/s.db"
+    study.open_study(tmp_path / "unused", "same", storage=url)
     with pytest.raises(NasctlError, match="belongs to another search"):
-        study.open_study(journal, "other")
+        study.open_study(tmp_path / "unused", "other", storage=url)
 
 
 def test_an_unreachable_storage_is_one_clear_error(tmp_path):

@@ -1,4 +1,5 @@
-"""The user's own task: `my_pkg.my_mod:task`, a callable without arguments or the object itself."""
+"""The user's own code: a task `my_pkg.my_mod:task` (a callable without arguments or the object
+itself), or any other named thing of theirs."""
 
 from __future__ import annotations
 
@@ -7,9 +8,10 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from nas.errors import NasctlError, UsageError
 
@@ -22,21 +24,29 @@ def is_reference(data: str) -> bool:
 
 def read(reference: str) -> object:
     """Import, look up, call. The caller checks what came back."""
-    module_name, attribute = reference.split(":")
-    with _from_here(), _users_code(reference, module_name):
+    found = attribute(reference, f"--data {reference}")
+    return call(found, f"--data {reference}") if callable(found) else found
+
+
+def attribute(reference: str, where: str) -> Any:
+    """What `my_pkg.my_mod:name` names; `where` is the flag that an error is blamed on."""
+    module_name, name = reference.split(":")
+    with _from_here(), _users_code(where, module_name):
         importlib.invalidate_caches()
         module = importlib.import_module(module_name)
         try:
-            found = getattr(module, attribute)
+            return getattr(module, name)
         except AttributeError:
             names = sorted(name for name in vars(module) if not name.startswith("_"))
             raise UsageError(
-                f"module '{module_name}' has no '{attribute}'",
-                where=f"--data {reference}",
-                allowed=names[:12],
-                next="Name a Task, or a callable without arguments that returns one",
+                f"module '{module_name}' has no '{name}'", where=where, allowed=names[:12]
             ) from None
-        return found() if callable(found) else found
+
+
+def call(function: Callable[..., Any], where: str, **arguments: Any) -> Any:
+    """Run the user's own function inside the boundary around code that is not ours."""
+    with _from_here(), _users_code(where, ""):
+        return function(**arguments)
 
 
 @contextmanager
@@ -52,9 +62,8 @@ def _from_here() -> Iterator[None]:
 
 
 @contextmanager
-def _users_code(reference: str, module_name: str) -> Iterator[None]:
+def _users_code(where: str, module_name: str) -> Iterator[None]:
     """The one boundary around code that is not ours: whatever it raises becomes one line."""
-    where = f"--data {reference}"
     try:
         yield
     except NasctlError:
