@@ -51,8 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", type=int, default=16, help="pixels, so that minutes suffice")
     parser.add_argument("--latency", default="120us")
-    parser.add_argument("--epochs", default="1.5")
-    parser.add_argument("--finetune", default="5")
+    parser.add_argument("--epochs", default="1")
+    parser.add_argument("--finetune", default="4")
+    parser.add_argument("--alone", action="store_true", help="also the choice trained alone")
     arguments = parser.parse_args(argv)
     outcome = contract.Outcome("main_job")
     folder = contract.data("cifar10")
@@ -63,15 +64,15 @@ def main(argv: list[str] | None = None) -> int:
         return outcome.skip("NASCTL_DATA/cifar10 is absent")
     else:
         epochs, finetune = ("--epochs", arguments.epochs), ("--finetune", arguments.finetune)
-        full = (*epochs, *finetune, "--evaluations", "24")
+        full = (*epochs, *finetune, "--evaluations", "32")
         size = arguments.size
         setting = Setting(str(folder), size, arguments.latency, full, arguments.seeds)
-    rows = finished_rows(setting, quick=arguments.quick)
+    rows = finished_rows(setting, quick=arguments.quick, alone=arguments.alone)
     report(rows, outcome)
     return outcome.finish(arguments.save)
 
 
-def finished_rows(setting: Setting, *, quick: bool) -> list[dict[str, Any]]:
+def finished_rows(setting: Setting, *, quick: bool, alone: bool) -> list[dict[str, Any]]:
     """One row per (seed, network); those on disk are not repeated."""
     data = Path(setting.data).name
     where = Path(tempfile.mkdtemp()) if quick else contract.RESULTS
@@ -84,7 +85,7 @@ def finished_rows(setting: Setting, *, quick: bool) -> list[dict[str, Any]]:
         if found is None:
             found = run_search(setting, seed)
             kept.add({**key, "network": "search"}, found)
-        for name, family in baselines(task, found).items():
+        for name, family in baselines(task, found, alone=alone).items():
             mine = {**key, "network": name}
             if kept.get(mine) is None:
                 kept.add(mine, run_baseline(family, task, found, seed))
@@ -125,14 +126,18 @@ def run_search(setting: Setting, seed: int) -> dict[str, Any]:
     }
 
 
-def baselines(task: Task, searched: dict[str, Any]) -> dict[str, list[tuple[SearchSpace, Any]]]:
+def baselines(
+    task: Task, searched: dict[str, Any], *, alone: bool
+) -> dict[str, list[tuple[SearchSpace, Any]]]:
     """Name -> networks to match. `chosen_alone` separates the choice from the way of training."""
-    own = space.load("resnet", channels=task.channels, classes=task.n_classes, size=task.size)
-    return {
+    found: dict[str, list[tuple[SearchSpace, Any]]] = {
         "uniform_resnets": uniform_resnets(task),
         "uniform_mobilenets": uniform_mobilenets(task),
-        "chosen_alone": [(own, space.arch_from_dict(own.arch_type, searched["arch"]))],
     }
+    if alone:
+        own = space.load("resnet", channels=task.channels, classes=task.n_classes, size=task.size)
+        found["chosen_alone"] = [(own, space.arch_from_dict(own.arch_type, searched["arch"]))]
+    return found
 
 
 def uniform_resnets(task: Task) -> list[tuple[SearchSpace, Any]]:

@@ -6,6 +6,7 @@ inputs is skipped; every stage goes on where it was interrupted.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Generator
@@ -191,7 +192,9 @@ def follow(steps: Generator[Step, None, None], total: int, title: str) -> None:
 def _trained_on(job: Job) -> dict[str, str]:
     """What a supernet file says of itself, so that another run can tell whether it fits."""
     spec = job.spec
-    return {"data": job.task.fingerprint, "space": spec.space, "width": str(spec.width)}
+    said = {"data": job.task.fingerprint, "space": spec.space, "width": spec.width}
+    # one entry, because safetensors writes several in no fixed order
+    return {"trained_on": json.dumps(said)}
 
 
 def check_inputs(job: Job) -> None:
@@ -213,8 +216,9 @@ def check_inputs(job: Job) -> None:
     path = supernet_path(job)
     if not path.exists():
         raise NasctlError("no trained supernet there", where=f"--supernet {spec.supernet}")
-    _, there = checkpoint.read(path)
-    for name, wanted in _trained_on(job).items():
+    _, meta = checkpoint.read(path)
+    there = json.loads(meta.get("trained_on", "{}"))
+    for name, wanted in json.loads(_trained_on(job)["trained_on"]).items():
         # by content, not by name: training images of the one must not be test images of the other
         if there.get(name) != wanted:
             raise NasctlError(

@@ -71,7 +71,7 @@ def load(name_or_path: str | Path) -> Device:
     for folder in folders():
         if (found := folder / f"{path.name}.toml").is_file() and path.name == str(name_or_path):
             return _read(found)
-    aliases = {}
+    aliases: dict[str, Device] = {}
     for name in names():
         with contextlib.suppress(NasctlError):  # a user's broken file must not take `jetson` away
             device = load(name)

@@ -32,7 +32,13 @@ if TYPE_CHECKING:
 STALE = timedelta(minutes=30)
 CLAIM_S = 10.0  # how long a worker may take between starting a trial and naming its slot
 #: what opening a damaged journal, a wrong URL or one without its driver raises besides OptunaError
-DAMAGE = (KeyError, ValueError, AssertionError, ImportError, SQLAlchemyError)
+DAMAGE: tuple[type[Exception], ...] = (
+    KeyError,
+    ValueError,
+    AssertionError,
+    ImportError,
+    SQLAlchemyError,
+)
 
 
 def open_study(
@@ -77,9 +83,10 @@ def _create(storage: str | optuna.storages.BaseStorage, name: str) -> optuna.Stu
 @contextlib.contextmanager
 def reachable(where: str, *also: type[Exception]) -> Iterator[None]:
     """What a storage raises (damage, a full disk, a lost connection) as one clear line."""
+    expected: tuple[type[Exception], ...] = (optuna.exceptions.OptunaError, OSError, *also)
     try:
         yield
-    except (optuna.exceptions.OptunaError, OSError, *also) as error:
+    except expected as error:
         reason = str(error).splitlines()[0] if str(error) else "inconsistent"
         raise NasctlError(
             f"the study cannot be used ({type(error).__name__}: {reason})",

@@ -51,7 +51,7 @@ def assert_one_line(outcome, code, *fragments):
         ("search --hw jetsn", ["--hw: unknown device 'jetsn'", "Did you mean jetson?"]),
         ("search --data digts", ["--data: no such data 'digts'", "Did you mean digits?"]),
         ("search --data no.such.module:task", ["--data no.such.module:task"]),
-        ("search --space no.such.module", ["--space: cannot import 'no.such.module'"]),
+        ("search --space no.such.module", ["--space: no module named 'no'"]),
         ("search --latency 5", ["--latency: '5' has no unit", "as in 5ms"]),
         ("search --latency 5MB", ["--latency: '5MB' is not a latency"]),
         ("search --latency -5ms", ["--latency"]),
@@ -77,7 +77,7 @@ def test_a_wrong_word_is_one_line_and_exit_code_2(words, fragments, nasctl, monk
     hardware = ("--hw", "jetson") if typed[0] == "search" and "--hw" not in typed else ()
     outcome = nasctl(*typed, *hardware)
     assert_one_line(outcome, outcome.code, *fragments)
-    assert outcome.code == (1 if "--space no.such" in words else 2)
+    assert outcome.code == 2
 
 
 def test_an_infeasible_budget_names_the_fastest_network(nasctl):
@@ -88,7 +88,7 @@ def test_an_infeasible_budget_names_the_fastest_network(nasctl):
 
 def test_the_budget_that_the_error_offers_is_accepted(nasctl, monkeypatch):
     outcome = nasctl(*TINY, "--latency", "1us", "--run", "r")
-    asked = re.search(r"Ask for (\S+) or more", outcome.err)[1]
+    asked = re.search(r"Ask for ([0-9.]+ms)", outcome.err)[1]
 
     def reached(job):
         raise KeyboardInterrupt

@@ -118,8 +118,8 @@ def test_what_cannot_be_exported_is_one_clear_line_and_no_file(tmp_path, capfd):
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "plain").write_text("a file where a folder should be")
-    for path in (tmp_path / "plain" / "model.onnx", tmp_path / "absent" / "model.onnx"):
-        with pytest.raises(NasctlError, match="cannot write: .*name a folder") as caught:
+    for path in (tmp_path / "plain" / "model.onnx", tmp_path / "plain" / "deep" / "model.onnx"):
+        with pytest.raises(NasctlError, match="cannot write: .*the folder must exist") as caught:
             file.write(path, b"data")
         assert str(path) in str(caught.value)
 

@@ -120,7 +120,7 @@ def test_json_that_is_no_journal_is_one_clear_error(line, tmp_path):
 def test_a_journal_of_another_search_is_moved_aside(journal):
     before = journal.read_bytes()
     assert study.candidates(study.open_study(journal, "other")) == []
-    assert journal.with_name(journal.name + ".old").read_bytes() == before
+    assert journal.with_name(journal.name + ".old").read_bytes().startswith(before)
 
 
 def test_a_shared_study_of_another_search_is_refused(tmp_path):
