@@ -50,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = contract.parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", type=int, default=16, help="pixels, so that minutes suffice")
-    parser.add_argument("--latency", default="120us")
-    parser.add_argument("--epochs", default="1")
-    parser.add_argument("--finetune", default="4")
+    parser.add_argument("--latency", default="150us")
+    parser.add_argument("--epochs", default="0.6")
+    parser.add_argument("--finetune", default="2.5")
     parser.add_argument("--alone", action="store_true", help="also the choice trained alone")
     arguments = parser.parse_args(argv)
     outcome = contract.Outcome("main_job")
@@ -106,12 +106,10 @@ def run_search(setting: Setting, seed: int) -> dict[str, Any]:
         began = time.monotonic()
         done = subprocess.run(command, capture_output=True, text=True)
         seconds = time.monotonic() - began
-        if done.returncode == BudgetMissed.exit_code:  # a miss is a result: it is not retried
-            content = json.loads((Path(folder) / "report.json").read_text())
-        elif done.returncode == 0:
-            content = json.loads(done.stdout)
-        else:
+        report_file = Path(folder) / "report.json"
+        if done.returncode not in (0, BudgetMissed.exit_code) or not report_file.exists():
             raise RuntimeError(done.stderr)
+        content = json.loads(report_file.read_text())  # a miss is a result: it is not retried
     chosen = content["chosen"]
     return {
         "test_accuracy": chosen["test_accuracy"],

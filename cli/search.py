@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nas.tasks import Task
 
 STEPS, QUICK_STEPS = 1500, 300  # supernet training steps that the default --epochs amounts to
-EVALUATIONS, QUICK_EVALUATIONS = 64, 32
+EVALUATIONS, QUICK_EVALUATIONS = 128, 32
 
 
 def command(
@@ -42,7 +42,7 @@ def command(
     epochs: Annotated[float | None, typer.Option(help="Of supernet training.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images per step. [128]")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    evaluations: Annotated[int | None, typer.Option(help="Networks to evaluate. [64]")] = None,
+    evaluations: Annotated[int | None, typer.Option(help="Networks to evaluate. [128]")] = None,
     finetune: Annotated[
         float | None, typer.Option(help="Epochs of training the chosen network alone. [0]")
     ] = None,
