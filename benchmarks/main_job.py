@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--latency", default="150us")
     parser.add_argument("--epochs", default="0.6")
     parser.add_argument("--finetune", default="2.5")
+    parser.add_argument("--report", action="store_true", help="only the rows on disk")
     parser.add_argument("--alone", action="store_true", help="also the choice trained alone")
     arguments = parser.parse_args(argv)
     outcome = contract.Outcome("main_job")
@@ -67,28 +68,33 @@ def main(argv: list[str] | None = None) -> int:
         full = (*epochs, *finetune, "--evaluations", "32")
         size = arguments.size
         setting = Setting(str(folder), size, arguments.latency, full, arguments.seeds)
-    rows = finished_rows(setting, quick=arguments.quick, alone=arguments.alone)
+    rows = finished_rows(
+        setting, quick=arguments.quick, alone=arguments.alone, report_only=arguments.report
+    )
     report(rows, outcome)
     return outcome.finish(arguments.save)
 
 
-def finished_rows(setting: Setting, *, quick: bool, alone: bool) -> list[dict[str, Any]]:
+def finished_rows(
+    setting: Setting, *, quick: bool, alone: bool, report_only: bool
+) -> list[dict[str, Any]]:
     """One row per (seed, network); those on disk are not repeated."""
     data = Path(setting.data).name
     where = Path(tempfile.mkdtemp()) if quick else contract.RESULTS
     kept = contract.Rows(where / "main_job.rows.jsonl")
     task = tasks.load(setting.data, size=setting.size)
     same = {"data": data, "size": setting.size, "latency": setting.latency}
-    for seed in range(setting.seeds):
-        key = {**same, "flags": list(setting.flags), "seed": seed}
+    seeds = range(0 if report_only else setting.seeds)
+    keys = [{**same, "flags": list(setting.flags), "seed": seed} for seed in seeds]
+    names = ("uniform_resnets", "uniform_mobilenets", *(("chosen_alone",) if alone else ()))
+    for name, key in itertools.product(names, keys):  # a stop leaves whole comparisons
         found = kept.get({**key, "network": "search"})
         if found is None:
-            found = run_search(setting, seed)
+            found = run_search(setting, key["seed"])
             kept.add({**key, "network": "search"}, found)
-        for name, family in baselines(task, found, alone=alone).items():
-            mine = {**key, "network": name}
-            if kept.get(mine) is None:
-                kept.add(mine, run_baseline(family, task, found, seed))
+        if kept.get({**key, "network": name}) is None:
+            row = run_baseline(family(name, task, found), task, found, key["seed"])
+            kept.add({**key, "network": name}, row)
     return [
         {**json.loads(key), **row}
         for key, row in kept.done.items()
@@ -124,18 +130,14 @@ def run_search(setting: Setting, seed: int) -> dict[str, Any]:
     }
 
 
-def baselines(
-    task: Task, searched: dict[str, Any], *, alone: bool
-) -> dict[str, list[tuple[SearchSpace, Any]]]:
-    """Name -> networks to match. `chosen_alone` separates the choice from the way of training."""
-    found: dict[str, list[tuple[SearchSpace, Any]]] = {
-        "uniform_resnets": uniform_resnets(task),
-        "uniform_mobilenets": uniform_mobilenets(task),
-    }
-    if alone:
-        own = space.load("resnet", channels=task.channels, classes=task.n_classes, size=task.size)
-        found["chosen_alone"] = [(own, space.arch_from_dict(own.arch_type, searched["arch"]))]
-    return found
+def family(name: str, task: Task, searched: dict[str, Any]) -> list[tuple[SearchSpace, Any]]:
+    """Networks to match. `chosen_alone` separates the choice from the way of training."""
+    if name == "uniform_resnets":
+        return uniform_resnets(task)
+    if name == "uniform_mobilenets":
+        return uniform_mobilenets(task)
+    own = space.load("resnet", channels=task.channels, classes=task.n_classes, size=task.size)
+    return [(own, space.arch_from_dict(own.arch_type, searched["arch"]))]
 
 
 def uniform_resnets(task: Task) -> list[tuple[SearchSpace, Any]]:
@@ -165,10 +167,10 @@ def uniform_mobilenets(task: Task) -> list[tuple[SearchSpace, Any]]:
 
 
 def run_baseline(
-    family: list[tuple[SearchSpace, Any]], task: Task, searched: dict[str, Any], seed: int
+    members: list[tuple[SearchSpace, Any]], task: Task, searched: dict[str, Any], seed: int
 ) -> dict[str, Any]:
     """The slowest member that is no slower, trained alone for the search's seconds."""
-    match = matched(family, task, searched)
+    match = matched(members, task, searched)
     if match is None:
         return {"missing": "no member is as fast"}
     found, arch, latency_ms = match
@@ -194,23 +196,23 @@ def run_baseline(
 
 
 def matched(
-    family: list[tuple[SearchSpace, Any]], task: Task, searched: dict[str, Any]
+    members: list[tuple[SearchSpace, Any]], task: Task, searched: dict[str, Any]
 ) -> tuple[SearchSpace, Any, float] | None:
     """Family and chosen network timed in one session, so that the machine's mood cancels."""
     own = space.load("resnet", channels=task.channels, classes=task.n_classes, size=task.size)
     chosen = own.ops(space.arch_from_dict(own.arch_type, searched["arch"]))
-    networks: list[list[Op]] = [chosen, *(found.ops(arch) for found, arch in family)]
+    networks: list[list[Op]] = [chosen, *(found.ops(arch) for found, arch in members)]
     timings = measure.measure_ops(
         networks, rng=np.random.default_rng(0), plan=measure.Plan(time_limit_s=30)
     )
     limit = timings[0].median_ms * TOLERANCE
-    fits = [at for at in range(len(family)) if timings[at + 1].median_ms <= limit]
+    fits = [at for at in range(len(members)) if timings[at + 1].median_ms <= limit]
     if not fits:
         return None
     at = max(fits, key=lambda at: timings[at + 1].median_ms)
     # on the chosen file's own scale, so that the rows can be read side by side
     scale = searched["latency_ms"] / timings[0].median_ms
-    return *family[at], timings[at + 1].median_ms * scale
+    return *members[at], timings[at + 1].median_ms * scale
 
 
 def train_for(net: Network, task: Task, seconds: float, seed: int) -> int:

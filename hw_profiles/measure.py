@@ -35,7 +35,7 @@ GROUP = 48
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Milliseconds per call. `median_ms` and `spread_ms` (interquartile range) are over rounds,
-    each the fastest of a few calls; `p95_ms` is over every single call."""
+    each one figure of a few calls (`Plan.per_round`); `p95_ms` is over every single call."""
 
     median_ms: float
     spread_ms: float
@@ -50,7 +50,8 @@ class Plan:
 
     rounds: int = 20  # at least, unless time runs out
     max_rounds: int = 200
-    inner: int = 3  # calls per round, of which the fastest counts
+    inner: int = 3  # calls per round, one right after the other
+    per_round: Callable[[Sequence[float]], float] = min  # what of them counts
     precision: float = 0.02  # wanted half-width of the median's 95 % interval, relative
     drift: float = 0.03  # how far the reference may move between blocks, relative
     time_limit_s: float = 60.0
@@ -83,7 +84,9 @@ def interleaved(
                 done = max(done, share)
                 tell(done)
             quiet = bench.quiet()
-            pending = [at for at in range(len(calls)) if not _settled(_fastest(quiet, at), plan)]
+            pending = [
+                at for at in range(len(calls)) if not _settled(bench.samples(quiet, at), plan)
+            ]
     tell(1.0)
     return [bench.timing(at) for at in range(len(calls))]
 
@@ -166,6 +169,10 @@ class _Bench:
         self.block_rounds = max(1, plan.rounds // 2)
         self.reference = len(calls) - 1
 
+    def samples(self, blocks: Sequence[_Block], at: int) -> list[float]:
+        """One figure per round of a candidate, in seconds."""
+        return [self.plan.per_round(turn) for block in blocks for turn in block.get(at, [])]
+
     @property
     def rounds(self) -> int:
         return sum(len(block[self.reference]) for block in self.blocks)
@@ -210,9 +217,9 @@ class _Bench:
         return [self.blocks[at] for at in np.flatnonzero(self._paces() <= limit)]
 
     def timing(self, at: int) -> Timing:
-        quiet = len(_fastest(self.quiet(), at))
+        quiet = len(self.samples(self.quiet(), at))
         blocks = self._calmest(at)
-        samples = _fastest(blocks, at)
+        samples = self.samples(blocks, at)
         every = [one for block in blocks for turn in block.get(at, []) for one in turn]
         low, middle, high = np.percentile(samples, [25, 50, 75])
         return Timing(
@@ -231,7 +238,7 @@ class _Bench:
         """
         chosen = self.quiet()
         for index in np.argsort(self._paces(), kind="stable")[len(chosen) :]:
-            if len(_fastest(chosen, at)) >= self.plan.rounds:
+            if len(self.samples(chosen, at)) >= self.plan.rounds:
                 break
             chosen.append(self.blocks[index])
         return chosen
@@ -249,16 +256,12 @@ class _Bench:
 
     def _paces(self) -> NDArray[np.float64]:
         """The reference's median in each block."""
-        return np.array([np.median(_fastest([block], self.reference)) for block in self.blocks])
+        return np.array([np.median(self.samples([block], self.reference)) for block in self.blocks])
 
     def _once(self, call: Call) -> float:
         began = self.clock()
         call()
         return self.clock() - began
-
-
-def _fastest(blocks: Sequence[_Block], at: int) -> list[float]:
-    return [min(turn) for block in blocks for turn in block.get(at, [])]
 
 
 def _settled(samples: Sequence[float], plan: Plan) -> bool:
