@@ -83,7 +83,7 @@ def finished_rows(
     where = Path(tempfile.mkdtemp()) if quick else contract.RESULTS
     kept = contract.Rows(where / "main_job.rows.jsonl")
     task = tasks.load(setting.data, size=setting.size)
-    same = {"data": data, "size": setting.size, "latency": setting.latency}
+    same: dict[str, Any] = {"data": data, "size": setting.size, "latency": setting.latency}
     seeds = range(0 if report_only else setting.seeds)
     keys = [{**same, "flags": list(setting.flags), "seed": seed} for seed in seeds]
     names = ("uniform_resnets", "uniform_mobilenets", *(("chosen_alone",) if alone else ()))
