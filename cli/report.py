@@ -24,8 +24,8 @@ def command(
     content = verify.read(run / "report.json")
     if json:
         return console.emit_json(content)
-    from cli.deliver import PAGE, summarise
+    from cli.summary import summarise
 
-    report.write(content, run / PAGE)
+    report.write(content, run / "report.html")
     summarise(content, run, sum(stage["seconds"] for stage in content["stages"]))
     return None

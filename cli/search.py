@@ -183,7 +183,7 @@ def _defaults(spec: Spec, n_train: int, *, quick: bool) -> dict[str, Any]:
 
 
 def _search(job: Job) -> dict[str, Any]:
-    from cli import deliver, stages
+    from cli import deliver, stages, summary
 
     began = time.monotonic()
     task, spec = job.task, job.spec
@@ -203,7 +203,7 @@ def _search(job: Job) -> dict[str, Any]:
     candidates = stages.searched(job, stages.make_problem(job, table, judge), table)
     console.say("extract, export, verify", "deliver")
     report = deliver.deliver(job, table, judge, candidates)
-    deliver.summarise(report, job.run.folder, time.monotonic() - began)
+    summary.summarise(report, job.run.folder, time.monotonic() - began)
     return report
 
 
