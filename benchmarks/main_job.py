@@ -53,19 +53,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--latency", default="150us")
     parser.add_argument("--epochs", default="0.6")
     parser.add_argument("--finetune", default="2.5")
+    parser.add_argument("--threads", type=int, default=1, help="of training, for both sides")
     parser.add_argument("--report", action="store_true", help="only the rows on disk")
     parser.add_argument("--alone", action="store_true", help="also the choice trained alone")
     arguments = parser.parse_args(argv)
     outcome = contract.Outcome("main_job")
+    torch.set_num_threads(1 if arguments.quick else arguments.threads)
     folder = contract.data("cifar10")
     if arguments.quick:
-        quick = ("--epochs", "4", "--finetune", "4", "--evaluations", "8")
+        quick = ("--epochs", "4", "--finetune", "4", "--evaluations", "8", "--threads", "1")
         setting = Setting("digits", None, "150us", quick, seeds=1)
     elif folder is None:
         return outcome.skip("NASCTL_DATA/cifar10 is absent")
     else:
         epochs, finetune = ("--epochs", arguments.epochs), ("--finetune", arguments.finetune)
-        full = (*epochs, *finetune, "--evaluations", "32")
+        full = (*epochs, *finetune, "--evaluations", "32", "--threads", str(arguments.threads))
         size = arguments.size
         setting = Setting(str(folder), size, arguments.latency, full, arguments.seeds)
     rows = finished_rows(

@@ -305,7 +305,7 @@ def _report(
         val_ce=candidate.cross_entropy,
         val_accuracy=candidate.accuracy,
         extracted_val_accuracy=extracted.accuracy,
-        supernet_test_accuracy=own.accuracy,
+        torch_test_accuracy=own.accuracy,
         test_accuracy=float(task.metric(torch.from_numpy(outputs), test.labels)),
         predicted=table.estimate(ops, job.spec.space),
         measured=delivery.measured,

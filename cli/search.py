@@ -94,6 +94,11 @@ def command(
     return None
 
 
+def cores() -> int:
+    """How many cores this process may use: fewer than the machine has under taskset or cgroups."""
+    return len(os.sched_getaffinity(0))
+
+
 def prepare(flags: dict[str, Any], file: Path | None, folder: Path | None, *, quick: bool) -> Job:
     """Everything validated and loaded: names before data, data before any work."""
     from hw_profiles import device
@@ -102,7 +107,7 @@ def prepare(flags: dict[str, Any], file: Path | None, folder: Path | None, *, qu
 
     given = runs.given_fields(flags, file)
     # what depends on the data is filled in below; everything typed is validated here
-    rough = runs.make_spec({"epochs": 1, "threads": os.cpu_count(), **given})
+    rough = runs.make_spec({"epochs": 1, "threads": cores(), **given})
     board = device.load(rough.hw)
     if "." not in rough.space and rough.space not in spaces.names():
         spaces.load(rough.space)  # raises, before torch is imported
@@ -178,7 +183,7 @@ def _defaults(spec: Spec, n_train: int, *, quick: bool) -> dict[str, Any]:
     return {
         "epochs": float(f"{steps * spec.batch / n_train:.3g}"),
         "evaluations": QUICK_EVALUATIONS if quick else EVALUATIONS,
-        "threads": os.cpu_count(),
+        "threads": cores(),
     }
 
 

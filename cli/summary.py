@@ -33,7 +33,7 @@ def summarise(content: dict[str, Any], folder: Path, seconds: float) -> None:
         say(f"not measured, or weaker than it looks: {note}")
     say(
         f"{chosen['test_accuracy']:.2%} on test, the exported file "
-        f"({chosen['supernet_test_accuracy']:.2%} before export, "
+        f"({chosen['torch_test_accuracy']:.2%} before export, "
         f"{chosen['val_accuracy']:.2%} on validation)",
         "accuracy",
     )

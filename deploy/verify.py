@@ -55,16 +55,6 @@ def parity(
     return worst
 
 
-def accuracy(
-    path: Path, images: np.ndarray, labels: np.ndarray, *, batch: int = 256, threads: int = 1
-) -> float:
-    """Share of `labels` (class numbers) that the file's largest logit gets right."""
-    if len(images) != len(labels) or len(labels) == 0:
-        raise ValueError(f"{len(images)} images for {len(labels)} labels")
-    logits = outputs(path, images, batch=batch, threads=threads)
-    return float((logits.argmax(axis=1) == labels).mean())
-
-
 def outputs(path: Path, images: np.ndarray, *, batch: int = 256, threads: int = 1) -> np.ndarray:
     """The file's first output for every image, run in batches."""
     session = onnxruntime.load(path, threads=threads)
@@ -128,7 +118,7 @@ class Chosen:
     val_ce: float | None = None
     val_accuracy: float | None = None
     extracted_val_accuracy: float | None = None  # before any fine-tuning
-    supernet_test_accuracy: float | None = None
+    torch_test_accuracy: float | None = None  # of the network before export
     test_accuracy: float | None = None  # of the exported file
     predicted: Estimate | None = None
     measured: Measured | None = None

@@ -129,7 +129,7 @@ def _spread(latency: Array, promise: Array, *, best: bool) -> NDArray[np.int64]:
     """Indices of up to GENERATION rows: the most promising of each latency band, so that the whole
     front is served, and (if `best`) in half of the places the most promising of all."""
     bands = GENERATION // 2 if best else GENERATION
-    order = np.argsort(promise, kind="stable")
+    order = np.argsort(promise)
     edges = np.geomspace(latency.min(), latency.max() * 1.0001, bands + 1)
     band = np.clip(np.searchsorted(edges, latency[order], side="right") - 1, 0, bands - 1)
     _, first = np.unique(band, return_index=True)

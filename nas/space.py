@@ -104,26 +104,31 @@ class SearchSpace(ABC):
 
     def sample(self, rng: np.random.Generator, n: int) -> Genes:
         """`n` rows, each gene uniform over its options."""
-        return self.canonical(rng.integers(0, self.sizes, (n, len(self.genes))))
+        return self.canonical(self._uniform(rng, n))
+
+    def _uniform(self, rng: np.random.Generator, n: int) -> Genes:
+        """As `rng.integers(0, sizes)` to a part in 10^7, in half the time."""
+        return (rng.random((n, len(self.genes)), np.float32) * self.sizes).astype(np.int64)
 
     def mutate(self, genes: Genes, rng: np.random.Generator, rate: float = 0.1) -> Genes:
         """Each gene redrawn with probability `rate`; at least one per row."""
-        flip = rng.random(genes.shape) < rate
+        flip = rng.random(genes.shape, np.float32) < rate
         flip[np.arange(len(genes)), rng.integers(0, genes.shape[1], len(genes))] = True
-        return self.canonical(np.where(flip, rng.integers(0, self.sizes, genes.shape), genes))
+        return self.canonical(np.where(flip, self._uniform(rng, len(genes)), genes))
 
     def crossover(self, a: Genes, b: Genes, rng: np.random.Generator) -> Genes:
         """Uniform crossover, row by row."""
-        return self.canonical(np.where(rng.random(a.shape) < 0.5, a, b))
+        return self.canonical(np.where(rng.random(a.shape, np.float32) < 0.5, a, b))
 
-    def encode(self, genes: Genes) -> NDArray[np.float64]:
+    def encode(self, genes: Genes) -> NDArray[np.float32]:
         """One-hot rows [N, sum of options]; an inactive gene is all zeros."""
-        active = self.active(genes)
-        columns = [
-            (genes[:, at, None] == np.arange(size)) & active[:, at, None]
-            for at, size in enumerate(self.sizes)
-        ]
-        return np.concatenate(columns, axis=1).astype(np.float64)
+        option = np.where(self.active(genes), genes, -1).astype(np.int16)
+        rows = np.empty((len(genes), int(self.sizes.sum())), np.float32)
+        ends = self.sizes.cumsum()
+        for at, (size, end) in enumerate(zip(self.sizes, ends, strict=True)):
+            for chosen in range(size):
+                rows[:, end - size + chosen] = option[:, at] == chosen
+        return rows
 
     def count(self) -> int:
         """Number of distinct architectures (a gene that needs another is counted per option)."""

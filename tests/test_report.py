@@ -41,7 +41,7 @@ def make_report():
             "params": 2000,
             "val_ce": 0.5,
             "val_accuracy": 0.8,
-            "supernet_test_accuracy": 0.7912,
+            "torch_test_accuracy": 0.7912,
             "test_accuracy": 0.7913,
             "latency": {
                 "predicted": {
@@ -157,7 +157,7 @@ def test_the_chosen_row_is_found_by_its_cost_where_rows_have_no_genes():
 def test_without_measurements_it_says_so():
     bare = make_report()
     bare["chosen"]["latency"]["measured"] = None
-    bare["chosen"] |= {"test_accuracy": None, "supernet_test_accuracy": None, "parity": None}
+    bare["chosen"] |= {"test_accuracy": None, "torch_test_accuracy": None, "parity": None}
     text = Page(render(bare)).text
     assert "Measured latency not measured The exported file was not run on jetson." in text
     assert "Test accuracy not measured" in text
