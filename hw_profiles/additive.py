@@ -17,15 +17,16 @@ marginal likelihood.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, field_serializer, field_validator
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
-from hw_profiles.op import Op
+from hw_profiles.op import Op, to_row
 
 Array = NDArray[np.float64]
 ACTS = ("", "relu", "hswish", "hsigmoid", "silu")
@@ -35,20 +36,44 @@ ROUGH = 0.3  # length of the rough part, as a share of the smooth part's
 MOST = 240  # networks that the hyper-parameters are chosen on
 
 
-@dataclass(frozen=True)
-class Additive:
-    """f as a weighted sum of kernels around the operators that were measured."""
+class Additive(BaseModel):
+    """f as a weighted sum of kernels around the operators of the measured networks."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
     ops: tuple[Op, ...]
-    weights: Array  # [ops]
+    weights: tuple[float, ...]  # one per operator
     length: float
     variances: tuple[float, float, float]  # of the smooth, the rough and the operator's own part
 
+    @field_validator("ops", mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        return tuple(Op(**row) if isinstance(row, dict) else row for row in value)
+
+    @field_serializer("ops")
+    def _write(self, ops: tuple[Op, ...]) -> list[dict[str, Any]]:
+        return [to_row(op) for op in ops]
+
+    @cached_property
+    def _index(self) -> dict[Op, int]:
+        return {op: at for at, op in enumerate(self.ops)}
+
+    @cached_property
+    def _features(self) -> tuple[Array, NDArray[Any]]:
+        return features(self.ops)
+
+    def __contains__(self, op: Op) -> bool:
+        """Was it in a measured network?"""
+        return op in self._index
+
     def correction(self, ops: Sequence[Op]) -> Array:
         """f of each operator [len(ops)]; the prior's time is to be multiplied by 1 + f."""
-        distance = squared_distances(ops, self.ops)
-        own = np.array([[a == b for b in self.ops] for a in ops], bool)
-        return mix(parts(distance, own, self.length), self.variances) @ self.weights
+        distance = squared_distances(features(ops), self._features)
+        own = np.zeros(distance.shape, bool)
+        for row, op in enumerate(ops):
+            if op in self._index:
+                own[row, self._index[op]] = True
+        return mix(parts(distance, own, self.length), self.variances) @ np.array(self.weights)
 
 
 def features(ops: Sequence[Op]) -> tuple[Array, NDArray[Any]]:
@@ -73,9 +98,9 @@ def features(ops: Sequence[Op]) -> tuple[Array, NDArray[Any]]:
     return np.array(rows), np.array(groups)
 
 
-def squared_distances(a: Sequence[Op], b: Sequence[Op]) -> Array:
-    """[len(a), len(b)], infinite between groups."""
-    (left, own), (right, other) = features(a), features(b)
+def squared_distances(a: tuple[Array, NDArray[Any]], b: tuple[Array, NDArray[Any]]) -> Array:
+    """Between the operators of two results of `features`: [N, M], infinite between groups."""
+    (left, own), (right, other) = a, b
     squared = (left**2).sum(1)[:, None] + (right**2).sum(1) - 2 * left @ right.T
     return np.where(own[:, None] == other, np.maximum(squared, 0.0), np.inf)
 
@@ -93,7 +118,8 @@ def mix(kernels: Sequence[Array], variances: Sequence[float]) -> Array:
 def fit(shares: Array, ops: Sequence[Op], residuals: Array, rng: np.random.Generator) -> Additive:
     """`residuals` [N]: measured / prior - 1 of each network; `shares` [N, U]: which share of the
     prior's time each of the U distinct `ops` has in it."""
-    distance, own = squared_distances(ops, ops), np.eye(len(ops), dtype=bool)
+    there = features(ops)
+    distance, own = squared_distances(there, there), np.eye(len(ops), dtype=bool)
     some = np.sort(rng.permutation(len(residuals))[:MOST])
     best: tuple[float, float, Array] = (np.inf, 0.0, np.zeros(4))
     for length in LENGTHS:
@@ -113,7 +139,7 @@ def fit(shares: Array, ops: Sequence[Op], residuals: Array, rng: np.random.Gener
     covariance = shares @ kernel @ shares.T + noise * np.eye(len(residuals))
     weights = shares.T @ cho_solve(cho_factor(covariance), residuals)
     a, b, c = (float(v) for v in variances)
-    return Additive(tuple(ops), weights, length, (a, b, c))
+    return Additive(ops=tuple(ops), weights=tuple(weights), length=length, variances=(a, b, c))
 
 
 def _likelihood(logs: Array, covariances: Sequence[Array], residuals: Array) -> float:
