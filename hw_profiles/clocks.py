@@ -112,19 +112,19 @@ def doubts(readings: Sequence[Clocks], tolerance: float) -> Iterator[str]:
 
 
 def _fastest_core(root: Path) -> float | None:
-    paths = [_cpu(root, core) / "cpufreq" / "scaling_cur_freq" for core in _cores()]
+    paths = [_cpu(root, core) / "cpufreq" / "scaling_cur_freq" for core in cores()]
     khz = [value for value in map(_number_in, paths) if value]
     return max(khz) / 1e3 if khz else None
 
 
 def _throttle_count(root: Path) -> int | None:
     names = ("core_throttle_count", "package_throttle_count")
-    paths = [_cpu(root, core) / "thermal_throttle" / name for core in _cores() for name in names]
+    paths = [_cpu(root, core) / "thermal_throttle" / name for core in cores() for name in names]
     counts = [value for value in map(_number_in, paths) if value is not None]
     return int(sum(counts)) if counts else None
 
 
-def _cores() -> list[int]:
+def cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
@@ -156,7 +156,7 @@ def _pi_throttled(root: Path) -> str | None:
 
 
 def _mode(root: Path) -> str | None:
-    governor = _text_in(_cpu(root, _cores()[0]) / "cpufreq" / "scaling_governor")
+    governor = _text_in(_cpu(root, cores()[0]) / "cpufreq" / "scaling_governor")
     power = _text_in(root / "var/lib/nvpmodel/status")
     parts = [f"governor {governor}" if governor else "", f"nvpmodel {power}" if power else ""]
     return ", ".join(part for part in parts if part) or None

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hw_profiles import protocol
+from hw_profiles import protocol, runner
 from hw_profiles.graph import onnx_graph
 from hw_profiles.op import Op, Tape
 from hw_profiles.protocol import Call, Instruments
@@ -94,13 +94,7 @@ def ops_call(ops: Sequence[Op], threads: int, rng: np.random.Generator) -> Call:
 
 def session_call(session: onnxruntime.Session, rng: np.random.Generator) -> Call:
     """One call of a session on a fixed random batch of 1 (free dimensions are taken as 1)."""
-    feeds = {
-        name: rng.standard_normal([size if isinstance(size, int) else 1 for size in shape]).astype(
-            np.float32
-        )
-        for name, shape in session.inputs.items()
-    }
-    return lambda: onnxruntime.run(session, feeds)
+    return runner.session_call(onnxruntime, session, rng)
 
 
 def reference_ops() -> list[Op]:
@@ -110,6 +104,11 @@ def reference_ops() -> list[Op]:
     for _ in range(2):
         x = tape.conv(x, 32, kernel=3, bias=True, act="relu")
     return tape.ops
+
+
+def reference_model() -> bytes:
+    """`reference_ops` as serialised ONNX, for boards."""
+    return onnx_graph(reference_ops()).SerializeToString()
 
 
 def require_quiet(noise: float, target: float) -> None:

@@ -1,0 +1,287 @@
+"""Measuring models on a board over ssh, by the same protocol as here.
+
+A bundle goes to a fresh private folder on the board, its runner measures there apart from the
+connection, and results come back line by line as groups finish. `workdir` keeps what has come back
+and where the board's folder is, so that after a lost connection, a crash or a power cut the same
+call goes on with what is missing. Afterwards nothing is left on the board.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import math
+import re
+import shutil
+import tarfile
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import IO, Any
+
+from hw_profiles import protocol, runner, ssh
+from hw_profiles.bundle import Bundle
+from hw_profiles.protocol import Progress, Timing
+from hw_profiles.runner import LOG, MANIFEST, RESULTS, Record
+from nas.errors import NasctlError
+
+#: how long to wait before each attempt to find a lost board again; about five minutes
+RETRY_S: Sequence[float] = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60)
+#: what a folder's name on a board must look like before anything in it is touched
+_FOLDER = re.compile(r"/[\w./-]*/nasctl-[A-Za-z0-9]{8,}")
+
+# What runs on the board: $1 is our folder there, $2 its Python. All other words are arguments too,
+# never part of a script.
+_HAS = '[ -O "$1" ] || exit 11; [ -f "$1/$3" ] || exit 12'
+_MAKE = (
+    'command -v "$2" >/dev/null || exit 21; '
+    '"$2" -c "import sys; sys.exit(sys.version_info < (3, 8))" || exit 22; '
+    'umask 077 && mktemp -d "${TMPDIR:-/var/tmp}/nasctl-XXXXXXXX"'
+)
+_UNPACK = 'umask 077 && tar -x -f - -C "$1" || exit 31'
+# ONNX Runtime leaves a session file in TMPDIR: so that is our folder, too
+_RUN = (
+    'cd "$1" && TMPDIR=$1 && export TMPDIR && python=$2 && shift 2 && '
+    'exec "$python" -m hw_profiles.runner "$@"'
+)
+_TAIL = 'df -P -k "$1" | tail -n 1; tail -n 20 "$1/$3"'
+_REMOVE = 'cd "$1" && "$2" -m hw_profiles.runner stop; cd / && rm -rf "$1"'
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteResult:
+    """Timings by model name, and what they rest on."""
+
+    timings: dict[str, Timing]
+    rounds_ms: dict[str, list[float]]  # of each model: the rounds its timing rests on
+    reference_ms: list[float]  # the reference's block medians, of all groups
+    fingerprint: dict[str, str | int | float]  # hw_profiles/fingerprint.py, of the board
+    left: str = ""  # the folder that is still on the board; empty when nothing is
+
+    @property
+    def noise(self) -> float:
+        """The noise floor, relative; see protocol.noise."""
+        return protocol.noise(self.reference_ms)
+
+
+def measure_models(
+    target: ssh.Target,
+    bundle: Bundle,
+    *,
+    workdir: Path,
+    progress: Progress | None = None,
+    keep: bool = False,
+) -> RemoteResult:
+    """Time a bundle's models on the target.
+
+    `workdir` holds one folder per unfinished (bundle, target), removed when it is finished. When
+    the connection is lost for longer than RETRY_S, ssh.Unreachable is raised, the board goes on
+    measuring, and the same call collects the results. Any other failure stops the board and cleans
+    it; finished groups are not measured again then either. With `keep` the board's folder stays.
+    """
+    job = _Job.of(target, bundle, workdir)
+    try:
+        job.prepare()
+        result = job.measured(progress or (lambda share: None))
+    except ssh.Unreachable:
+        raise
+    except (NasctlError, KeyboardInterrupt):
+        if not keep:
+            job.clean()
+        raise
+    left = job.folder if keep else job.clean()
+    shutil.rmtree(job.state)
+    return replace(result, left=left)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One bundle on one target: what is here (`state`) and, once made, its folder there."""
+
+    target: ssh.Target
+    bundle: Bundle
+    state: Path
+
+    @classmethod
+    def of(cls, target: ssh.Target, bundle: Bundle, workdir: Path) -> _Job:
+        key = hashlib.sha256(f"{target} {bundle.identity}".encode()).hexdigest()[:16]
+        state = workdir / f"remote-{key}"
+        state.mkdir(parents=True, exist_ok=True)
+        return cls(target, bundle, state)
+
+    @property
+    def results(self) -> Path:
+        return self.state / RESULTS
+
+    @property
+    def folder(self) -> str:
+        """On the board; empty when there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            found = (self.state / "folder").read_text().strip()
+            if _FOLDER.fullmatch(found):
+                return found
+        return ""
+
+    # ---- on the board ----------------------------------------------------------------------------
+
+    def words(self, script: str, *more: str) -> list[str]:
+        return ["sh", "-c", script, "nasctl", self.folder, self.target.python, *more]
+
+    def sh(self, script: str, *more: str, stdin: IO[bytes] | None = None) -> ssh.Answer:
+        return ssh.run(self.target, self.words(script, *more), stdin)
+
+    def prepare(self) -> None:
+        """A folder on the board with all of the bundle in it; the one from before if there is."""
+        found = self.sh(_HAS, MANIFEST).code if self.folder else 11
+        if found == 0:
+            return
+        if found == 11:
+            (self.state / "folder").write_text(self.made())
+        # the code first, and a look at what is there for it: models may be large
+        self.send(self.bundle.code, f"{_UNPACK}; {_RUN}", "check", self.bundle.runtime)
+        earlier = {RESULTS: self.results.read_bytes()} if self.results.is_file() else {}
+        # the manifest last: where it is, all is
+        self.send(self.bundle.data | earlier | {MANIFEST: self.bundle.manifest}, _UNPACK)
+
+    def made(self) -> str:
+        answer = self.sh(_MAKE)
+        if answer.code in (21, 22):
+            what = "no" if answer.code == 21 else "too old a"
+            raise self.failure(f"{what} {self.target.python} on the board; it takes 3.8 or later")
+        folder = answer.out.decode(errors="replace").strip()
+        if answer.code or not _FOLDER.fullmatch(folder):
+            raise self.failure(f"cannot make a folder on the board: {answer.complaint or folder}")
+        return folder
+
+    def send(self, files: Mapping[str, bytes], script: str, *more: str) -> None:
+        with tempfile.TemporaryFile() as packed:
+            with tarfile.open(fileobj=packed, mode="w") as archive:
+                for name, content in files.items():
+                    entry = tarfile.TarInfo(name)
+                    entry.size, entry.mode, entry.mtime = len(content), 0o600, time.time()
+                    archive.addfile(entry, io.BytesIO(content))
+            packed.seek(0)
+            answer = self.sh(script, *more, stdin=packed)
+        if answer.code == 31:
+            raise self.failure(f"cannot write on the board: {answer.complaint}")
+        if answer.code:
+            raise self.failure(f"the board cannot measure: {answer.complaint}")
+
+    def clean(self) -> str:
+        """Stop and remove what is on the board; returns the folder where that failed."""
+        folder = self.folder
+        if not folder:
+            return ""
+        try:
+            if self.sh(_REMOVE).code:
+                return folder
+        except NasctlError:  # the connection is gone: the caller is told what is left
+            return folder
+        (self.state / "folder").unlink()
+        return ""
+
+    def failure(self, what: str, next: str = "") -> NasctlError:
+        return NasctlError(what or "failed without a word", where=str(self.target), next=next)
+
+    # ---- measuring -------------------------------------------------------------------------------
+
+    def measured(self, tell: Progress) -> RemoteResult:
+        """Have the board measure until every model has a result here.
+
+        A line that was damaged on its way is fetched again; one that was damaged on the board is
+        found there by the runner, which measures its group again.
+        """
+        for _ in range(2):
+            records = self.follow(tell)
+            if not self.bundle.models.keys() - runner.finished(records):
+                tell(1.0)
+                return self.result(records)
+            self.results.unlink()
+        raise self.failure("results are damaged again and again", next="Check the board's disk.")
+
+    def follow(self, tell: Progress) -> list[Record]:
+        """Have the runner run and fetch its results until it ends; find a lost board again."""
+        waits, size = iter(RETRY_S), 0
+        while True:
+            try:
+                self.fetch(tell)
+                return self.ended()
+            except ssh.Unreachable as error:
+                if self.results.is_file() and self.results.stat().st_size > size:
+                    waits, size = iter(RETRY_S), self.results.stat().st_size
+                wait = next(waits, None)
+                if wait is None:
+                    raise ssh.Unreachable(
+                        f"the connection is lost; the board goes on measuring ({error.what})",
+                        where=str(self.target),
+                        next="Run the same command again to collect the results.",
+                    ) from error
+                time.sleep(wait)
+
+    def fetch(self, tell: Progress) -> None:
+        with self.results.open("a+b") as results:
+            results.seek(0)
+            done = runner.finished(runner.from_lines(results.read()))
+            words = self.words(_RUN, "run", self.bundle.identity, str(results.tell()))
+            for line in ssh.lines(self.target, words):
+                if not line.endswith(b"\n"):  # cut off with the connection: comes again
+                    continue
+                results.write(line)
+                results.flush()
+                done |= runner.finished(runner.from_lines(line))
+                tell(min(0.99, len(done) / len(self.bundle.models)))
+
+    def ended(self) -> list[Record]:
+        """The records, of a runner that ended well. Raises NasctlError with why it did not."""
+        records = runner.from_lines(self.results.read_bytes())
+        last = records[-1] if records else {}
+        if last.get("kind") == "done":
+            return records
+        if last.get("kind") == "failed":
+            raise self.failure(str(last.get("why")))
+        answer = self.sh(_TAIL, LOG)
+        disk, *log = answer.out.decode(errors="replace").split("\n")
+        said = [line for line in log if line.strip()]
+        fatal = [line for line in said if line.startswith("Fatal Python error")]
+        done = len(runner.finished(records))
+        what = f"the runner crashed with {done} of {len(self.bundle.models)} models measured"
+        if _free_kb(disk) < 64:
+            what = f"the board's disk is full; {what}"
+        raise self.failure(
+            f"{what}; the last it said: {(fatal or said or ['nothing'])[-1]}",
+            next="Run the same command again to go on.",
+        )
+
+    # ---- results ---------------------------------------------------------------------------------
+
+    def result(self, records: Sequence[Record]) -> RemoteResult:
+        """Groups' records as values; the last counts where a group was measured twice."""
+        timings: dict[str, Timing] = {}
+        rounds: dict[str, list[float]] = {}
+        reference: list[float] = []
+        for record in (one for one in records if one["kind"] == "group"):
+            reference += self.positive(record["reference_ms"], "the reference")
+            for at, name in enumerate(record["names"]):
+                values = {field.name: record["timings"][at][field.name] for field in fields(Timing)}
+                self.positive([values["median_ms"], values["p99_ms"], values["n"]], name)
+                timings[name] = Timing(**values)
+                rounds[name] = self.positive(record["rounds_ms"][at], name)
+        first = next(one for one in records if one["kind"] == "session")
+        return RemoteResult(timings, rounds, reference, first["fingerprint"])
+
+    def positive(self, values: Sequence[Any], name: str) -> list[float]:
+        for value in values:
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise self.failure(
+                    f"it reports {value} ms for '{name}'", next="Is its clock running?"
+                )
+        return list(values)
+
+
+def _free_kb(line: str) -> float:
+    """The fourth column of df -P; unknown is plenty."""
+    columns = line.split()
+    return float(columns[3]) if len(columns) > 3 and columns[3].isdigit() else math.inf
