@@ -18,6 +18,7 @@ import importlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -28,14 +29,16 @@ if TYPE_CHECKING:
 
     Feeds = Mapping[str, np.ndarray]
 
+Shape = tuple[int | str, ...]  # a string is a free dimension's name
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A loaded model: what goes in and what comes out. Free dimensions carry their name."""
+    """A loaded model: what goes in and what comes out."""
 
     inner: Any  # the runtime's own objects; nobody else looks inside
     where: str  # the file, for messages
-    inputs: dict[str, tuple[int | str, ...]]
+    inputs: dict[str, Shape]
     outputs: tuple[str, ...]
     dtypes: dict[str, str] = field(default_factory=dict)  # of inputs that are not float32
 
@@ -168,6 +171,24 @@ def obeyed(precision: str | None, observed: str, model: str) -> None:
             f"asked to compute in {precision}, but it computes in {observed}",
             where=model,
             next="Export the model in that precision, or ask for the one it has.",
+        )
+
+
+def fitting(inputs: Mapping[str, Shape], feeds: Feeds, where: str) -> None:
+    """Refuse feeds that are not exactly a model's inputs in its sizes; free ones may be any."""
+    given = {name: tuple(value.shape) for name, value in feeds.items()}
+    wanted = {
+        name: tuple(
+            m if isinstance(n, str) else n for n, m in zip_longest(shape, given.get(name, ()))
+        )
+        for name, shape in inputs.items()
+    }
+    if given != wanted:
+        told = ", ".join(f"{name} {list(shape)}" for name, shape in given.items())
+        raise NasctlError(
+            f"feeds do not fit ({told or 'none'})",
+            where=where,
+            allowed=(f"{name} {list(shape)}" for name, shape in inputs.items()),
         )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hw_profiles.runtimes import Session, _torch_graph, obeyed, short, summary, where
+from hw_profiles.runtimes import Session, _torch_graph, fitting, obeyed, short, summary, where
 from nas.errors import NasctlError
 
 if TYPE_CHECKING:
@@ -47,9 +47,8 @@ def build(
     if path.suffix != SUFFIX:
         raise NasctlError("a package's name must end in .pt2", where=str(path))
     net = _torch_graph.read(model, precision).to(device)
-    dtype = next(net.buffers()).dtype
     sizes = {name: [n if isinstance(n, int) else 1 for n in s] for name, s in net.inputs.items()}
-    inputs = tuple(torch.zeros(size, dtype=dtype, device=device) for size in sizes.values())
+    inputs = tuple(torch.zeros(size, dtype=net.dtype, device=device) for size in sizes.values())
     note = {
         "device": device,
         "threads": threads,
@@ -59,7 +58,7 @@ def build(
     }
     settings = {"aot_inductor.metadata": {NOTE: json.dumps(note)}, "cpp.threads": threads}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         whole = Path(folder) / path.name
         program = torch.export.export(net, inputs)
         torch._inductor.aoti_compile_and_package(
@@ -117,12 +116,6 @@ def _note(path: Path) -> dict[str, Any]:
 
 def inputs_of(session: Session, feeds: Feeds, device: str) -> tuple[Tensor, ...]:
     """The feeds as the package's positional inputs. Raises NasctlError when they do not fit."""
-    if {name: value.shape for name, value in feeds.items()} != session.inputs:
-        given = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
-        raise NasctlError(
-            f"feeds do not fit ({given or 'none'})",
-            where=session.where,
-            allowed=(f"{name} {list(shape)}" for name, shape in session.inputs.items()),
-        )
+    fitting(session.inputs, feeds, session.where)
     dtype = _torch_graph.DTYPES[session.inner.precision]
     return tuple(torch.from_numpy(feeds[name]).to(device, dtype) for name in session.inputs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import torch
@@ -18,8 +18,11 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from hw_profiles.runtimes import short, where
+from hw_profiles.runtimes import Shape, fitting, short, where
 from nas.errors import NasctlError
+
+if TYPE_CHECKING:
+    from hw_profiles.runtimes import Feeds
 
 Attributes = Mapping[str, Any]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -90,10 +93,14 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+#: their second input are the weights
+MULTIPLY = ("Conv", "Gemm", "MatMul")
+
+
 class Graph(nn.Module):
     """Runs an ONNX graph: `graph(*inputs)` in the order of `inputs`, a tuple in that of `outputs`.
 
-    Weights are buffers, so that `.to(device, dtype)` moves them.
+    Weights are buffers, so that `.to(device, dtype)` moves them and no gradient is kept.
     """
 
     def __init__(self, graph: onnx.GraphProto, name: str) -> None:
@@ -105,17 +112,16 @@ class Graph(nn.Module):
                 where=name,
                 allowed=OPERATORS,
             )
-        lists: dict[str, list[int]] = {}
-        buffers: dict[str, str] = {}
+        self.lists: dict[str, list[int]] = {}
+        self.buffer_of: dict[str, str] = {}  # tensor name -> ours: theirs may contain dots
         for at, tensor in enumerate(graph.initializer):
             values = numpy_helper.to_array(tensor)
             if tensor.data_type == TensorProto.INT64:
-                lists[tensor.name] = values.tolist()
+                self.lists[tensor.name] = values.tolist()
             else:
-                buffers[tensor.name] = f"weight{at}"
+                self.buffer_of[tensor.name] = f"weight{at}"
                 self.register_buffer(f"weight{at}", torch.from_numpy(values.copy()))
-        self.lists, self.buffer_of = lists, buffers
-        known = lists.keys() | buffers.keys()
+        known = self.lists.keys() | self.buffer_of.keys()
         self.inputs = {v.name: _shape(v) for v in graph.input if v.name not in known}
         self.outputs = tuple(value.name for value in graph.output)
         self.steps = [
@@ -127,8 +133,8 @@ class Graph(nn.Module):
             )
             for node in graph.node
         ]
-        multiplied = {node.input[1] for node in graph.node if node.op_type in MULTIPLY}
-        self.multiplied = [buffers[name] for name in multiplied & buffers.keys()]
+        multiplied = [node.input[1] for node in graph.node if node.op_type in MULTIPLY]
+        self.multiplied = [self.buffer_of[name] for name in multiplied if name in self.buffer_of]
 
     def forward(self, *xs: Tensor) -> tuple[Tensor, ...]:
         values: dict[str, Any] = {**self.lists, **dict(zip(self.inputs, xs, strict=True))}
@@ -137,16 +143,17 @@ class Graph(nn.Module):
             values[out] = operator(attributes, *(values[name] for name in reads if name))
         return tuple(values[name] for name in self.outputs)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.buffers()).dtype
+
     def precisions(self) -> Counter[str]:
         """How many multiplying operators have weights of each precision."""
         names = {dtype: name for name, dtype in DTYPES.items()}
         return Counter(names.get(getattr(self, name).dtype, "?") for name in self.multiplied)
 
 
-MULTIPLY = ("Conv", "Gemm", "MatMul")
-
-
-def _shape(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+def _shape(value: onnx.ValueInfoProto) -> Shape:
     dims = value.type.tensor_type.shape.dim
     return tuple(dim.dim_value or dim.dim_param or "?" for dim in dims)
 
@@ -154,33 +161,24 @@ def _shape(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
 def read(model: bytes | Path, precision: str | None) -> Graph:
     """The module of an ONNX file (path or content), in eval mode, its weights in `precision`.
 
-    Raises NasctlError for a damaged file and for an operator outside OPERATORS.
+    Raises NasctlError for a damaged file, for one without weights and for an operator outside
+    OPERATORS.
     """
     name = where(model)
     try:
         proto = onnx.load(model) if isinstance(model, Path) else onnx.load_from_string(model)
     except DecodeError as error:
         raise NasctlError(f"is no ONNX file ({short(error)})", where=name) from error
-    if not proto.graph.node:
-        raise NasctlError("is no ONNX file, or an empty one", where=name)
     net = Graph(proto.graph, name).eval()
+    if not net.multiplied:
+        raise NasctlError("is no ONNX file, or one without weights", where=name)
     return net.to(DTYPES[precision]) if precision else net
 
 
-def example(net: Graph, feeds: Mapping[str, Any], device: str) -> tuple[Tensor, ...]:
+def example(net: Graph, feeds: Feeds, device: str) -> tuple[Tensor, ...]:
     """The feeds as the module's positional inputs, on a device and in its weights' precision.
 
     Raises NasctlError for feeds that are not exactly the module's inputs.
     """
-    if set(feeds) != set(net.inputs) or any(
-        len(feeds[name].shape) != len(shape)
-        or any(isinstance(n, int) and n != m for n, m in zip(shape, feeds[name].shape, strict=True))
-        for name, shape in net.inputs.items()
-    ):
-        given = ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
-        raise NasctlError(
-            f"feeds do not fit ({given or 'none'})",
-            allowed=(f"{name} {list(shape)}" for name, shape in net.inputs.items()),
-        )
-    dtype = next(net.buffers()).dtype
-    return tuple(torch.from_numpy(feeds[name]).to(device, dtype) for name in net.inputs)
+    fitting(net.inputs, feeds, "model")
+    return tuple(torch.from_numpy(feeds[name]).to(device, net.dtype) for name in net.inputs)

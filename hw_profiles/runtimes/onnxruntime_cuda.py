@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hw_profiles.runtimes import Session, _cuda, _ort, obeyed, offered, where
+from hw_profiles.runtimes import Session, _cuda, _ort, fitting, obeyed, offered, where
 from nas.errors import NasctlError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ DEVICE = "cuda"
 HINT = "pip uninstall onnxruntime; pip install onnxruntime-gpu"
 WARM_UP = 3  # runs before timing: the library captures its graph in the second
 NO_GRAPH = -1
+NO_FALLBACK = {"session.disable_cpu_ep_fallback": "1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ def load(model: bytes | Path, *, threads: int = 1, precision: str | None = None)
 
         model = half_file(model, name)
     settings = _ort.options(threads)
-    settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    for key, value in NO_FALLBACK.items():
+        settings.add_session_config_entry(key, value)
     found = _ort.inference_session(model, settings, _providers())
     if found.get_providers()[0] != PROVIDER:
         raise NasctlError(
@@ -86,7 +88,7 @@ def run(session: Session, feeds: Feeds) -> list[np.ndarray]:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """One inference on bound buffers; keeps them, because a graph reads and writes their addresses."""
+    """One inference on bound buffers; keeps them, because a graph knows them by address."""
 
     session: Session
     binding: Any
@@ -131,14 +133,12 @@ def _bound(session: Session, feeds: Feeds) -> tuple[Any, list[Any]]:
     inputs, to be kept alive."""
     import numpy as np
 
+    fitting(session.inputs, feeds, session.where)
     ort, binding = _ort.library(), session.inner.session.io_binding()
     kept = []
-    try:
-        for name, value in feeds.items():
-            kept.append(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), DEVICE, 0))
-            binding.bind_ortvalue_input(name, kept[-1])
-    except _ort.failures() as error:
-        raise _ort.cannot_run(session, error) from error
+    for name, value in feeds.items():
+        kept.append(ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), DEVICE, 0))
+        binding.bind_ortvalue_input(name, kept[-1])
     for name in session.outputs:
         binding.bind_output(name, DEVICE, 0)
     return binding, kept
@@ -147,7 +147,8 @@ def _bound(session: Session, feeds: Feeds) -> tuple[Any, list[Any]]:
 def _enqueue(session: Session, binding: Any, graph: int) -> None:
     options = _ort.library().RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(graph))
+    failures = (RuntimeError, *_ort.failures())  # RuntimeError: what the binding itself raises
     try:
         session.inner.session.run_with_iobinding(binding, options)
-    except _ort.failures() as error:
+    except failures as error:
         raise _ort.cannot_run(session, error) from error

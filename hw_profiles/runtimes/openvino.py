@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hw_profiles.runtimes import Session, obeyed, offered, short, summary, wall, where
+from hw_profiles.runtimes import Session, Shape, obeyed, offered, short, summary, wall, where
 from nas.errors import NasctlError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _infer(session: Session, feeds: Feeds) -> Any:
         ) from error
 
 
-def _shape(port: Any) -> tuple[int | str, ...]:
+def _shape(port: Any) -> Shape:
     return tuple(dim.get_length() if dim.is_static else "?" for dim in port.partial_shape)
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hw_profiles.runtimes import Session, _cuda, obeyed, offered, summary, where
+from hw_profiles.runtimes import Session, _cuda, fitting, obeyed, offered, summary, where
 from nas.errors import NasctlError
 
 if TYPE_CHECKING:
@@ -255,12 +255,7 @@ def _session(trt: Any, engine: Any, name: str) -> Session:
 
 def _upload(session: Session, feeds: Feeds) -> None:
     engine, gpu = session.inner, _cuda.gpu()
-    if {name: value.shape for name, value in feeds.items()} != session.inputs:
-        raise NasctlError(
-            "feeds do not fit",
-            where=session.where,
-            allowed=(f"{name} {list(shape)}" for name, shape in session.inputs.items()),
-        )
+    fitting(session.inputs, feeds, session.where)
     for name, value in feeds.items():
         engine.arrays[name][...] = value
         gpu.upload(engine.arrays[name], engine.buffers[name])

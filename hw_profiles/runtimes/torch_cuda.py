@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from hw_profiles.runtimes import Feeds
 
+    Tensors = tuple[torch.Tensor, ...]
+
 PRECISIONS = ("fp32", "bf16", "fp16")
 SUFFIX = ".onnx"
 TIMED = "GPU time of one replayed CUDA graph between two events, inputs and outputs on the GPU"
@@ -73,7 +75,7 @@ class Replay:
     graph: torch.cuda.CUDAGraph
     stream: torch.cuda.Stream
     events: tuple[torch.cuda.Event, torch.cuda.Event]
-    tensors: tuple[torch.Tensor, ...]
+    tensors: Tensors
 
     def __call__(self) -> float:
         import torch
@@ -96,9 +98,7 @@ def timed(session: Session, feeds: Feeds) -> Callable[[], float]:
         return replay(session.inner, inputs)
 
 
-def replay(
-    net: Callable[..., tuple[torch.Tensor, ...]], inputs: tuple[torch.Tensor, ...]
-) -> Replay:
+def replay(net: Callable[..., Tensors], inputs: Tensors) -> Replay:
     """`net(*inputs)` captured as a CUDA graph, for inputs that are on the GPU."""
     import torch
 
@@ -120,9 +120,8 @@ def observed_precision(session: Session) -> str:
 
 @contextmanager
 def settings() -> Iterator[None]:
-    """No gradients, cuDNN's best algorithm, and no TF32 in what is called fp32."""
+    """cuDNN's fastest algorithm for the sizes at hand, and no TF32 in what is called fp32."""
     import torch
 
-    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
-    with torch.inference_mode(), cudnn:
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
         yield
