@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,7 +59,8 @@ def build(
     }
     settings = {"aot_inductor.metadata": {NOTE: json.dumps(note)}, "cpp.threads": threads}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # all of them torch's, about its own internals
         whole = Path(folder) / path.name
         program = torch.export.export(net, inputs)
         torch._inductor.aoti_compile_and_package(
