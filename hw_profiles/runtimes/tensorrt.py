@@ -45,7 +45,7 @@ MULTIPLY = ("conv", "gemm", "matmul", "matrix")  # in the names of multiplying l
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class Loaded:
     """An engine, the context that runs it, and a buffer on the GPU for each of its tensors."""
 
     engine: Any
@@ -110,20 +110,20 @@ def load(model: bytes | Path, *, threads: int = 1, precision: str | None = None)
 
 
 def run(session: Session, feeds: Feeds) -> list[np.ndarray]:
-    engine, gpu = session.inner, _cuda.gpu()
+    loaded, gpu = session.inner, _cuda.gpu()
     _upload(session, feeds)
-    engine.enqueue()
+    loaded.enqueue()
     for name in session.outputs:
-        gpu.download(engine.buffers[name], engine.arrays[name])
-    return [engine.arrays[name].copy() for name in session.outputs]
+        gpu.download(loaded.buffers[name], loaded.arrays[name])
+    return [loaded.arrays[name].copy() for name in session.outputs]
 
 
 def timed(session: Session, feeds: Feeds) -> Callable[[], float]:
-    engine, gpu = session.inner, _cuda.gpu()
+    loaded, gpu = session.inner, _cuda.gpu()
     _upload(session, feeds)
-    engine.enqueue()  # the first run allocates, which a capture must not
+    loaded.enqueue()  # the first run allocates, which a capture must not
     gpu.synchronize()
-    launch = gpu.captured(engine.enqueue)
+    launch = gpu.captured(loaded.enqueue)
     return lambda: gpu.seconds(launch, ahead=launch)
 
 
@@ -245,7 +245,7 @@ def _session(trt: Any, engine: Any, name: str) -> Session:
         buffers[tensor] = _cuda.Buffer(gpu, arrays[tensor].nbytes)
         context.set_tensor_address(tensor, buffers[tensor].pointer)
     return Session(
-        Engine(engine, context, buffers, arrays),
+        Loaded(engine, context, buffers, arrays),
         name,
         {tensor: tuple(arrays[tensor].shape) for tensor in inputs},
         tuple(tensor for tensor in tensors if tensor not in inputs),
@@ -254,11 +254,11 @@ def _session(trt: Any, engine: Any, name: str) -> Session:
 
 
 def _upload(session: Session, feeds: Feeds) -> None:
-    engine, gpu = session.inner, _cuda.gpu()
+    loaded, gpu = session.inner, _cuda.gpu()
     fitting(session.inputs, feeds, session.where)
     for name, value in feeds.items():
-        engine.arrays[name][...] = value
-        gpu.upload(engine.arrays[name], engine.buffers[name])
+        loaded.arrays[name][...] = value
+        gpu.upload(loaded.arrays[name], loaded.buffers[name])
 
 
 # ---- the library ---------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def _logger() -> Any:
 
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+            super().__init__()
             self.errors: deque[str] = deque(maxlen=5)
 
         def log(self, severity: Any, message: str) -> None:
