@@ -17,7 +17,7 @@ from hw_profiles.protocol import Call, Instruments
 from hw_profiles.protocol import Plan as Plan
 from hw_profiles.protocol import Progress as Progress
 from hw_profiles.protocol import Timing as Timing
-from hw_profiles.runtimes import onnxruntime
+from hw_profiles.runtimes import Session, onnxruntime, random_feeds
 from nas.errors import NasctlError
 
 #: how many networks are in memory and in turn at once
@@ -92,14 +92,9 @@ def ops_call(ops: Sequence[Op], threads: int, rng: np.random.Generator) -> Call:
     return session_call(session, rng)
 
 
-def session_call(session: onnxruntime.Session, rng: np.random.Generator) -> Call:
+def session_call(session: Session, rng: np.random.Generator) -> Call:
     """One call of a session on a fixed random batch of 1 (free dimensions are taken as 1)."""
-    feeds = {
-        name: rng.standard_normal([size if isinstance(size, int) else 1 for size in shape]).astype(
-            np.float32
-        )
-        for name, shape in session.inputs.items()
-    }
+    feeds = random_feeds(session, rng)
     return lambda: onnxruntime.run(session, feeds)
 
 
