@@ -22,6 +22,7 @@ import fcntl
 import hashlib
 import importlib
 import json
+import math
 import os
 import random
 import select
@@ -32,14 +33,11 @@ import time
 import zlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Callable, Dict, Iterator, Mapping
+from typing import IO, Any, Callable, Dict, Iterator, Mapping
 
-from hw_profiles import clocks, protocol
+from hw_profiles import clocks, protocol, runtimes
 from hw_profiles.fingerprint import fingerprint
 from nas.errors import NasctlError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MANIFEST, RESULTS, LOG, LOCK = "manifest.json", "results.jsonl", "log", "lock"
 REFUSED = 3  # exit code: one line on stderr says why
@@ -107,7 +105,8 @@ def _measured(folder: Path, manifest: Mapping[str, Any], done: set[str]) -> Iter
     plan = protocol.Plan.from_json(manifest["plan"])
     read = clocks.read_nvidia if shutil.which("nvidia-smi") else clocks.read
     with protocol.pinned(manifest["cores"]):
-        load = _loader(folder, runtime, manifest)
+        clock, pace_ms = runtimes.Clock(), math.inf
+        load = _loader(folder, runtime, manifest, clock)
         reference = load(manifest["reference"], "the reference")
         for number, group in enumerate(manifest["groups"]):
             names = [model["name"] for model in group]
@@ -119,13 +118,15 @@ def _measured(folder: Path, manifest: Mapping[str, Any], done: set[str]) -> Iter
                 rng=random.Random(manifest["seed"] + number),
                 plan=plan,
                 reference=reference,
-                instruments=protocol.Instruments(clocks=read),
+                instruments=protocol.Instruments(clock, read),
+                pace_ms=pace_ms,
             )
+            pace_ms = min(pace_ms, session.pace_ms)
             yield {"kind": "group", "names": names, **asdict(session)}
 
 
 def _loader(
-    folder: Path, runtime: Any, manifest: Mapping[str, Any]
+    folder: Path, runtime: Any, manifest: Mapping[str, Any], clock: runtimes.Clock
 ) -> Callable[[str, str], protocol.Call]:
     import numpy as np
 
@@ -136,20 +137,9 @@ def _loader(
             session = runtime.load(folder / file, threads=manifest["threads"])
         except NasctlError as error:  # the user knows the name, not our file
             raise NasctlError(error.what, where=name, next=error.next) from error
-        return session_call(runtime, session, rng)
+        return clock.of(runtime.timed(session, runtimes.random_feeds(session, rng)))
 
     return load
-
-
-def session_call(runtime: Any, session: Any, rng: np.random.Generator) -> protocol.Call:
-    """One call of a runtime's session on a fixed random batch of 1 (free dimensions are 1)."""
-    feeds = {
-        name: rng.standard_normal([size if isinstance(size, int) else 1 for size in shape]).astype(
-            "float32"
-        )
-        for name, shape in session.inputs.items()
-    }
-    return lambda: runtime.run(session, feeds)
 
 
 def _results(folder: Path) -> IO[bytes]:
