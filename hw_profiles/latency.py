@@ -123,6 +123,8 @@ class LatencyTable(BaseModel):
     includes: str = ""  # what the timed region contains
     origin: str
     licence: str = ""
+    #: on what, when and how it was measured, and its errors on held-out networks
+    provenance: dict[str, str | int | float] = {}
     fitted_on: tuple[str, ...] = ()  # spaces of the networks that were measured; () is analytic
     fitted_kinds: tuple[str, ...] = ()  # kinds of operator in them; terms of others are analytic
     constant_ms: NonNegativeFloat = 0.0

@@ -6,7 +6,8 @@ searched, which make it sharp there. Other networks of that space are held out, 
 session of their own, and give the error that is printed with the table.
 
 Every finished group of timings is in a JSON-lines file before the next group starts, so a profile
-that was stopped goes on without measuring a network twice.
+that was stopped goes on without measuring a network twice. A timing in doubt (the machine was busy)
+is measured again while there is time, and no table is fitted on those that stay in doubt.
 """
 
 from __future__ import annotations
@@ -22,14 +23,20 @@ from typing import Any
 import numpy as np
 from scipy.stats import kendalltau
 
+from hw_profiles import calibrate
+from hw_profiles.calibrate import MIN_NETWORKS
+from hw_profiles.device import Device
 from hw_profiles.latency import Array, LatencyTable
-from hw_profiles.measure import GROUP
+from hw_profiles.measure import GROUP, require_quiet
 from hw_profiles.op import Op, to_row
 from hw_profiles.protocol import Progress, Timing, noise
 from nas.errors import NasctlError
 
 Ops = Sequence[Op]
-NOISE = 0.03  # relative; a table made on a machine that repeats itself worse is not written
+CHAINS = "chains"  # the name in a table of what was fitted on random networks alone
+NOISE = 0.03  # relative; no table is made on a machine that repeats itself worse
+MIN_HELD_OUT = 10
+KEPT = 40  # of the reference's rounds, per group
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +104,7 @@ class Timings:
 
     def _add(self, row: Mapping[str, Any]) -> None:
         self.found |= {name: Timing(**values) for name, values in row["timings"].items()}
-        self.reference_ms.append(row["reference_ms"])
+        self.reference_ms += row["reference_ms"]
 
     @property
     def noise(self) -> float:
@@ -105,9 +112,14 @@ class Timings:
         return noise(self.reference_ms)
 
     def missing(self, networks: Sequence[Ops]) -> list[Ops]:
-        """Those that are not in the file yet, each once."""
+        """Those not measured yet, each once, and after them those whose timing is in doubt."""
         names = {digest(ops): ops for ops in networks}
-        return [ops for name, ops in names.items() if name not in self.found]
+        new = [ops for name, ops in names.items() if name not in self.found]
+        doubtful = [ops for name, ops in names.items() if name in self.found and self._doubt(name)]
+        return new + doubtful
+
+    def _doubt(self, name: str) -> bool:
+        return bool(self.found[name].noisy)
 
     def measure(
         self,
@@ -135,7 +147,7 @@ class Timings:
                 "timings": {
                     name: asdict(timing) for name, timing in zip(names, result.timings, strict=True)
                 },
-                "reference_ms": float(np.median(result.reference_ms)),
+                "reference_ms": list(result.reference_ms[:KEPT]),
             }
             self._append(row)
             self._add(row)
@@ -143,9 +155,62 @@ class Timings:
                 progress((start + len(group)) / len(missing))
 
     def samples(self, networks: Sequence[Ops]) -> list[tuple[Ops, float]]:
-        """(network, its median in ms) of those that were measured."""
+        """(network, its median in ms) of those that were measured and are not in doubt."""
         named = [(ops, self.found.get(digest(ops))) for ops in networks]
-        return [(ops, timing.median_ms) for ops, timing in named if timing is not None]
+        return [(ops, timing.median_ms) for ops, timing in named if timing and not timing.noisy]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The networks of a profile."""
+
+    space: str  # whose networks `mine` and `held_out` are; "" without one
+    mine: Sequence[Ops]
+    chains: Sequence[Ops]
+    held_out: Sequence[Ops]  # never fitted on
+
+    def order(self) -> list[Ops]:
+        """For measuring: at any time about the same share of every set is done, so that a profile
+        may end at any time."""
+        sets = (self.held_out, self.mine, self.chains)
+        placed = [(at / len(part), ops) for part in sets for at, ops in enumerate(part)]
+        return [ops for _, ops in sorted(placed, key=lambda pair: pair[0])]
+
+
+def table(
+    timings: Timings, plan: Plan, device: Device, provenance: Mapping[str, str | int | float]
+) -> tuple[LatencyTable, Errors | None]:
+    """Fit on what was measured, and the errors on the networks held out (None: too few of them).
+
+    Raises NasctlError when too few timings are beyond doubt, or the machine is too noisy.
+    """
+    mine, chains = timings.samples(plan.mine), timings.samples(plan.chains)
+    held_out = timings.samples(plan.held_out)
+    doubtful = sum(bool(timing.noisy) for timing in timings.found.values())
+    samples, others = (mine, chains) if plan.space else (chains, [])
+    if len(samples) < MIN_NETWORKS:
+        raise NasctlError(
+            f"{len(samples)} networks were measured beyond doubt, {doubtful} others were not",
+            where=str(timings.path),
+            allowed=f"at least {MIN_NETWORKS}",
+            next="Stop what else runs there, or give it more time: the same command goes on.",
+        )
+    require_quiet(timings.noise, NOISE)
+    fitted = calibrate.fit(
+        samples,
+        device,
+        space=plan.space or CHAINS,
+        source_text=f"measured: {len(mine)} networks of {plan.space or 'no space'} and "
+        f"{len(chains)} random ones; {doubtful} timings in doubt were left out",
+        chains=others,
+    )
+    errors = None
+    if len(held_out) >= MIN_HELD_OUT:
+        networks, measured = zip(*held_out, strict=True)
+        errors = validate(fitted, networks, measured, plan.space or CHAINS)
+    said = {"noise": timings.noise, **provenance}
+    said |= {f"held_out_{name}": value for name, value in asdict(errors).items()} if errors else {}
+    return fitted.model_copy(update={"provenance": said}), errors
 
 
 @dataclass(frozen=True, slots=True)
