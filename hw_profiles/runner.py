@@ -242,7 +242,7 @@ def _follow(folder: Path, at: int) -> int:
         sys.stdout.buffer.write(whole)
         sys.stdout.buffer.flush()
         at += len(whole)
-        gone = select.select([0], [], [], 0.2 if running else 0)[0] and not os.read(0, 1)
+        gone = select.select([0], [], [], 0.1 if running else 0)[0] and not os.read(0, 1)
         if gone or not running:
             return 0
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PROVIDER = "CPUExecutionProvider"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # slots are newer than the Python of some boards
 class Session:
     """A loaded model: the names and shapes of its inputs, the names of its outputs."""
 
