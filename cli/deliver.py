@@ -17,7 +17,7 @@ import torch
 from cli import console, stages
 from cli.stages import Job, Judge
 from deploy import onnx, report, verify
-from hw_profiles import measure
+from hw_profiles import measure, op
 from hw_profiles.latency import LatencyTable
 from hw_profiles.runtimes import onnxruntime
 from nas import checkpoint, file, search, supernet
@@ -302,6 +302,7 @@ def _report(
         genes=candidate.genes,
         macs=macs,
         params=params,
+        activation_bytes=op.peak_activation_bytes(ops, job.device.itemsize),
         val_ce=candidate.cross_entropy,
         val_accuracy=candidate.accuracy,
         extracted_val_accuracy=extracted.accuracy,

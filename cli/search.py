@@ -31,10 +31,11 @@ def command(
         typer.Option(help="digits, an image folder, parquet, or my_pkg.my_mod:task. [digits]"),
     ] = None,
     hw: Annotated[
-        str | None, typer.Option(help="Device name or a .toml file (see `nasctl devices`). [cpu]")
+        str | None,
+        typer.Option(help="Device (see `nasctl devices`), .toml file, or several: a,b. [cpu]"),
     ] = None,
     latency: Annotated[
-        str | None, typer.Option(help="Budget with its unit, as 5ms; none: the front's knee.")
+        str | None, typer.Option(help="Budget, as 5ms (one per device: 5ms,2ms); none: the knee.")
     ] = None,
     space: Annotated[str | None, typer.Option(help="See `nasctl spaces`. [resnet]")] = None,
     width: Annotated[float | None, typer.Option(help="Scale of the space's channels.")] = None,
@@ -69,7 +70,6 @@ def command(
     flags = {
         "data": data,
         "hw": hw,
-        "latency_ms": console.parse_latency(latency),
         "space": space,
         "width": width,
         "size": size,
@@ -84,14 +84,25 @@ def command(
         "storage": storage,
         "study_name": study_name,
     }
-    job = prepare(flags, spec, run, quick=quick)
-    if dry_run:
-        return _plan(job, json)
-    with job.run.locked(job.spec, force=force):
-        report = _search(job)
+    from nas import run as runs
+
+    given = runs.given_fields(flags, spec)
+    budgets = [console.parse_latency(text) for text in latency.split(",")] if latency else []
+    names = str(given.get("hw", "cpu")).split(",")
+    if len(names) > 1:
+        from cli import boards
+
+        jobs = boards.prepare(given, names, budgets, run, quick=quick)
+        report = plan(jobs[0]) if dry_run else boards.search(jobs, force=force)
+    else:
+        if len(budgets) > 1:
+            raise UsageError(f"{len(budgets)} budgets for one device", where="--latency")
+        job = prepare(
+            {**given, **({"latency_ms": budgets[0]} if budgets else {})}, run, quick=quick
+        )
+        report = plan(job) if dry_run else locked_search(job, force=force)
     if json:
         console.emit_json(report)
-    return None
 
 
 def cores() -> int:
@@ -99,13 +110,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def prepare(flags: dict[str, Any], file: Path | None, folder: Path | None, *, quick: bool) -> Job:
+def prepare(
+    given: dict[str, Any], folder: Path | None, *, quick: bool, task: Task | None = None
+) -> Job:
     """Everything validated and loaded: names before data, data before any work."""
     from hw_profiles import device
     from nas import run as runs
     from nas import space as spaces
 
-    given = runs.given_fields(flags, file)
     # what depends on the data is filled in below; everything typed is validated here
     rough = runs.make_spec({"epochs": 1, "threads": cores(), **given})
     board = device.load(rough.hw)
@@ -113,8 +125,9 @@ def prepare(flags: dict[str, Any], file: Path | None, folder: Path | None, *, qu
         spaces.load(rough.space)  # raises, before torch is imported
     from nas import tasks
 
-    console.say(rough.data, "data")
-    task = tasks.load(rough.data, size=rough.size)
+    if task is None:
+        console.say(rough.data, "data")
+        task = tasks.load(rough.data, size=rough.size)
     spec = runs.make_spec({**_defaults(rough, len(task.train), quick=quick), **given})
     if spec.batch > len(task.train):
         what = f"{spec.batch} images per step, but {len(task.train)} training images"
@@ -187,6 +200,12 @@ def _defaults(spec: Spec, n_train: int, *, quick: bool) -> dict[str, Any]:
     }
 
 
+def locked_search(job: Job, *, force: bool) -> dict[str, Any]:
+    """The main job; returns the report's content."""
+    with job.run.locked(job.spec, force=force):
+        return _search(job)
+
+
 def _search(job: Job) -> dict[str, Any]:
     from cli import deliver, stages, summary
 
@@ -212,7 +231,7 @@ def _search(job: Job) -> dict[str, Any]:
     return report
 
 
-def _plan(job: Job, json: bool) -> None:
+def plan(job: Job) -> dict[str, Any]:
     """What would be done and for how long, from three steps and one evaluation timed now."""
     from cli import stages
     from nas import supernet
@@ -238,7 +257,7 @@ def _plan(job: Job, json: bool) -> None:
         "finetune": step_s / 2 * job.spec.finetune * len(job.task.train) / job.spec.batch,
         "deliver": 20.0,
     }
-    plan = {
+    planned = {
         "spec": job.spec.model_dump(),
         "run": str(job.run.folder),
         "steps": job.recipe.steps,
@@ -246,10 +265,8 @@ def _plan(job: Job, json: bool) -> None:
         "estimated_total_seconds": round(sum(parts.values()), 1),
         "estimate_took_seconds": round(time.monotonic() - began, 1),
     }
-    if json:
-        return console.emit_json(plan)
     for name, seconds in parts.items():
         console.say(console.format_seconds(seconds), name)
     total = console.format_seconds(sum(parts.values()))
     console.say(f"{total}, into {job.run.folder}", "in all")
-    return None
+    return planned

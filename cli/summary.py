@@ -16,7 +16,10 @@ def summarise(content: dict[str, Any], folder: Path, seconds: float) -> None:
     say, ms = console.say, console.format_ms
     say()
     say(", ".join(f"{k} {v}" for k, v in chosen["arch"].items()), "chosen")
-    say(f"{chosen['macs'] / 1e6:.2f} MMACs, {chosen['params'] / 1e3:.0f} k parameters")
+    say(
+        f"{chosen['macs'] / 1e6:.2f} MMACs, {chosen['params'] / 1e3:.0f} k parameters, "
+        f"{chosen['activation_bytes'] / 1e3:.3g} kB of activations at the peak"
+    )
     goal = f", budget {ms(budget['latency_ms'])}" if budget else ", no budget: the front's knee"
     say(
         f"{ms(predicted['value_ms'])} on {device} ({predicted['source']}; interval "

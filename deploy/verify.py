@@ -115,6 +115,7 @@ class Chosen:
     genes: Sequence[int]
     macs: int
     params: int
+    activation_bytes: int | None = None  # largest sum of live tensors, at the device's precision
     val_ce: float | None = None
     val_accuracy: float | None = None
     extracted_val_accuracy: float | None = None  # before any fine-tuning

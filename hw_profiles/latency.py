@@ -35,7 +35,7 @@ from pydantic import (
 
 from hw_profiles import device as devices
 from hw_profiles.device import Device
-from hw_profiles.op import Op
+from hw_profiles.op import Op, to_row
 from nas.errors import NasctlError
 
 Source = Literal["measured", "calibrated", "interpolated", "analytic"]
@@ -140,11 +140,7 @@ class LatencyTable(BaseModel):
 
     @field_serializer("measured")
     def _write_measured(self, measured: dict[Op, Measurement]) -> list[dict[str, Any]]:
-        dimensions = [name for name in Op.__dataclass_fields__ if name not in ("reads", "slot")]
-        return [
-            {"op": {name: getattr(op, name) for name in dimensions}, "time": asdict(time)}
-            for op, time in measured.items()
-        ]
+        return [{"op": to_row(op), "time": asdict(time)} for op, time in measured.items()]
 
     @model_validator(mode="after")
     def _every_source_has_an_interval(self) -> LatencyTable:

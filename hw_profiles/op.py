@@ -14,7 +14,8 @@ Units and conventions, once and for all:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 INPUT = -1  # what an op reads when it reads the network's input
 
@@ -87,6 +88,11 @@ class Op:
         return itemsize * (
             self.elements_in + self.elements_out + self.weights + self.c_out * int(has_bias)
         )
+
+
+def to_row(op: Op) -> dict[str, Any]:
+    """An operator's dimensions for JSON: all that equality looks at; `Op(**row)` is its inverse."""
+    return {f.name: getattr(op, f.name) for f in fields(op) if f.compare}
 
 
 def macs(ops: Iterable[Op]) -> int:

@@ -1,12 +1,14 @@
 """The timing protocol: the one place where anything is timed.
 
 Why this protocol. Networks timed one after another repeat badly, because machines drift; so all
-candidates and a fixed reference are called in shuffled round-robin. A candidate's sample in a round
-is the fastest of a few calls (the slower ones carry somebody else's interruptions), its result the
-median over rounds. Rounds come in blocks: a block in which the reference ran slower than in the
-best block is discarded and repeated while there is time. Candidates whose median is not yet known
-well enough get further blocks, until the time limit. What remains doubtful is said in
-`Timing.noisy`, never hidden; how well the machine repeats itself is `Session.noise`.
+candidates are called in shuffled round-robin. Between any two turns a fixed short reference runs: a
+turn counts only if the reference was as fast before and after it as it ever is, so that what
+somebody else's work slowed down is left out, millisecond by millisecond. (On two cores that others
+kept busy, where turns counted regardless differed by 19 to 24 % between sessions, the quiet ones
+differed by 1 to 2 %.) A candidate's sample in a turn is the fastest of a few calls, its result the
+median over its quiet turns. Candidates whose median is not yet known well enough get further turns,
+until the time limit. What remains doubtful is said in `Timing.noisy`, never hidden; how well the
+machine repeats itself is `Session.noise`.
 
 This file is also sent to boards: it needs Python 3.8 and its standard library, nothing else.
 """
@@ -21,13 +23,17 @@ import random
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 from hw_profiles import clocks
 from nas.errors import NasctlError
 
 Call = Callable[[], object]
 Progress = Callable[[float], object]  # told the share that is done, from 0 to 1
+
+#: the quantile of the reference's calls that counts as its speed when nothing else runs
+PACE = 0.05
+CLOCKS_EVERY = 10  # rounds
 
 #: what of the calls of a round counts, by the name that a bundle's manifest gives it
 PER_ROUND: dict[str, Callable[[Sequence[float]], float]] = {
@@ -54,12 +60,12 @@ class Timing:
 class Plan:
     """How much to measure and what counts as steady."""
 
-    rounds: int = 20  # at least, unless time runs out
-    max_rounds: int = 200
+    rounds: int = 20  # quiet ones, at least, unless time runs out
+    max_rounds: int = 2000
     inner: int = 3  # calls per round, one right after the other
     per_round: Callable[[Sequence[float]], float] = min  # what of them counts
     precision: float = 0.02  # wanted half-width of the median's 95 % interval, relative
-    drift: float = 0.03  # how far the reference may move between blocks, relative
+    drift: float = 0.06  # how much slower than its best the reference may be in a quiet turn
     clock_drift: float = 0.05  # how far a core's or GPU's clock may move, relative
     time_limit_s: float = 60.0
 
@@ -81,12 +87,14 @@ class Session:
 
     timings: list[Timing]
     rounds_ms: list[list[float]]  # of each callable: the rounds that its timing rests on
-    reference_ms: list[float]  # the reference's median in each block, discarded ones too
-    clocks: list[clocks.Clocks]  # after warm-up and after each block
+    reference_ms: list[float]  # the median of the reference's quiet calls in each round
+    pace_ms: float  # of the reference when nothing else runs
+    quiet: float  # the share of the reference's calls that were quiet
+    clocks: list[clocks.Clocks]  # after warm-up, now and then, and at the end
 
     @property
     def noise(self) -> float:
-        """How far the same work is off from one block to the next, relative (0.01 = 1 %)."""
+        """How far the same work is off from one quiet round to the next, relative (0.01: 1 %)."""
         return noise(self.reference_ms)
 
 
@@ -105,37 +113,36 @@ def session(
     plan: Plan = Plan(),
     reference: Call | None = None,
     instruments: Instruments = Instruments(),
+    pace_ms: float = math.inf,
     progress: Progress | None = None,
 ) -> Session:
     """Time each callable, in turn with the others and the reference.
 
     The default reference is a fixed piece of arithmetic on one core. Pass one that runs on the
-    accelerator when the candidates do.
+    accelerator when the candidates do. `pace_ms`: how fast this very reference is known to be, from
+    an earlier session of this process; otherwise this session's best is taken for quiet.
     """
     bench = _Bench([*calls, reference or _arithmetic], plan, rng, instruments)
+    bench.known_pace = pace_ms / 1e3
     tell = progress or (lambda share: None)
     pending = list(range(len(calls)))
     done = 0.0
     with _collector_off():
         bench.begin(pending)
         while pending and not bench.finished():
-            for share in bench.block(pending):
-                done = max(done, share)
-                tell(done)
-            quiet = bench.quiet()
-            pending = [
-                at for at in range(len(calls)) if not _settled(bench.samples(quiet, at), plan)
-            ]
+            bench.round(pending)
+            done = max(done, bench.share_done())
+            tell(done)
+            pending = bench.pending()
     tell(1.0)
     return bench.result()
 
 
 def noise(reference_ms: Sequence[float]) -> float:
     """The noise floor of one or several sessions, relative: a robust standard deviation (1.4826
-    times the median absolute deviation) of the reference's block medians over their median.
+    times the median absolute deviation) of `Session.reference_ms` over its median.
 
-    Robust, because a disturbed block is discarded and repeated and does no harm; infinite for
-    fewer than two blocks, which say nothing.
+    Infinite for fewer than two figures, which say nothing.
     """
     if len(reference_ms) < 2:
         return math.inf
@@ -171,82 +178,123 @@ def pinned(cores: Iterable[int]) -> Iterator[None]:
 
 
 def _arithmetic() -> int:
-    return sum(range(20_000))
+    return sum(range(5_000))
 
 
-_Block = Dict[int, List[List[float]]]  # candidate -> rounds -> seconds of each inner call
+class _Turn(NamedTuple):
+    """A candidate's calls in one round, in seconds, between two calls of the reference."""
+
+    guard: float  # the slower of the two
+    calls: list[float]
 
 
 class _Bench:
-    """Samples of one measurement, in blocks of rounds."""
+    """Turns of one measurement."""
 
     def __init__(
         self, calls: Sequence[Call], plan: Plan, rng: random.Random, instruments: Instruments
     ) -> None:
-        self.calls, self.plan, self.rng = calls, plan, rng
+        *self.calls, self.reference = calls
+        self.plan, self.rng = plan, rng
         self.clock, self.read_clocks = instruments.clock, instruments.clocks
-        self.blocks: list[_Block] = []
+        self.turns: list[list[_Turn]] = [[] for _ in self.calls]
+        self.guards: list[list[float]] = []  # of each round
         self.clocks: list[clocks.Clocks] = []
-        # two blocks make the wanted rounds, so that a drift between them is always seen
-        self.block_rounds = max(1, plan.rounds // 2)
-        self.reference = len(calls) - 1
         self.started = 0.0
+        self.known_pace = math.inf  # seconds
 
     def begin(self, pending: Sequence[int]) -> None:
         self.started = self.clock()
         if pending:
-            for call in self.calls:
+            for call in (*self.calls, self.reference):
                 self._warm_up(call)
             self.clocks.append(self.read_clocks())
 
     def finished(self) -> bool:
-        rounds = sum(len(block[self.reference]) for block in self.blocks)
-        return rounds > 0 and (
-            rounds >= self.plan.max_rounds or self.clock() - self.started > self.plan.time_limit_s
-        )
+        return len(self.guards) > 0 and (len(self.guards) >= self.plan.max_rounds or self.spent > 1)
 
-    def block(self, pending: Sequence[int]) -> Iterator[float]:
-        """Measure a block of rounds, fewer if time runs out; yields the share that is done."""
-        block: _Block = {at: [] for at in (*pending, self.reference)}
-        self.blocks.append(block)
-        for turn in range(self.block_rounds):
-            for at in self.rng.sample(list(block), len(block)):
-                call = self.calls[at]
-                block[at].append([self._once(call) for _ in range(self.plan.inner)])
-            spent = (self.clock() - self.started) / self.plan.time_limit_s
-            # half of a block's worth: whether it was quiet and sufficed shows only at its end
-            left = len(pending) * (1 - (turn + 1) / (2 * self.block_rounds))
-            yield min(0.99, max(spent, 1 - left / self.reference))
-            if spent > 1:
-                break
-        self.clocks.append(self.read_clocks())
+    @property
+    def spent(self) -> float:
+        """The share of the time limit that is gone."""
+        return (self.clock() - self.started) / self.plan.time_limit_s
 
-    def samples(self, blocks: Sequence[_Block], at: int) -> list[float]:
-        """One figure per round of a candidate, in seconds."""
-        return [self.plan.per_round(turn) for block in blocks for turn in block.get(at, [])]
+    def round(self, pending: Sequence[int]) -> None:
+        """A turn of every candidate that is still pending, in random order."""
+        before = self._guard()
+        guards = [before]
+        for at in self.rng.sample(pending, len(pending)):
+            calls = [self._once(self.calls[at]) for _ in range(self.plan.inner)]
+            after = self._guard()
+            self.turns[at].append(_Turn(max(before, after), calls))
+            guards.append(after)
+            before = after
+        self.guards.append(guards)
+        if len(self.guards) % CLOCKS_EVERY == 0:
+            self.clocks.append(self.read_clocks())
 
-    def quiet(self) -> list[_Block]:
-        """The blocks in which the reference ran about as fast as in its best block."""
-        paces = self._paces()
-        limit = min(paces) * (1 + self.plan.drift)
-        return [block for block, pace in zip(self.blocks, paces) if pace <= limit]
+    def pending(self) -> list[int]:
+        """Which candidates are not known well enough yet, from their quiet turns."""
+        limit = self._limit()
+        quiet = [
+            self._samples(turn for turn in turns if turn.guard <= limit) for turns in self.turns
+        ]
+        return [at for at, samples in enumerate(quiet) if not _settled(samples, self.plan)]
+
+    def share_done(self) -> float:
+        """Of the quiet turns that are wanted; at least the share of the time that is gone."""
+        limit, wanted = self._limit(), self.plan.rounds
+        had = [
+            min(wanted, sum(turn.guard <= limit for turn in turns)) / wanted for turns in self.turns
+        ]
+        return min(0.99, max(self.spent, statistics.fmean(had)))
 
     def result(self) -> Session:
-        chosen = [self._calmest(at) for at in range(self.reference)] if self.blocks else []
+        if self.guards:
+            self.clocks.append(self.read_clocks())
+        limit = self._limit()
+        chosen = [self._calmest(turns, limit) for turns in self.turns] if self.guards else []
+        calm = ([one for one in guards if one <= limit] for guards in self.guards)
         return Session(
-            timings=[self._timing(at, blocks) for at, blocks in enumerate(chosen)],
-            rounds_ms=[
-                [1e3 * one for one in self.samples(blocks, at)] for at, blocks in enumerate(chosen)
-            ],
-            reference_ms=[1e3 * pace for pace in self._paces()],
+            timings=[self._timing(turns, limit) for turns in chosen],
+            rounds_ms=[[1e3 * one for one in self._samples(turns)] for turns in chosen],
+            reference_ms=[1e3 * statistics.median(guards) for guards in calm if guards],
+            pace_ms=1e3 * self._pace(),
+            quiet=self._quiet_share(limit),
             clocks=self.clocks,
         )
 
-    def _timing(self, at: int, blocks: Sequence[_Block]) -> Timing:
-        samples = self.samples(blocks, at)
-        every = sorted(one for block in blocks for turn in block.get(at, []) for one in turn)
+    def _pace(self) -> float:
+        """Seconds that the reference takes when nothing else runs."""
+        every = sorted(one for guards in self.guards for one in guards)
+        return min(self.known_pace, _quantile(every, PACE) if every else math.inf)
+
+    def _limit(self) -> float:
+        """How slow the reference may be in a quiet turn, in seconds."""
+        return self._pace() * (1 + self.plan.drift)
+
+    def _quiet_share(self, limit: float) -> float:
+        every = [one <= limit for guards in self.guards for one in guards]
+        return sum(every) / len(every) if every else 0.0
+
+    def _samples(self, turns: Iterable[_Turn]) -> list[float]:
+        """One figure per turn, in seconds."""
+        return [self.plan.per_round(turn.calls) for turn in turns]
+
+    def _calmest(self, turns: Sequence[_Turn], limit: float) -> list[_Turn]:
+        """The quiet turns and, where these are too few, the least disturbed of the others.
+
+        On a machine that stays busy many disturbed turns rank networks better than few quiet
+        ones; that the result is in doubt is said all the same.
+        """
+        by_guard = sorted(turns, key=lambda turn: turn.guard)
+        quiet = sum(turn.guard <= limit for turn in turns)
+        return by_guard[: max(quiet, self.plan.rounds)]
+
+    def _timing(self, turns: Sequence[_Turn], limit: float) -> Timing:
+        samples = self._samples(turns)
+        every = sorted(one for turn in turns for one in turn.calls)
         low, middle, high = _quartiles(samples)
-        quiet = len(self.samples(self.quiet(), at))
+        quiet = sum(turn.guard <= limit for turn in turns)
         return Timing(
             median_ms=middle * 1e3,
             spread_ms=(high - low) * 1e3,
@@ -254,39 +302,25 @@ class _Bench:
             p95_ms=_quantile(every, 0.95) * 1e3,
             p99_ms=_quantile(every, 0.99) * 1e3,
             n=len(samples),
-            noisy="; ".join(self._doubts(samples, quiet)),
+            noisy="; ".join(self._doubts(samples, quiet, limit)),
         )
 
-    def _calmest(self, at: int) -> list[_Block]:
-        """The quiet blocks and, where these are too few, the least disturbed of the others.
-
-        On a machine that stays busy many disturbed rounds rank networks better than few quiet
-        ones; that the result is in doubt is said all the same.
-        """
-        chosen = self.quiet()
-        paces = self._paces()
-        by_pace = sorted(range(len(paces)), key=paces.__getitem__)
-        for index in by_pace[len(chosen) :]:
-            if len(self.samples(chosen, at)) >= self.plan.rounds:
-                break
-            chosen.append(self.blocks[index])
-        return chosen
-
-    def _doubts(self, samples: Sequence[float], quiet: int) -> Iterator[str]:
+    def _doubts(self, samples: Sequence[float], quiet: int, limit: float) -> Iterator[str]:
         if quiet < self.plan.rounds:
-            yield f"only {quiet} quiet rounds of {self.plan.rounds} in the time limit"
-            best, worst = min(self._paces()), max(self._paces())
-            if best and worst / best - 1 > self.plan.drift:
-                moved = worst / best - 1
-                yield f"the reference moved by {moved:.0%}: something else runs, or clocks change"
+            share = self._quiet_share(limit)
+            yield (
+                f"only {quiet} quiet rounds of {self.plan.rounds} in the time limit: the reference "
+                f"moved, quiet {share:.0%} of the time; something else runs, or clocks change"
+            )
         error = _relative_error(samples)
         if error > self.plan.precision:
             yield f"the median is known to {error:.1%} only"
         yield from clocks.doubts(self.clocks, self.plan.clock_drift)
 
-    def _paces(self) -> list[float]:
-        """The reference's median in each block, in seconds."""
-        return [statistics.median(self.samples([block], self.reference)) for block in self.blocks]
+    def _guard(self) -> float:
+        """Seconds of a call of the reference, after one that brings it back into the caches."""
+        self.reference()
+        return self._once(self.reference)
 
     def _warm_up(self, call: Call) -> None:
         """Call until two windows in a row agree within 5 %: caches, allocators and clocks settle.

@@ -20,8 +20,8 @@ import contextlib
 import faulthandler
 import fcntl
 import hashlib
-import importlib
 import json
+import math
 import os
 import random
 import select
@@ -32,14 +32,12 @@ import time
 import zlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Callable, Dict, Iterator, Mapping
+from typing import IO, Any, Callable, Dict, Iterator, Mapping, cast
 
 from hw_profiles import clocks, protocol
 from hw_profiles.fingerprint import fingerprint
+from hw_profiles.runtimes import Clock, Compiled, Runtime, load_module, random_feeds
 from nas.errors import NasctlError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MANIFEST, RESULTS, LOG, LOCK = "manifest.json", "results.jsonl", "log", "lock"
 REFUSED = 3  # exit code: one line on stderr says why
@@ -102,12 +100,13 @@ def _names(manifest: Mapping[str, Any]) -> list[str]:
 
 def _measured(folder: Path, manifest: Mapping[str, Any], done: set[str]) -> Iterator[Record]:
     """Yields one record per session and per group."""
-    runtime = importlib.import_module(f"hw_profiles.runtimes.{manifest['runtime']}")
-    yield {"kind": "session", "fingerprint": _fingerprint(manifest["runtime"])}
-    plan = protocol.Plan.from_json(manifest["plan"])
+    runtime = load_module(manifest["runtime"])
+    version = f"{manifest['runtime']} {runtime.version()}"
+    yield {"kind": "session", "fingerprint": dict(fingerprint(version))}
+    plan, clock, pace_ms = protocol.Plan.from_json(manifest["plan"]), Clock(), math.inf
     read = clocks.read_nvidia if shutil.which("nvidia-smi") else clocks.read
     with protocol.pinned(manifest["cores"]):
-        load = _loader(folder, runtime, manifest)
+        load = _loader(folder, runtime, manifest, clock)
         reference = load(manifest["reference"], "the reference")
         for number, group in enumerate(manifest["groups"]):
             names = [model["name"] for model in group]
@@ -119,37 +118,33 @@ def _measured(folder: Path, manifest: Mapping[str, Any], done: set[str]) -> Iter
                 rng=random.Random(manifest["seed"] + number),
                 plan=plan,
                 reference=reference,
-                instruments=protocol.Instruments(clocks=read),
+                instruments=protocol.Instruments(clock, read),
+                pace_ms=pace_ms,
             )
+            pace_ms = min(pace_ms, session.pace_ms)
             yield {"kind": "group", "names": names, **asdict(session)}
 
 
 def _loader(
-    folder: Path, runtime: Any, manifest: Mapping[str, Any]
+    folder: Path, runtime: Runtime, manifest: Mapping[str, Any], clock: Clock
 ) -> Callable[[str, str], protocol.Call]:
+    """Makes calls on a fixed random batch of 1 out of files."""
     import numpy as np
 
     rng = np.random.default_rng(manifest["seed"])
+    how = {"threads": manifest["threads"], "precision": manifest["precision"]}
 
     def load(file: str, name: str) -> protocol.Call:
+        path = folder / file
         try:
-            session = runtime.load(folder / file, threads=manifest["threads"])
+            if path.suffix != runtime.SUFFIX:
+                path = cast(Compiled, runtime).build(path, path.with_suffix(runtime.SUFFIX), **how)
+            session = runtime.load(path, **how)
+            return clock.of(runtime.timed(session, random_feeds(session, rng)))
         except NasctlError as error:  # the user knows the name, not our file
             raise NasctlError(error.what, where=name, next=error.next) from error
-        return session_call(runtime, session, rng)
 
     return load
-
-
-def session_call(runtime: Any, session: Any, rng: np.random.Generator) -> protocol.Call:
-    """One call of a runtime's session on a fixed random batch of 1 (free dimensions are 1)."""
-    feeds = {
-        name: rng.standard_normal([size if isinstance(size, int) else 1 for size in shape]).astype(
-            "float32"
-        )
-        for name, shape in session.inputs.items()
-    }
-    return lambda: runtime.run(session, feeds)
 
 
 def _results(folder: Path) -> IO[bytes]:
@@ -165,11 +160,6 @@ def _append(out: IO[bytes], record: Record) -> None:
     out.write(to_line(record))
     out.flush()
     os.fsync(out.fileno())
-
-
-def _fingerprint(runtime: str) -> Record:
-    version = importlib.import_module(f"hw_profiles.runtimes.{runtime}").version()
-    return dict(fingerprint(f"{runtime} {version}"))
 
 
 def verify(folder: Path, identity: str) -> None:
@@ -201,8 +191,9 @@ def _log(text: str) -> None:
 
 
 def check(runtime: str) -> int:
-    """Load the runtime's library; NasctlError says what is missing."""
-    importlib.import_module(f"hw_profiles.runtimes.{runtime}").version()
+    """Raises NasctlError with what is missing."""
+    if missing := load_module(runtime).unavailable():
+        raise NasctlError(missing)
     return 0
 
 

@@ -24,7 +24,7 @@ from hw_profiles.protocol import Plan
 from nas.errors import NasctlError, UsageError
 
 QUICK = Plan(rounds=2, max_rounds=2)
-NOT_IN_PYTHON_3_8 = {"slots", "kw_only", "strict"}  # keywords of dataclass and zip
+KEYWORDS = {"slots", "kw_only", "strict"}  # of dataclass and zip, later than Python 3.8
 
 
 def network(channels):
@@ -90,11 +90,39 @@ def python_3_8():
     return None
 
 
+class Evaluated(ast.NodeTransformer):
+    """Leaves out what is for type checkers only."""
+
+    def visit_If(self, node):
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+
+def newer_than_3_8(code):
+    """What Python 3.8 would stumble over at run time; annotations are never evaluated."""
+    tree = ast.parse(code, feature_version=(3, 8))
+    abc = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "collections.abc"
+        for alias in node.names
+    }
+    for node in ast.walk(Evaluated().visit(tree)):
+        if isinstance(node, ast.keyword) and node.arg in KEYWORDS:
+            yield node.arg
+        values = ast.walk(node.value) if isinstance(node, ast.Assign) else ()
+        for value in values:
+            if isinstance(value, ast.Subscript) and isinstance(value.value, ast.Name):
+                yield from {value.value.id} & {*abc, "dict", "list", "set", "tuple", "type"}
+
+
 def test_the_code_that_is_sent_uses_nothing_newer_than_python_3_8(three):
-    for name, content in three.code.items():
-        tree = ast.parse(content, name, feature_version=(3, 8))
-        keywords = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
-        assert not keywords & NOT_IN_PYTHON_3_8, name
+    assert {name: [*newer_than_3_8(code)] for name, code in three.code.items()} == {
+        name: [] for name in three.code
+    }
+    sample = "from collections.abc import Callable\nA = Callable[[], list[int]]\nf(slots=True)"
+    assert sorted(newer_than_3_8(sample)) == ["Callable", "list", "slots"]
+    with pytest.raises(SyntaxError):
+        [*newer_than_3_8("with (open(x) as y, open(z) as w): pass\nmatch x:\n  case _: pass")]
 
 
 def test_the_code_that_is_sent_imports_in_python_3_8(three, tmp_path):
@@ -113,6 +141,7 @@ def test_whatever_decides_the_results_decides_the_identity(three):
         {"cores": (0,)},
         {"group": 2},
         {"seed": 1},
+        {"precision": "fp32"},
         {"plan": replace(QUICK, rounds=3)},
         {"reference": network(3)},
         {"models": {**three.models, "a": network(3)}},
@@ -138,6 +167,7 @@ def test_groups_share_the_time_limit_and_hold_every_model_once(three):
         ({"threads": 0}, "must be 1 or more"),
         ({"group": 0}, "must be 1 or more"),
         ({"runtime": "tflite"}, "unknown runtime 'tflite'"),
+        ({"precision": "fp16"}, "onnxruntime offers no fp16; allowed: fp32, int8"),
     ],
 )
 def test_bundles_that_no_board_can_measure(three, change, said):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Features = NDArray[np.float32] | NDArray[np.float64]  # as `SearchSpace.encode` gives them
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,18 @@ class Fitted:
     root: Array  # covariance = root @ root.T
     noise: float
 
-    def __call__(self, features: Array) -> tuple[Array, Array]:
+    def __call__(self, features: Features) -> tuple[Array, Array]:
         """(mean [N], std [N]) for encoded genes [N, F]."""
         d = features - self.centre
         spread = ((d @ self.root) ** 2).sum(axis=1)
         return self.bias + d @ self.weights, np.sqrt(self.noise + spread)
 
 
-def fit(features: Array, targets: Array) -> Fitted:
+def fit(features: Features, targets: Array) -> Fitted:
     """Fit on encoded genes [N, F] and finite targets [N]; needs two rows."""
     from sklearn.linear_model import BayesianRidge  # 0.8 s to import
 
+    features = features.astype(np.float64)
     centre = features.mean(axis=0)
     model = BayesianRidge().fit(features - centre, targets)
     values, vectors = np.linalg.eigh(model.sigma_)

@@ -1,0 +1,103 @@
+"""Several devices in one `nasctl search`: one supernet, then a search and a delivery for each.
+
+Every device has a run directory of its own inside the common one; the first trains the supernet
+that the others search. A device that misses its budget does not stop the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cli import console
+from cli import search as one
+from nas.errors import BudgetMissed, UsageError
+from nas.run import Run
+
+if TYPE_CHECKING:
+    from cli.stages import Job
+
+
+def prepare(
+    given: dict[str, Any],
+    names: Sequence[str],
+    budgets: Sequence[float | None],
+    folder: Path | None,
+    *,
+    quick: bool,
+) -> list[Job]:
+    """A job per device; one budget is for all of them, otherwise there is one for each."""
+    from hw_profiles import device
+
+    boards = [device.load(name.strip()) for name in names]
+    if len({board.name for board in boards}) < len(boards):
+        raise UsageError("a device is named twice", where="--hw")
+    if len(budgets) not in (0, 1, len(boards)):
+        raise UsageError(
+            f"{len(budgets)} budgets for {len(boards)} devices",
+            where="--latency",
+            allowed="one for all, or one for each, separated by commas",
+        )
+    each = list(budgets) * len(boards) if len(budgets) == 1 else list(budgets)
+    specs = [
+        {**given, "hw": name.strip()} | ({"latency_ms": each[at]} if each else {})
+        for at, name in enumerate(names)
+    ]
+    first = one.prepare(specs[0], None, quick=quick)
+    own = first.run.folder
+    common = own.name.replace(boards[0].name, "+".join(board.name for board in boards))
+    root = folder or own.with_name(common)
+    jobs = [replace(first, run=Run(root / boards[0].name))]
+    trained = given.get("supernet") or str(jobs[0].run.folder)
+    for board, spec in zip(boards[1:], specs[1:], strict=True):
+        spec["supernet"] = trained
+        jobs.append(one.prepare(spec, root / board.name, quick=quick, task=first.task))
+    return jobs
+
+
+def search(jobs: Sequence[Job], *, force: bool) -> dict[str, Any]:
+    """Device name -> content of its report. Raises the first BudgetMissed after all are done."""
+    from cli import stages
+
+    for job in jobs:  # an impossible budget on any device ends it before any training
+        with job.run.locked(job.spec, force=force):
+            table = stages.latency_table(job)
+            stages.make_problem(job, table, lambda genes: (0.0, 0.0))
+    reports: dict[str, Any] = {}
+    missed: list[BudgetMissed] = []
+    for job in jobs:
+        console.say()
+        console.say(job.device.name, "device")
+        try:
+            reports[job.device.name] = one.locked_search(job, force=False)
+        except BudgetMissed as error:
+            console.say(str(error))
+            missed.append(error)
+    _compare(reports)
+    if missed:
+        raise missed[0]
+    return reports
+
+
+def _compare(reports: dict[str, Any]) -> None:
+    """One recommended network per device, side by side."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("device", "latency", "source", "MMACs", "test accuracy", "file"):
+        table.add_column(title)
+    for name, content in reports.items():
+        chosen = content["chosen"]
+        predicted, measured = chosen["latency"]["predicted"], chosen["latency"]["measured"]
+        table.add_row(
+            name,
+            console.format_ms(measured["median_ms"] if measured else predicted["value_ms"]),
+            "measured" if measured else predicted["source"],
+            f"{chosen['macs'] / 1e6:.2f}",
+            f"{chosen['test_accuracy']:.2%}",
+            chosen["file"]["path"],
+        )
+    console.say()
+    console.show(table)

@@ -1,0 +1,184 @@
+"""An ONNX model as a torch module, for the operators that our graphs and exports are made of.
+
+The torch runtimes take the same files as all others, so that one network means one file and every
+runtime is compared on it. Not a general importer: an operator outside OPERATORS is one clear error.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import torch
+import torch.nn.functional as F
+from google.protobuf.message import DecodeError
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from hw_profiles.runtimes import Shape, fitting, short, where
+from nas.errors import NasctlError
+
+if TYPE_CHECKING:
+    from hw_profiles.runtimes import Feeds
+
+Attributes = Mapping[str, Any]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _padding(attributes: Attributes) -> tuple[int, ...]:
+    pads = attributes.get("pads", [0, 0, 0, 0])
+    half = len(pads) // 2
+    if list(pads[:half]) != list(pads[half:]) or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
+        raise NasctlError("torch pads both sides alike", where=f"pads {list(pads)}")
+    return tuple(pads[:half])
+
+
+def _conv(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    strides, dilations = a.get("strides", 1), a.get("dilations", 1)
+    return F.conv2d(x, weight, bias, strides, _padding(a), dilations, a.get("group", 1))
+
+
+def _gemm(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if (a.get("alpha", 1.0), a.get("beta", 1.0), a.get("transA", 0)) != (1.0, 1.0, 0):
+        raise NasctlError("only x @ w + b is known", where="operator Gemm")
+    return F.linear(x, weight if a.get("transB", 0) else weight.T, bias)
+
+
+def _max_pool(a: Attributes, x: Tensor) -> Tensor:
+    return F.max_pool2d(x, a["kernel_shape"], a.get("strides", 1), _padding(a))
+
+
+def _average_pool(a: Attributes, x: Tensor) -> Tensor:
+    counted = bool(a.get("count_include_pad", 0))
+    strides = a.get("strides", 1)
+    return F.avg_pool2d(x, a["kernel_shape"], strides, _padding(a), count_include_pad=counted)
+
+
+def _hard_sigmoid(a: Attributes, x: Tensor) -> Tensor:
+    if abs(a.get("alpha", 0.2) - 1 / 6) > 1e-6 or a.get("beta", 0.5) != 0.5:
+        return (x * a.get("alpha", 0.2) + a.get("beta", 0.5)).clamp(0, 1)
+    return F.hardsigmoid(x)
+
+
+def _mean(a: Attributes, x: Tensor, axes: list[int] | None = None) -> Tensor:
+    return x.mean(axes if axes is not None else a["axes"], keepdim=bool(a.get("keepdims", 1)))
+
+
+def _reshape(a: Attributes, x: Tensor, shape: list[int]) -> Tensor:
+    return x.reshape([x.shape[at] if size == 0 else size for at, size in enumerate(shape)])
+
+
+#: integers (shapes, axes) arrive as lists, because torch wants them so
+OPERATORS: dict[str, Callable[..., Tensor]] = {
+    "Add": lambda a, x, y: x + y,
+    "AveragePool": _average_pool,
+    "Concat": lambda a, *xs: torch.cat(xs, a["axis"]),
+    "Conv": _conv,
+    "Flatten": lambda a, x: x.flatten(1),
+    "Gemm": _gemm,
+    "GlobalAveragePool": lambda a, x: x.mean((2, 3), keepdim=True),
+    "HardSigmoid": _hard_sigmoid,
+    "HardSwish": lambda a, x: F.hardswish(x),
+    "Identity": lambda a, x: x,
+    "MatMul": lambda a, x, y: x @ y,
+    "MaxPool": _max_pool,
+    "Mul": lambda a, x, y: x * y,
+    "ReduceMean": _mean,
+    "Relu": lambda a, x: F.relu(x),
+    "Reshape": _reshape,
+    "Sigmoid": lambda a, x: torch.sigmoid(x),
+}
+
+
+#: their second input are the weights
+MULTIPLY = ("Conv", "Gemm", "MatMul")
+
+
+class Graph(nn.Module):
+    """Runs an ONNX graph: `graph(*inputs)` in the order of `inputs`, a tuple in that of `outputs`.
+
+    Weights are buffers, so that `.to(device, dtype)` moves them and no gradient is kept.
+    """
+
+    def __init__(self, graph: onnx.GraphProto, name: str) -> None:
+        super().__init__()
+        strange = sorted({node.op_type for node in graph.node} - set(OPERATORS))
+        if strange:
+            raise NasctlError(
+                f"cannot be turned into torch: operator {', '.join(strange)}",
+                where=name,
+                allowed=OPERATORS,
+            )
+        self.lists: dict[str, list[int]] = {}
+        self.buffer_of: dict[str, str] = {}  # tensor name -> ours: theirs may contain dots
+        for at, tensor in enumerate(graph.initializer):
+            values = numpy_helper.to_array(tensor)
+            if tensor.data_type == TensorProto.INT64:
+                self.lists[tensor.name] = values.tolist()
+            else:
+                self.buffer_of[tensor.name] = f"weight{at}"
+                self.register_buffer(f"weight{at}", torch.from_numpy(values.copy()))
+        known = self.lists.keys() | self.buffer_of.keys()
+        self.inputs = {v.name: _shape(v) for v in graph.input if v.name not in known}
+        self.outputs = tuple(value.name for value in graph.output)
+        self.steps = [
+            (
+                OPERATORS[node.op_type],
+                {part.name: helper.get_attribute_value(part) for part in node.attribute},
+                tuple(node.input),
+                node.output[0],
+            )
+            for node in graph.node
+        ]
+        multiplied = [node.input[1] for node in graph.node if node.op_type in MULTIPLY]
+        self.multiplied = [self.buffer_of[name] for name in multiplied if name in self.buffer_of]
+
+    def forward(self, *xs: Tensor) -> tuple[Tensor, ...]:
+        values: dict[str, Any] = {**self.lists, **dict(zip(self.inputs, xs, strict=True))}
+        values |= {name: getattr(self, buffer) for name, buffer in self.buffer_of.items()}
+        for operator, attributes, reads, out in self.steps:
+            values[out] = operator(attributes, *(values[name] for name in reads if name))
+        return tuple(values[name] for name in self.outputs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.buffers()).dtype
+
+    def precisions(self) -> Counter[str]:
+        """How many multiplying operators have weights of each precision."""
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        return Counter(names.get(getattr(self, name).dtype, "?") for name in self.multiplied)
+
+
+def _shape(value: onnx.ValueInfoProto) -> Shape:
+    dims = value.type.tensor_type.shape.dim
+    return tuple(dim.dim_value or dim.dim_param or "?" for dim in dims)
+
+
+def read(model: bytes | Path, precision: str | None) -> Graph:
+    """The module of an ONNX file (path or content), in eval mode, its weights in `precision`.
+
+    Raises NasctlError for a damaged file, for one without weights and for an operator outside
+    OPERATORS.
+    """
+    name = where(model)
+    try:
+        proto = onnx.load(model) if isinstance(model, Path) else onnx.load_from_string(model)
+    except DecodeError as error:
+        raise NasctlError(f"is no ONNX file ({short(error)})", where=name) from error
+    net = Graph(proto.graph, name).eval()
+    if not net.multiplied:
+        raise NasctlError("is no ONNX file, or one without weights", where=name)
+    return net.to(DTYPES[precision]) if precision else net
+
+
+def example(net: Graph, feeds: Feeds, device: str) -> tuple[Tensor, ...]:
+    """The feeds as the module's positional inputs, on a device and in its weights' precision.
+
+    Raises NasctlError for feeds that are not exactly the module's inputs.
+    """
+    fitting(net.inputs, feeds, "model")
+    return tuple(torch.from_numpy(feeds[name]).to(device, net.dtype) for name in net.inputs)

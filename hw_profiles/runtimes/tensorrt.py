@@ -1,0 +1,297 @@
+"""TensorRT engines, 10.x and 11.x. Never run here: see docs/methods/runtimes.md.
+
+Only names that both versions have are used, which a test checks against both versions' bindings.
+Networks are strongly typed, the one kind that 11 knows: the precision is that of the ONNX file.
+`build` therefore turns a float32 file into float16 when fp16 is asked for, and reads back from the
+engine what its layers compute in. An engine belongs to the GPU model and the TensorRT version that
+built it, and it is native code: load only those you built. Free dimensions become 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hw_profiles.runtimes import Session, _cuda, fitting, obeyed, offered, summary, where
+from nas.errors import NasctlError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hw_profiles.runtimes import Feeds
+
+PRECISIONS = ("fp32", "fp16", "int8")
+SUFFIX = ".engine"
+TIMED = "GPU time of one replayed CUDA graph between two events, inputs and outputs on the GPU"
+WORKSPACE_MB = 1024
+
+#: an engine's words for its tensors, the more specific first
+WORDS = {
+    "bf16": ("bfloat16", "bf16"),
+    "fp16": ("half", "fp16", "float16"),
+    "int8": ("int8",),
+    "fp8": ("fp8",),
+    "fp32": ("float", "fp32"),
+}
+MULTIPLY = ("conv", "gemm", "matmul", "matrix")  # in the names of multiplying layers' types
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An engine, the context that runs it, and a buffer on the GPU for each of its tensors."""
+
+    engine: Any
+    context: Any
+    buffers: Mapping[str, _cuda.Buffer]
+    arrays: Mapping[str, np.ndarray]  # of each tensor's shape and type: where copies start and end
+
+    def enqueue(self) -> None:
+        if not self.context.execute_async_v3(_cuda.gpu().stream):
+            raise NasctlError(f"TensorRT cannot run it ({_said()})")
+
+
+def unavailable() -> str:
+    if importlib.util.find_spec("tensorrt") is None:
+        return (
+            "TensorRT is not installed: JetPack brings it; elsewhere pip install tensorrt from "
+            "NVIDIA's index"
+        )
+    return _cuda.unavailable()
+
+
+def version() -> str:
+    return str(_library().__version__)
+
+
+def build(
+    model: bytes | Path,
+    path: Path,
+    *,
+    threads: int = 1,
+    precision: str | None = None,
+    cache: Path | None = None,
+) -> Path:
+    """Write the engine of an ONNX model for this machine's GPU to `path`; minutes, not seconds.
+
+    `cache` is a folder for TensorRT's timing caches, one file per GPU, driver and version: with it
+    a second build of similar layers is fast and chooses the same kernels.
+    """
+    _write(path, _plan(model, threads, precision, cache))
+    return path
+
+
+def load(model: bytes | Path, *, threads: int = 1, precision: str | None = None) -> Session:
+    """A session over an engine file, or over an ONNX model, whose engine is then built first."""
+    offered(precision, PRECISIONS, "TensorRT")
+    name = where(model)
+    if isinstance(model, Path) and model.suffix == SUFFIX:
+        plan = model.read_bytes()
+    else:
+        plan = _plan(model, threads, precision, None)
+    trt = _library()  # after this line there is a GPU: without one, TensorRT crashes on bad files
+    engine = trt.Runtime(_logger()).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise NasctlError(
+            f"TensorRT cannot load it ({_said()})",
+            where=name,
+            next=f"Engines belong to one GPU and one version: build it again, with {version()}.",
+        )
+    session = _session(trt, engine, name)
+    obeyed(precision, observed_precision(session), name)
+    return session
+
+
+def run(session: Session, feeds: Feeds) -> list[np.ndarray]:
+    loaded, gpu = session.inner, _cuda.gpu()
+    _upload(session, feeds)
+    loaded.enqueue()
+    for name in session.outputs:
+        gpu.download(loaded.buffers[name], loaded.arrays[name])
+    return [loaded.arrays[name].copy() for name in session.outputs]
+
+
+def timed(session: Session, feeds: Feeds) -> Callable[[], float]:
+    loaded, gpu = session.inner, _cuda.gpu()
+    _upload(session, feeds)
+    loaded.enqueue()  # the first run allocates, which a capture must not
+    gpu.synchronize()
+    launch = gpu.captured(loaded.enqueue)
+    return lambda: gpu.seconds(launch, ahead=launch)
+
+
+def observed_precision(session: Session) -> str:
+    """Types of the tensors that the engine's multiplying layers read, by its own inspector."""
+    trt = _library()
+    inspector = session.inner.engine.create_engine_inspector()
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    return precisions_of(text)
+
+
+def precisions_of(text: str) -> str:
+    """Precisions of the multiplying layers in an engine inspector's JSON; "?" where it has none.
+
+    10.x writes a tensor's type into "Format/Datatype", 11.x into "DataType".
+    """
+    try:
+        layers = json.loads(text).get("Layers", [])
+    except ValueError:
+        return "?"
+    counts: Counter[str] = Counter()
+    for layer in layers:  # a plain string where the engine was built without details
+        if not isinstance(layer, dict) or not layer.get("Inputs"):
+            continue
+        kind = f"{layer.get('LayerType', '')} {layer.get('ParameterType', '')}".lower()
+        if any(word in kind for word in MULTIPLY):
+            first = layer["Inputs"][0]
+            said = str(first.get("DataType") or first.get("Format/Datatype", "")).lower()
+            known = (name for name, words in WORDS.items() if any(word in said for word in words))
+            counts[next(known, "?")] += 1
+    return summary(counts)
+
+
+# ---- building ------------------------------------------------------------------------------------
+
+
+def _plan(model: bytes | Path, threads: int, precision: str | None, cache: Path | None) -> bytes:
+    """The serialised engine of an ONNX model."""
+    offered(precision, PRECISIONS, "TensorRT")
+    name, trt = where(model), _library()
+    builder = trt.Builder(_logger())
+    builder.max_threads = threads
+    # 11 ignores the flag, its networks are always strongly typed
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, _logger())
+    if not parser.parse(_onnx(model, precision, name)):
+        said = "; ".join(parser.get_error(at).desc() for at in range(parser.num_errors))
+        raise NasctlError(f"TensorRT cannot read it ({said or _said()})", where=name)
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_MB << 20)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or layers have no types
+    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is fp32
+    config.add_optimization_profile(_ones(builder, network))
+    known = _timing_cache(cache)
+    stored = known.read_bytes() if known and known.exists() else b""
+    config.set_timing_cache(config.create_timing_cache(stored), False)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise NasctlError(f"TensorRT cannot build it ({_said()})", where=name)
+    if known:
+        _write(known, config.get_timing_cache().serialize())
+    return bytes(plan)
+
+
+def _onnx(model: bytes | Path, precision: str | None, name: str) -> bytes:
+    """The file to parse: as it is, or its float16 twin."""
+    if precision == "fp16":
+        from hw_profiles.half import half_file
+
+        return half_file(model, name)
+    return model.read_bytes() if isinstance(model, Path) else model
+
+
+def _ones(builder: Any, network: Any) -> Any:
+    """A profile in which every free dimension is 1."""
+    profile = builder.create_optimization_profile()
+    for at in range(network.num_inputs):
+        tensor = network.get_input(at)
+        shape = tuple(1 if size == -1 else size for size in tensor.shape)
+        profile.set_shape(tensor.name, shape, shape, shape)
+    return profile
+
+
+def _timing_cache(folder: Path | None) -> Path | None:
+    """The file for this GPU, driver and version: a cache is refused or wrong for any other."""
+    if folder is None:
+        return None
+    gpu = _cuda.gpu()
+    parts = (gpu.name, f"sm{gpu.capability}", f"cuda{gpu.driver_version // 1000}", version())
+    return folder / ("-".join(parts).replace(" ", "_").replace("/", "_") + ".cache")
+
+
+def _write(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        whole.write_bytes(content)
+        os.replace(whole, path)
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def _session(trt: Any, engine: Any, name: str) -> Session:
+    import numpy as np
+
+    context, gpu = engine.create_execution_context(), _cuda.gpu()
+    tensors = [engine.get_tensor_name(at) for at in range(engine.num_io_tensors)]
+    inputs = [t for t in tensors if engine.get_tensor_mode(t) == trt.TensorIOMode.INPUT]
+    for tensor in inputs:
+        shape = tuple(1 if size == -1 else size for size in engine.get_tensor_shape(tensor))
+        context.set_input_shape(tensor, shape)
+    buffers, arrays = {}, {}
+    for tensor in tensors:
+        shape = tuple(context.get_tensor_shape(tensor))  # an output's is known only now
+        arrays[tensor] = np.zeros(shape, trt.nptype(engine.get_tensor_dtype(tensor)))
+        buffers[tensor] = _cuda.Buffer(gpu, arrays[tensor].nbytes)
+        context.set_tensor_address(tensor, buffers[tensor].pointer)
+    return Session(
+        Loaded(engine, context, buffers, arrays),
+        name,
+        {tensor: tuple(arrays[tensor].shape) for tensor in inputs},
+        tuple(tensor for tensor in tensors if tensor not in inputs),
+        {tensor: str(arrays[tensor].dtype) for tensor in inputs},
+    )
+
+
+def _upload(session: Session, feeds: Feeds) -> None:
+    loaded, gpu = session.inner, _cuda.gpu()
+    fitting(session.inputs, feeds, session.where)
+    for name, value in feeds.items():
+        loaded.arrays[name][...] = value
+        gpu.upload(loaded.arrays[name], loaded.buffers[name])
+
+
+# ---- the library ---------------------------------------------------------------------------------
+
+
+def _library() -> Any:
+    if missing := unavailable():
+        raise NasctlError(missing, where="runtime tensorrt")
+    import tensorrt
+
+    return tensorrt
+
+
+@functools.cache
+def _logger() -> Any:
+    """One for the process, as TensorRT wants; keeps errors for our messages and prints nothing."""
+    trt = _library()
+
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: deque[str] = deque(maxlen=5)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.errors.append(message)
+
+    return Log()
+
+
+def _said() -> str:
+    """TensorRT's last errors, which are then forgotten."""
+    log = _logger()
+    text = "; ".join(log.errors) or "it gave no reason"
+    log.errors.clear()
+    return text

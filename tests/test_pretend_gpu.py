@@ -1,0 +1,228 @@
+"""The GPU runtimes' own logic on a machine without a GPU: a pretended driver and TensorRT.
+
+Shows that calls have the right arguments, order and lifetimes, and that errors are clear; what a
+real driver or TensorRT does with them is shown by nothing here (see docs/methods/runtimes.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.machinery
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pretend_tensorrt
+import pytest
+from test_runtimes import FEEDS, MODEL
+
+from hw_profiles.runtimes import _cuda, _ort, onnxruntime, onnxruntime_cuda, tensorrt, torch_cuda
+from nas.errors import NasctlError
+
+pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+SOURCE = Path(__file__).parent / "pretend_cuda.c"
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    path = tmp_path_factory.mktemp("driver") / "libpretend.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-w", "-o", path, SOURCE], check=True)
+    return path
+
+
+@pytest.fixture
+def gpu(driver, monkeypatch):
+    """A pretended GPU for `_cuda`, opened."""
+    monkeypatch.setattr(_cuda, "LIBRARY", str(driver))
+    _cuda.gpu.cache_clear()
+    yield _cuda.gpu()
+    gc.collect()
+    _cuda.gpu.cache_clear()
+
+
+@pytest.fixture
+def trt(gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", pretend_tensorrt)
+    spec = importlib.machinery.ModuleSpec("tensorrt", None)
+    monkeypatch.setattr(pretend_tensorrt, "__spec__", spec)
+    tensorrt._logger.cache_clear()
+    assert tensorrt.unavailable() == ""
+    yield
+    tensorrt._logger.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return onnxruntime.run(onnxruntime.load(MODEL), FEEDS)
+
+
+def same(found, expected, rtol=1e-5):
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=rtol * np.abs(theirs).max())
+
+
+# ---- the driver ----------------------------------------------------------------------------------
+
+
+def test_a_machine_without_driver_or_gpu_says_so(driver, monkeypatch):
+    monkeypatch.setattr(_cuda, "LIBRARY", "libnone.so.1")
+    assert "no NVIDIA driver" in _cuda.unavailable()
+    monkeypatch.setattr(_cuda, "LIBRARY", str(driver))
+    assert _cuda.unavailable() == ""
+    monkeypatch.setenv("PRETEND_GPUS", "0")
+    assert "finds no GPU" in _cuda.unavailable()
+    _cuda.gpu.cache_clear()
+    with pytest.raises(NasctlError, match="finds no GPU"):
+        _cuda.gpu()
+
+
+def test_what_goes_up_comes_down_and_buffers_are_freed(gpu, driver):
+    allocated = ctypes.CDLL(str(driver)).pretend_allocated
+    before = allocated()
+    there, back = np.arange(6, dtype=np.float32), np.zeros(6, np.float32)
+    buffer = _cuda.Buffer(gpu, there.nbytes)
+    gpu.upload(there, buffer)
+    gpu.download(buffer, back)
+    assert back.tolist() == there.tolist()
+    assert allocated() == before + 1
+    del buffer
+    gc.collect()
+    assert allocated() == before
+    assert (gpu.name, gpu.capability, gpu.driver_version) == ("Pretend GPU", "8.7", 13000)
+
+
+def test_an_error_of_the_driver_is_one_line_in_its_words(gpu):
+    with pytest.raises(NasctlError, match=r"CUDA: cuMemAlloc_v2 failed \(out of memory\)"):
+        _cuda.Buffer(gpu, 1 << 31)
+    with pytest.raises(NasctlError, match=r"cuInit failed \(error 1\)"):
+        gpu.call("cuInit", 1)
+
+
+def test_time_is_between_the_events_and_not_of_what_runs_ahead(gpu, driver):
+    launches = ctypes.CDLL(str(driver)).pretend_launches
+    done = []
+    launch = gpu.captured(lambda: done.append(1))
+    assert len(done) == 1  # captured once, then replayed by the driver alone
+    before = launches()
+    assert gpu.seconds(launch, ahead=launch) == pytest.approx(0.002)
+    assert launches() == before + 2 and len(done) == 1
+
+
+def test_a_failed_capture_leaves_the_stream_usable(gpu, driver):
+    def fails():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        gpu.captured(fails)
+    assert ctypes.CDLL(str(driver)).pretend_capturing() == 0
+
+
+# ---- TensorRT ------------------------------------------------------------------------------------
+
+
+def test_an_engine_is_built_loaded_run_and_timed(trt, tmp_path, expected):
+    path = tensorrt.build(MODEL, tmp_path / "new" / "model.engine", cache=tmp_path)
+    assert [p.name for p in path.parent.iterdir()] == ["model.engine"]
+    session = tensorrt.load(path, precision="fp32")
+    assert session.inputs == {"input": (1, 3, 16, 16)}
+    assert session.outputs == ("output_11", "output")
+    found = tensorrt.run(session, FEEDS)
+    same(found, expected)
+    tensorrt.run(session, {"input": 2 * FEEDS["input"]})
+    same(found, expected)  # not the engine's own buffers
+    assert tensorrt.timed(session, FEEDS)() == pytest.approx(0.002)
+
+
+def test_the_timing_cache_is_kept_per_gpu_driver_and_version_and_used_again(trt, tmp_path):
+    for _ in range(2):
+        tensorrt.build(MODEL, tmp_path / "model.engine", cache=tmp_path / "caches")
+    (cache,) = (tmp_path / "caches").iterdir()
+    assert cache.name == "Pretend_GPU-sm8.7-cuda13-11.4.0.cache"
+    assert cache.read_bytes() == b"timed;timed;"
+
+
+def test_fp16_changes_the_file_and_is_read_back_from_the_engine(trt, tmp_path, expected):
+    path = tensorrt.build(MODEL, tmp_path / "model.engine", precision="fp16")
+    session = tensorrt.load(path, precision="fp16")
+    assert tensorrt.observed_precision(session) == "fp16"
+    same(tensorrt.run(session, FEEDS), expected, rtol=2e-2)
+    with pytest.raises(NasctlError, match="asked to compute in fp32, but it computes in fp16"):
+        tensorrt.load(path, precision="fp32")
+    with pytest.raises(NasctlError, match="asked to compute in int8, but it computes in fp32"):
+        tensorrt.load(MODEL, precision="int8")
+
+
+def test_what_tensorrt_refuses_is_one_line_with_its_reason(trt, tmp_path):
+    bad = tmp_path / "bad.engine"
+    bad.write_bytes(b"no engine")
+    with pytest.raises(NasctlError, match=r"magic tag does not match.*build it again") as caught:
+        tensorrt.load(bad)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(NasctlError, match="TensorRT cannot read it"):
+        tensorrt.load(b"no model")
+    session = tensorrt.load(MODEL)
+    for feeds in ({}, {"input": np.zeros((2, 3, 16, 16), np.float32)}):
+        with pytest.raises(NasctlError, match=r"feeds do not fit.*allowed: input \[1, 3, 16, 16\]"):
+            tensorrt.run(session, feeds)
+
+
+def test_precisions_are_read_from_both_versions_of_the_inspectors_text():
+    def text(key, *types):
+        layers = [{"LayerType": "CaskConvolution", "Inputs": [{key: t}]} for t in types]
+        plain = [{"LayerType": "Pooling", "Inputs": [{key: "Int8"}]}, "a name without details"]
+        return json.dumps({"Layers": [*layers, *plain]})
+
+    assert tensorrt.precisions_of(text("DataType", "Half", "Float", "Half")) == "fp16 2, fp32 1"
+    old = text("Format/Datatype", "Channel major FP16 format where channel % 8 == 0", "Int8")
+    assert tensorrt.precisions_of(old) == "fp16 1, int8 1"
+    assert tensorrt.precisions_of(text("DataType", "BFloat16")) == "bf16"
+    for nothing in (text("DataType"), "{}", "not JSON"):
+        assert tensorrt.precisions_of(nothing) == "?"
+
+
+# ---- ONNX Runtime and torch ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda_provider(gpu, monkeypatch):
+    """The processor's provider in the place of CUDA's: same calls, other memory."""
+    monkeypatch.setattr(onnxruntime_cuda, "PROVIDER", "CPUExecutionProvider")
+    monkeypatch.setattr(onnxruntime_cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(onnxruntime_cuda, "NO_FALLBACK", {})
+    assert onnxruntime_cuda.unavailable() == ""
+
+
+def test_bound_buffers_compute_and_each_set_has_a_graph_of_its_own(cuda_provider, expected):
+    session = onnxruntime_cuda.load(MODEL)
+    same(onnxruntime_cuda.run(session, FEEDS), expected)
+    one, two = (onnxruntime_cuda.timed(session, FEEDS) for _ in range(2))
+    assert one.graph != two.graph
+    assert one() == 0.0  # the pretended clock stands still: nothing went to the pretended stream
+    same([value.numpy() for value in one.buffers[1:]], expected)  # after the one input
+    with pytest.raises(NasctlError, match=r"allowed: input \[1, 3, 16, 16\]"):
+        onnxruntime_cuda.run(session, {"input": np.zeros((1, 3, 5, 5), np.float32)})
+
+
+def test_a_silent_fall_back_to_the_processor_is_refused(cuda_provider, monkeypatch):
+    real = _ort.inference_session
+
+    class Fallen:
+        def __init__(self, session):
+            self.get_providers = lambda: ["AzureExecutionProvider", *session.get_providers()]
+
+    monkeypatch.setattr(_ort, "inference_session", lambda *a: Fallen(real(*a)))
+    with pytest.raises(NasctlError, match="fell back to AzureExecutionProvider"):
+        onnxruntime_cuda.load(MODEL)
+
+
+def test_torch_computes_the_same_file(monkeypatch, expected):
+    monkeypatch.setattr(torch_cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(torch_cuda, "unavailable", lambda: "")
+    same(torch_cuda.run(torch_cuda.load(MODEL), FEEDS), expected)
+    half = torch_cuda.load(MODEL, precision="fp16")
+    assert torch_cuda.observed_precision(half) == "fp16"
+    same(torch_cuda.run(half, FEEDS), expected, rtol=2e-2)
