@@ -16,7 +16,7 @@ import numpy as np
 
 from hw_profiles.latency import Estimate
 from hw_profiles.measure import Plan, Progress, Timing, interleaved, session_call
-from hw_profiles.runtimes import onnxruntime
+from hw_profiles.runtimes import Session, onnxruntime
 from nas import file
 from nas.errors import NasctlError, ParityFailed
 
@@ -76,7 +76,7 @@ def latency(
     return interleaved([call], rng=rng, plan=plan, progress=progress)[0]
 
 
-def _outputs(session: onnxruntime.Session, batch: np.ndarray) -> np.ndarray:
+def _outputs(session: Session, batch: np.ndarray) -> np.ndarray:
     return onnxruntime.run(session, {next(iter(session.inputs)): batch.astype(np.float32)})[0]
 
 

@@ -35,8 +35,8 @@ def library(hint: str = "pip install onnxruntime") -> Any:
     return onnxruntime
 
 
-def failures() -> tuple[type[Exception], ...]:
-    """The library's own exceptions: siblings below Exception, without a common root."""
+def failures(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """The library's own exceptions, siblings below Exception without a common root, and `more`."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     return (
@@ -48,6 +48,7 @@ def failures() -> tuple[type[Exception], ...]:
         state.NoSuchFile,
         state.NotImplemented,
         state.RuntimeException,
+        *more,
     )
 
 

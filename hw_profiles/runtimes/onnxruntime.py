@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hw_profiles.runtimes import Session as Session  # known to users of this file by this name
-from hw_profiles.runtimes import _ort, obeyed, offered, wall, where
+from hw_profiles.runtimes import Session, _ort, obeyed, offered, wall, where
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,10 +48,9 @@ def load(model: bytes | Path, *, threads: int = 1, precision: str | None = None)
 def run(session: Session, feeds: Feeds) -> list[np.ndarray]:
     """The outputs, in the file's order."""
     found, _ = session.inner
-    failures = (ValueError, *_ort.failures())  # ValueError: a feed is missing
     try:
         return list(found.run(None, dict(feeds)))
-    except failures as error:
+    except _ort.failures(ValueError) as error:  # ValueError: a feed is missing
         raise _ort.cannot_run(session, error) from error
 
 

@@ -147,8 +147,7 @@ def _bound(session: Session, feeds: Feeds) -> tuple[Any, list[Any]]:
 def _enqueue(session: Session, binding: Any, graph: int) -> None:
     options = _ort.library().RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(graph))
-    failures = (RuntimeError, *_ort.failures())  # RuntimeError: what the binding itself raises
     try:
         session.inner.session.run_with_iobinding(binding, options)
-    except failures as error:
+    except _ort.failures(RuntimeError) as error:  # RuntimeError: what the binding itself raises
         raise _ort.cannot_run(session, error) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,19 +32,13 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 SUFFIX = ".onnx"
-TIMED = "one call from Python, arrays in and out in the machine's memory, not copied"
+TIMED = "one call from Python, inputs already in the library's tensors, outputs left in them"
 
 #: quantized operators are told by the file; this is for the others
 HINTS = {None: "f32", "fp32": "f32", "int8": "f32", "bf16": "bf16", "fp16": "f16"}
 NAMES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "u8": "int8", "i8": "int8"}
 #: the library's names of the layers that multiply
 MULTIPLY = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    compiled: Any  # openvino.CompiledModel
-    request: Any  # openvino.InferRequest: its buffers are reused by every call
 
 
 def unavailable() -> str:
@@ -78,7 +71,7 @@ def load(model: bytes | Path, *, threads: int = 1, precision: str | None = None)
             next="The file is damaged or uses operators this version lacks: export it again.",
         ) from error
     session = Session(
-        Loaded(compiled, compiled.create_infer_request()),
+        compiled,
         name,
         {port.any_name: _shape(port) for port in compiled.inputs},
         tuple(port.any_name for port in compiled.outputs),
@@ -91,19 +84,22 @@ def load(model: bytes | Path, *, threads: int = 1, precision: str | None = None)
 def run(session: Session, feeds: Feeds) -> list[np.ndarray]:
     """The outputs, in the file's order."""
     fitting(session.inputs, feeds, session.where)  # a missing input would be taken as zeros
-    found = _infer(session, feeds)
-    return [found[at].copy() for at in range(len(session.outputs))]
+    request = session.inner.create_infer_request()
+    found = _infer(request, dict(feeds), session.where)
+    return [found[at] for at in range(len(session.outputs))]
 
 
 def timed(session: Session, feeds: Feeds) -> Callable[[], float]:
     fitting(session.inputs, feeds, session.where)
-    return wall(lambda: _infer(session, feeds))
+    request = session.inner.create_infer_request()
+    _infer(request, dict(feeds), session.where)  # the inputs stay in the request from now on
+    return wall(lambda: request.infer(share_outputs=True))
 
 
 def observed_precision(session: Session) -> str:
     """What each multiplying layer runs in, by the compiled model's own description."""
     counts: Counter[str] = Counter()
-    for layer in session.inner.compiled.get_runtime_model().get_ordered_ops():
+    for layer in session.inner.get_runtime_model().get_ordered_ops():
         told = layer.get_rt_info()
         if str(told["layerType"].value) in MULTIPLY:
             said = str(told["runtimePrecision"].value)
@@ -111,14 +107,11 @@ def observed_precision(session: Session) -> str:
     return summary(counts)
 
 
-def _infer(session: Session, feeds: Feeds) -> Any:
-    """One inference; the outputs are the request's own buffers, valid until the next one."""
+def _infer(request: Any, feeds: Feeds, name: str) -> Any:
     try:
-        return session.inner.request.infer(dict(feeds), share_inputs=True, share_outputs=True)
+        return request.infer(feeds)
     except (RuntimeError, TypeError) as error:
-        raise NasctlError(
-            f"OpenVINO cannot run it ({short(error)})", where=session.where
-        ) from error
+        raise NasctlError(f"OpenVINO cannot run it ({short(error)})", where=name) from error
 
 
 def _shape(port: Any) -> Shape:
