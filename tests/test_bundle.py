@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,7 @@ from hw_profiles.graph import onnx_graph
 from hw_profiles.measure import reference_model
 from hw_profiles.op import Tape
 from hw_profiles.protocol import Plan
+from hw_profiles.runtimes import Session
 from nas.errors import NasctlError, UsageError
 
 QUICK = Plan(rounds=2, max_rounds=2)
@@ -220,6 +222,38 @@ def test_a_model_that_does_not_load_is_named_and_the_others_kept(three, tmp_path
     assert runner.measure(folder) == runner.REFUSED
     assert kinds(folder) == ["session", "group", "group", "failed"]
     assert records_in(folder)[-1]["why"].startswith(f"model '{bad}': ONNX Runtime cannot load it")
+
+
+def test_a_runtime_with_files_of_its_own_builds_them_and_its_own_clock_counts(
+    three, tmp_path, monkeypatch
+):
+    built = []
+
+    def build(model, path, *, threads, precision):
+        built.append((model.name, threads, precision))
+        path.write_bytes(b"engine")
+        return path
+
+    def load(path, *, threads, precision):
+        assert path.read_bytes() == b"engine"
+        return Session(None, str(path), {"x": ("batch", 3)}, ("y",))
+
+    pretended = SimpleNamespace(
+        SUFFIX=".engine",
+        version=lambda: "7",
+        build=build,
+        load=load,
+        timed=lambda session, feeds: lambda: 0.002 if feeds["x"].shape == (1, 3) else 1.0,
+    )
+    monkeypatch.setattr(runner, "load_module", lambda name: pretended)
+    folder = unpacked(replace(three, threads=2), tmp_path)
+    assert runner.measure(folder) == 0
+    assert len(built) == 4
+    assert built[0] == ("reference.onnx", 2, None)
+    session, *groups, _ = records_in(folder)
+    assert session["fingerprint"]["runtime"] == "onnxruntime 7"
+    medians = [one["timings"][0]["median_ms"] for one in groups]
+    assert medians == pytest.approx([2.0, 2.0, 2.0], rel=0.05)
 
 
 def test_files_are_held_against_their_checksums(three, tmp_path):
