@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from hw_profiles.protocol import Plan
+from hw_profiles.runtimes import load_module
 from nas.errors import NasctlError
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,7 @@ class Bundle:
     cores: tuple[int, ...] = ()  # of the board, to keep the process on; empty: any
     group: int = 24  # models that are in memory and in turn at once; at most this is ever repeated
     runtime: str = "onnxruntime"  # a file of hw_profiles/runtimes/
+    precision: str | None = None  # demanded of the runtime; None: as the models are written
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -38,8 +40,11 @@ class Bundle:
             raise NasctlError("nothing to measure", where="models")
         if self.threads < 1 or self.group < 1:
             raise NasctlError("must be 1 or more", where="threads, group")
-        if not _path(f"hw_profiles.runtimes.{self.runtime}"):
-            raise NasctlError(f"unknown runtime '{self.runtime}'", where="runtime")
+        offered = load_module(self.runtime).PRECISIONS
+        if self.precision not in (None, *offered):
+            raise NasctlError(
+                f"{self.runtime} offers no {self.precision}", where="precision", allowed=offered
+            )
 
     @cached_property
     def manifest(self) -> bytes:
@@ -47,6 +52,7 @@ class Bundle:
         files = self.code | self.data
         value = {
             "runtime": self.runtime,
+            "precision": self.precision,
             "threads": self.threads,
             "cores": list(self.cores),
             "seed": self.seed,

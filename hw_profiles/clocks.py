@@ -14,7 +14,7 @@ import contextlib
 import os
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
@@ -82,14 +82,12 @@ def read_nvidia(root: Path = Path("/"), query: Callable[[], str | None] = nvidia
     fields = [field.strip() for field in (query() or "").split(",")]
     if len(fields) != 3:
         return here
-    word = _number(fields[2], base=16)
-    return Clocks(
-        cpu_mhz=here.cpu_mhz,
-        gpu_mhz=_number(fields[0]),
-        temperature_c=_number(fields[1]),
-        throttled=None if word is None else _named(int(word), NVML_BITS),
-        throttle_count=here.throttle_count,
-        mode=here.mode,
+    mhz, degrees, word = (_number(fields[0]), _number(fields[1]), _number(fields[2], base=16))
+    return replace(
+        here,  # a Jetson has the tool, too, but it tells nothing
+        gpu_mhz=here.gpu_mhz if mhz is None else mhz,
+        temperature_c=here.temperature_c if degrees is None else degrees,
+        throttled=here.throttled if word is None else _named(int(word), NVML_BITS),
     )
 
 

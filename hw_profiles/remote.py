@@ -165,6 +165,8 @@ class _Job:
                     archive.addfile(entry, io.BytesIO(content))
             packed.seek(0)
             answer = self.sh(script, *more, stdin=packed)
+        if "No space left on device" in answer.err:
+            raise self.failure("the board's disk is full", next="Make room in its TMPDIR.")
         if answer.code == 31:
             raise self.failure(f"cannot write on the board: {answer.complaint}")
         if answer.code:
@@ -184,7 +186,7 @@ class _Job:
         return ""
 
     def failure(self, what: str, next: str = "") -> NasctlError:
-        return NasctlError(what or "failed without a word", where=str(self.target), next=next)
+        return NasctlError(what, where=str(self.target), next=next)
 
     # ---- measuring -------------------------------------------------------------------------------
 
@@ -274,10 +276,8 @@ class _Job:
 
     def positive(self, values: Sequence[Any], name: str) -> list[float]:
         for value in values:
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise self.failure(
-                    f"it reports {value} ms for '{name}'", next="Is its clock running?"
-                )
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise self.failure(f"it reports {value} for '{name}'", next="Is its clock running?")
         return list(values)
 
 

@@ -20,7 +20,6 @@ import contextlib
 import faulthandler
 import fcntl
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -33,10 +32,11 @@ import time
 import zlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, Iterator, Mapping
+from typing import IO, Any, Callable, Dict, Iterator, Mapping, cast
 
-from hw_profiles import clocks, protocol, runtimes
+from hw_profiles import clocks, protocol
 from hw_profiles.fingerprint import fingerprint
+from hw_profiles.runtimes import Clock, Compiled, Runtime, load_module, random_feeds
 from nas.errors import NasctlError
 
 MANIFEST, RESULTS, LOG, LOCK = "manifest.json", "results.jsonl", "log", "lock"
@@ -100,12 +100,12 @@ def _names(manifest: Mapping[str, Any]) -> list[str]:
 
 def _measured(folder: Path, manifest: Mapping[str, Any], done: set[str]) -> Iterator[Record]:
     """Yields one record per session and per group."""
-    runtime = importlib.import_module(f"hw_profiles.runtimes.{manifest['runtime']}")
-    yield {"kind": "session", "fingerprint": _fingerprint(manifest["runtime"])}
-    plan = protocol.Plan.from_json(manifest["plan"])
+    runtime = load_module(manifest["runtime"])
+    version = f"{manifest['runtime']} {runtime.version()}"
+    yield {"kind": "session", "fingerprint": dict(fingerprint(version))}
+    plan, clock, pace_ms = protocol.Plan.from_json(manifest["plan"]), Clock(), math.inf
     read = clocks.read_nvidia if shutil.which("nvidia-smi") else clocks.read
     with protocol.pinned(manifest["cores"]):
-        clock, pace_ms = runtimes.Clock(), math.inf
         load = _loader(folder, runtime, manifest, clock)
         reference = load(manifest["reference"], "the reference")
         for number, group in enumerate(manifest["groups"]):
@@ -126,18 +126,23 @@ def _measured(folder: Path, manifest: Mapping[str, Any], done: set[str]) -> Iter
 
 
 def _loader(
-    folder: Path, runtime: Any, manifest: Mapping[str, Any], clock: runtimes.Clock
+    folder: Path, runtime: Runtime, manifest: Mapping[str, Any], clock: Clock
 ) -> Callable[[str, str], protocol.Call]:
+    """Makes calls on a fixed random batch of 1 out of files."""
     import numpy as np
 
     rng = np.random.default_rng(manifest["seed"])
+    how = {"threads": manifest["threads"], "precision": manifest["precision"]}
 
     def load(file: str, name: str) -> protocol.Call:
+        path = folder / file
         try:
-            session = runtime.load(folder / file, threads=manifest["threads"])
+            if path.suffix != runtime.SUFFIX:
+                path = cast(Compiled, runtime).build(path, path.with_suffix(runtime.SUFFIX), **how)
+            session = runtime.load(path, **how)
+            return clock.of(runtime.timed(session, random_feeds(session, rng)))
         except NasctlError as error:  # the user knows the name, not our file
             raise NasctlError(error.what, where=name, next=error.next) from error
-        return clock.of(runtime.timed(session, runtimes.random_feeds(session, rng)))
 
     return load
 
@@ -155,11 +160,6 @@ def _append(out: IO[bytes], record: Record) -> None:
     out.write(to_line(record))
     out.flush()
     os.fsync(out.fileno())
-
-
-def _fingerprint(runtime: str) -> Record:
-    version = importlib.import_module(f"hw_profiles.runtimes.{runtime}").version()
-    return dict(fingerprint(f"{runtime} {version}"))
 
 
 def verify(folder: Path, identity: str) -> None:
@@ -191,8 +191,9 @@ def _log(text: str) -> None:
 
 
 def check(runtime: str) -> int:
-    """Load the runtime's library; NasctlError says what is missing."""
-    importlib.import_module(f"hw_profiles.runtimes.{runtime}").version()
+    """Raises NasctlError with what is missing."""
+    if missing := load_module(runtime).unavailable():
+        raise NasctlError(missing)
     return 0
 
 
@@ -232,7 +233,7 @@ def _follow(folder: Path, at: int) -> int:
         sys.stdout.buffer.write(whole)
         sys.stdout.buffer.flush()
         at += len(whole)
-        gone = select.select([0], [], [], 0.2 if running else 0)[0] and not os.read(0, 1)
+        gone = select.select([0], [], [], 0.1 if running else 0)[0] and not os.read(0, 1)
         if gone or not running:
             return 0
 

@@ -85,7 +85,12 @@ class Answer:
 
     code: int
     out: bytes
-    complaint: str  # the last line of its standard error
+    err: str
+
+    @property
+    def complaint(self) -> str:
+        """The last line of its standard error: where a Python traceback says what happened."""
+        return (self.err.splitlines() or ["failed without a word"])[-1]
 
 
 def run(target: Target, words: Sequence[str], stdin: IO[bytes] | None = None) -> Answer:
@@ -138,7 +143,7 @@ def _answer(
     said = errors.read().decode(errors="replace")
     if code == _FAILED or code < 0:
         raise _failure(target, said)
-    return Answer(code, out, (said.splitlines() or [""])[-1])
+    return Answer(code, out, said)
 
 
 def _failure(target: Target, said: str) -> NasctlError:

@@ -35,12 +35,14 @@ AllowTcpForwarding no
 X11Forwarding no
 SetEnv TMPDIR={folder}/board
 """
+# the default key exchange, safe against quantum computers, costs 0.3 s of processor per connection
 CLIENT = """
 IdentityFile {folder}/user_key
 IdentitiesOnly yes
 IdentityAgent none
 UserKnownHostsFile {folder}/known_hosts
 GlobalKnownHostsFile none
+KexAlgorithms curve25519-sha256
 """
 
 

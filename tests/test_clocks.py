@@ -88,6 +88,11 @@ def test_an_nvidia_card(board, line, gpu_mhz, temperature_c, throttled):
     assert reading.throttled == throttled
 
 
+def test_a_jetsons_own_files_count_where_nvidia_smi_knows_nothing(board):
+    root = board({"sys/class/devfreq/17000000.gpu/cur_freq": "624750000\n"})
+    assert clocks.read_nvidia(root, query=lambda: "[N/A], [N/A], [N/A]").gpu_mhz == 624.75
+
+
 def test_without_a_driver_there_is_no_card(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert clocks.nvidia_smi() is None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 
 import psutil
@@ -22,8 +24,8 @@ from nas.errors import NasctlError
 from tests import sshd
 
 QUICK = Plan(rounds=4, max_rounds=4)
-#: every group takes as long as it may: half a second
-LONG = Plan(rounds=10**6, max_rounds=10**6, inner=1, time_limit_s=1.0)
+#: every group of `three` takes as long as it may: half a second
+LONG = Plan(rounds=10**6, max_rounds=10**6, inner=1, time_limit_s=1.5)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,13 @@ def network(channels):
     return onnx_graph(tape.ops).SerializeToString()
 
 
-def bundle(plan=QUICK, group=24, **models):
-    models = models or {"small": network(4), "big": network(96)}
-    return Bundle(models, reference_model(), plan, group=group)
+def bundle(plan=QUICK, **models):
+    return Bundle(models or {"small": network(4)}, reference_model(), plan)
+
+
+def three():
+    """Three groups of one model each."""
+    return Bundle({name: network(4) for name in "abc"}, reference_model(), LONG, group=1)
 
 
 def ssh_clients():
@@ -126,15 +132,15 @@ def test_a_connection_that_breaks_is_made_again(board, tmp_path, monkeypatch):
 
     result = measure_models(
         board.target,
-        bundle(LONG, group=1),
+        three(),
         workdir=tmp_path,
         progress=kill_once,
         keep=True,
     )
     records = records_on(board)
     assert len(killed) == 1
-    assert sorted(measured(records)) == ["big", "small"] == sorted(result.timings)
-    assert [one["kind"] for one in records] == ["session", "group", "group", "done"]
+    assert sorted(measured(records)) == ["a", "b", "c"] == sorted(result.timings)
+    assert [one["kind"] for one in records] == ["session", "group", "group", "group", "done"]
     assert result.left == str(board.found[0])
     remove_folder(board)
 
@@ -145,11 +151,157 @@ def test_a_runner_that_is_killed_is_reported_and_its_finished_group_kept(board, 
             (folder,) = board.found
             os.kill(int((folder / runner.LOCK).read_text()), signal.SIGKILL)
 
-    with pytest.raises(NasctlError, match=r"crashed with 1 of 2 .* said: measuring group . of 2"):
-        measure_models(board.target, bundle(LONG, group=1), workdir=tmp_path, progress=kill_runner)
+    with pytest.raises(
+        NasctlError, match=r"crashed with [12] of 3 .* said: measuring group . of 3"
+    ):
+        measure_models(board.target, three(), workdir=tmp_path, progress=kill_runner)
     assert board.found == []
-    result = measure_models(board.target, bundle(LONG, group=1), workdir=tmp_path, keep=True)
+    result = measure_models(board.target, three(), workdir=tmp_path, keep=True)
     records = records_on(board)
-    assert sorted(measured(records)) == ["big", "small"] == sorted(result.timings)
-    assert [one["kind"] for one in records] == ["session", "group", "session", "group", "done"]
+    assert sorted(measured(records)) == ["a", "b", "c"] == sorted(result.timings)
+    assert len([one for one in records if one["kind"] == "session"]) == 2
     remove_folder(board)
+
+
+@pytest.mark.slow
+def test_a_board_that_stays_away_goes_on_and_is_asked_again_later(board, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "RETRY_S", ())
+
+    def kill(share):
+        for client in ssh_clients() if share > 0 else []:
+            client.kill()
+
+    with pytest.raises(ssh.Unreachable, match="goes on measuring.*Run the same command again"):
+        measure_models(board.target, three(), workdir=tmp_path, progress=kill)
+    assert len(board.found) == 1
+    result = measure_models(board.target, three(), workdir=tmp_path, keep=True)
+    records = records_on(board)
+    assert sorted(measured(records)) == ["a", "b", "c"] == sorted(result.timings)
+    assert len([one for one in records if one["kind"] == "session"]) == 1  # it never stopped
+    remove_folder(board)
+
+
+@pytest.mark.slow
+def test_a_lost_folder_is_made_anew_with_the_results_so_far(board, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "RETRY_S", ())
+
+    def power_cut(share):
+        if share > 0:
+            (folder,) = board.found
+            os.kill(int((folder / runner.LOCK).read_text()), signal.SIGKILL)
+            remove_folder(board)
+            for client in ssh_clients():
+                client.kill()
+
+    with pytest.raises(ssh.Unreachable):
+        measure_models(board.target, three(), workdir=tmp_path, progress=power_cut)
+    measure_models(board.target, three(), workdir=tmp_path, keep=True)
+    assert sorted(measured(records_on(board))) == ["a", "b", "c"]
+    remove_folder(board)
+
+
+@pytest.mark.slow
+def test_a_damaged_line_is_dropped_and_its_group_measured_again(board, tmp_path, monkeypatch):
+    damaged = []
+
+    def damage(share):
+        if share > 0 and not damaged:
+            (folder,) = board.found
+            for path in (folder / runner.RESULTS, *tmp_path.glob(f"*/{runner.RESULTS}")):
+                text = path.read_text()
+                path.write_text(text.replace('"median_ms": 0.', '"median_ms": 1.'))
+                damaged.append(text != path.read_text())
+
+    result = measure_models(board.target, three(), workdir=tmp_path, progress=damage, keep=True)
+    assert damaged == [True, True]
+    assert sorted(result.timings) == ["a", "b", "c"]
+    assert max(one.median_ms for one in result.timings.values()) < 1
+    remove_folder(board)
+
+
+@pytest.mark.slow
+def test_an_interrupt_cleans_the_board(board, tmp_path):
+    def interrupt(share):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_models(board.target, bundle(LONG), workdir=tmp_path, progress=interrupt)
+    assert board.found == []
+    running = [
+        " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])
+    ]
+    assert not any("hw_profiles.runner" in line for line in running)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("python", "said"),
+    [
+        ("exit 1", "too old a .* on the board; it takes 3.8 or later"),
+        (f'exec {sys.executable} -S "$@"', "ONNX Runtime is not installed"),
+    ],
+)
+def test_a_python_that_cannot_measure_is_named(board, tmp_path, python, said):
+    with pytest.raises(NasctlError, match=said):
+        measure_models(board.with_python(python), bundle(), workdir=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_board_without_python_is_named(board, tmp_path):
+    target = replace(board.target, python="no-such-python")
+    with pytest.raises(NasctlError, match="no no-such-python on the board"):
+        measure_models(target, bundle(), workdir=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_load_is_named(board, tmp_path):
+    with pytest.raises(NasctlError, match="model 'bad': ONNX Runtime cannot load it"):
+        measure_models(board.target, bundle(bad=b"no model"), workdir=tmp_path)
+
+
+@pytest.mark.slow
+def test_files_that_arrive_damaged_are_not_measured(board, tmp_path, monkeypatch):
+    honest = remote._Job.send
+
+    def damaging(job, files, script, *more):
+        changed = {
+            name: content[:-1] + b"?" if name.startswith("models/") else content
+            for name, content in files.items()
+        }
+        honest(job, changed, script, *more)
+
+    monkeypatch.setattr(remote._Job, "send", damaging)
+    with pytest.raises(NasctlError, match="onnx is not what was sent .checksum mismatch"):
+        measure_models(board.target, bundle(), workdir=tmp_path)
+
+
+@pytest.fixture
+def small_disk(board):
+    """The board's disk with 400 kB in all."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(board.disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield board.disk
+    subprocess.run(["umount", "-l", str(board.disk)], check=True)
+
+
+@pytest.mark.slow
+def test_models_that_do_not_fit_the_boards_disk(board, small_disk, tmp_path):
+    large = bundle(large=os.urandom(500_000))
+    with pytest.raises(NasctlError, match="the board's disk is full. Make room"):
+        measure_models(board.target, large, workdir=tmp_path)
+    assert board.found == []
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_while_measuring(board, small_disk, tmp_path):
+    def fill(share):
+        if share < 1 and not (small_disk / "other").exists():
+            with contextlib.suppress(OSError), (small_disk / "other").open("wb", 0) as other:
+                while True:
+                    other.write(bytes(512))
+
+    with pytest.raises(NasctlError, match="the board's disk is full; the runner crashed with 0 of"):
+        measure_models(board.target, bundle(LONG), workdir=tmp_path, progress=fill)
+    assert board.found == [small_disk / "other"]
+    (small_disk / "other").unlink()

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Mapping, Protocol, Tuple, Union, cast
+from typing import TYPE_CHECKING, Any, Protocol, Tuple, Union, cast
 
 from nas.errors import NasctlError, unknown
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 Shape = Tuple[Union[int, str], ...]  # a string is a free dimension's name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True)  # slots are newer than the Python of some boards
 class Session:
     """A loaded model: what goes in and what comes out."""
 
