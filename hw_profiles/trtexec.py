@@ -85,7 +85,7 @@ def kernels(layer_info: Path, profile: Path, *, precision: str, batch: int = 1) 
         raise NasctlError(
             f"no layer of the engine is a convolution or pooling in {precision}",
             where=str(layer_info),
-            next="; ".join(sorted({f"{layer.why}" for layer in skipped})[:3]),
+            next="; ".join(sorted({layer.why for layer in skipped})[:3]),
         )
     return Kernels(tuple(found), tuple(skipped))
 
@@ -107,7 +107,7 @@ def _profile(path: Path) -> list[tuple[str, float, int]]:
             )
         # the median is there since TensorRT 8.5
         ms = number(row, "medianMs", where) if "medianMs" in row else mean
-        if ms > 0 and not 0.1 < ms / mean < 10:
+        if not 0.1 * mean <= ms <= 10 * mean:
             raise NasctlError(f"medianMs is {ms:g}, averageMs {mean:g}: mixed units?", where=where)
         timed.append((str(row.get("name")), ms, int(count)))
     return timed
@@ -144,7 +144,7 @@ def _op(layer: Mapping[str, Any], batch: int, where: str) -> Op | str:
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise NasctlError(
             f"its fields are not what TensorRT writes ({error!r})", where=where
-        ) from (error)
+        ) from error
     if isinstance(op, Op) and [op.c_out, op.h_out, op.w_out] != list(out[1:]):
         return "pads or dilates in a way that no Op describes"
     return op
