@@ -95,21 +95,15 @@ def board_of(column: str) -> str:
 
 def nb201(root: Path, limit: int | None) -> Family:
     strings, columns, _ = _nb201_tables(root)
-    chosen = [
-        at
-        for at, arch in enumerate(strings)
-        if networks.nb201_live(arch) == networks.nb201_edges(arch)
-    ]
-    chosen = _sample(chosen, limit)
+    chosen = _sample(_without_dead_edges(strings), limit)
     ops = tuple(tuple(networks.nb201_ops(strings[at], 100)) for at in chosen)
     return Family("nasbench201", ops, {name: times[chosen] for name, times in columns.items()})
 
 
 def nb201_executed(root: Path, limit: int | None) -> Family:
-    """Every network whose output depends on its input, with the operators that PyTorch runs."""
+    """The same networks with the operators that PyTorch runs, `none` included."""
     strings, columns, repeats = _nb201_tables(root)
-    alive = [at for at, arch in enumerate(strings) if networks.nb201_live(arch) is not None]
-    chosen = _sample(alive, limit)
+    chosen = _sample(_without_dead_edges(strings), limit)
     return Family(
         "nasbench201",
         tuple(tuple(networks.nb201_executed(strings[at], 100)) for at in chosen),
@@ -120,8 +114,8 @@ def nb201_executed(root: Path, limit: int | None) -> Family:
 
 
 def _nb201_tables(root: Path) -> tuple[list[str], dict[str, Array], dict[str, Array]]:
-    """(architectures, column -> ms on CIFAR-100, column -> ms of the same devices on CIFAR-10, whose
-    networks differ in the last layer only)."""
+    """(architectures, column -> ms on CIFAR-100, column -> ms of the same devices on CIFAR-10, where
+    only the last layer of a network differs)."""
     rows = parquet.read_table(root / "hwnasbench/nb201_hw.parquet").to_pydict()
     more = parquet.read_table(root / "help_latency/nb201_latency.parquet").to_pydict()
     assert rows["arch_index"] == more["arch_index"]
@@ -136,6 +130,14 @@ def _nb201_tables(root: Path) -> tuple[list[str], dict[str, Array], dict[str, Ar
     for name, times in _columns(more).items():
         found["cifar100"].setdefault(name, np.array(times, dtype=float))
     return rows["arch_str"], found["cifar100"], found["cifar10"]
+
+
+def _without_dead_edges(strings: Sequence[str]) -> list[int]:
+    return [
+        at
+        for at, arch in enumerate(strings)
+        if networks.nb201_live(arch) == networks.nb201_edges(arch)
+    ]
 
 
 def _sample(chosen: list[int], limit: int | None) -> list[int]:

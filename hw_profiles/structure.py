@@ -5,7 +5,7 @@ One row of numbers per network, the same columns for every search space. A row h
 work    per role of operator: how many, their MACs and bytes, and the square roots of these, which
         stand between "every operator costs the same" and "cost is in proportion to size"; the
         costliest chain of operators that wait for one another; how many could run side by side
-chains  which role reads which, and whether it is the only reader: what decides if a runtime can fuse
+chains  which role reads which, and whether as its only reader: decides if a runtime can fuse them
 joins   which roles are read side by side, and which results are joined: what a runtime can merge
 
 Sizes are in `work` only: chains and joins count. Roles instead of kinds, because a pointwise

@@ -47,6 +47,14 @@ def additive_ms(rows, overhead=1.0, rate=1.0):
     return found
 
 
+def fusing_ms(rows, overhead=1.0, rate=1.0):
+    """The same where an addition to a spatial convolution saves a third of everything."""
+    fused = rows[:, CHAINS].reshape(-1, N_ROLES, 2, N_ROLES)[
+        :, ROLES.index("spatial"), 0, ROLES.index("add")
+    ]
+    return additive_ms(rows, overhead, rate) * np.exp(-0.4 * (fused > 0))
+
+
 def mape(predicted, true):
     return float(np.mean(np.abs(predicted / true - 1)))
 
@@ -54,14 +62,10 @@ def mape(predicted, true):
 @pytest.fixture(scope="module")
 def sources(rows):
     rng = np.random.default_rng(1)
-    settings = {"lab-a": (1, 1), "lab-b": (0.3, 3), "lab-c": (3, 0.2)}
-    noise = {name: np.exp(0.02 * rng.standard_normal(150)) for name in settings}
-    devices = [
-        transfer.source(
-            name, name, rows[:150], additive_ms(rows[:150], *setting) * noise[name], rng
-        )
-        for name, setting in settings.items()
-    ]
+    devices = []
+    for name, setting in {"lab-a": (1, 1), "lab-b": (0.3, 3), "lab-c": (3, 0.2)}.items():
+        ms = fusing_ms(rows[:150], *setting) * np.exp(0.02 * rng.standard_normal(150))
+        devices.append(transfer.source(name, name, rows[:150], ms, rng))
     return transfer.learn(devices, rng)
 
 
@@ -162,10 +166,7 @@ def test_an_additive_device_is_recovered_and_called_additive(rows):
 
 
 def test_a_device_that_fuses_is_not_additive_and_the_process_learns_it(rows):
-    fused = rows[:, CHAINS].reshape(-1, N_ROLES, 2, N_ROLES)[
-        :, ROLES.index("spatial"), 0, ROLES.index("add")
-    ]
-    true = additive_ms(rows) * np.exp(-0.4 * (fused > 0))
+    true = fusing_ms(rows)
     found = predict.fit(rows[:150], true[:150], np.random.default_rng(0))
     assert found.method == "process"
     assert found.errors["additive"] > 0.08
@@ -174,24 +175,24 @@ def test_a_device_that_fuses_is_not_additive_and_the_process_learns_it(rows):
 
 
 def test_a_scaled_copy_of_a_source_needs_few_samples(rows, sources):
-    true = 40 * additive_ms(rows, 0.3, 3)
-    ms, deviation = transfer.adapt(sources, rows[150:156], true[150:156]).predict(rows[160:])
+    true = 40 * fusing_ms(rows, 0.3, 3)
+    ms, deviation = transfer.adapt(sources, rows[150:160], true[150:160]).predict(rows[160:])
     assert mape(ms, true[160:]) < 0.05
     assert np.median(deviation) < 0.06
 
 
 def test_transfer_beats_the_few_samples_alone(rows, sources):
-    true = additive_ms(rows, 0.7, 1.8)
+    true = fusing_ms(rows, 0.7, 1.8)
     some = slice(150, 160)
     ms, deviation = transfer.adapt(sources, rows[some], true[some]).predict(rows[160:])
     alone = predict.fit(rows[some], true[some], np.random.default_rng(0)).predict(rows[160:])
-    assert mape(ms, true[160:]) < 0.05 < mape(alone, true[160:])
+    assert mape(ms, true[160:]) < 0.08 < mape(alone, true[160:]) / 1.5
     assert spearmanr(ms, true[160:]).statistic > 0.98
     assert np.mean(np.abs(np.log(ms / true[160:])) < 2 * deviation) > 0.85
 
 
 def test_a_device_twice_as_slow_is_the_same_problem(rows, sources):
-    true = additive_ms(rows, 0.7, 1.8)
+    true = fusing_ms(rows, 0.7, 1.8)
     some = slice(150, 165)
     ms, deviation = transfer.adapt(sources, rows[some], true[some]).predict(rows[160:])
     slow, same = transfer.adapt(sources, rows[some], 2e3 * true[some]).predict(rows[160:])
