@@ -72,7 +72,9 @@ class Cell:
 
 def cells(folder: Path) -> list[Cell]:
     """Every library and kind of every table in the folder; failed measurements are dropped."""
-    table = arrow.concat_tables(parquet.read_table(path) for path in sorted(folder.glob("*.parquet")))
+    table = arrow.concat_tables(
+        parquet.read_table(path) for path in sorted(folder.glob("*.parquet"))
+    )
     text = {name: np.array(table[name].to_pylist()) for name in ("library", "conv_type")}
     columns = np.column_stack([table[name].to_numpy() for name in DIMENSIONS]).astype(float)
     ms = table["latency_ms"].to_numpy().astype(float)
