@@ -97,13 +97,10 @@ def command(
 
 
 def _here(on: str) -> dict[str, str]:
-    """What must not change between two parts of a profile of this machine."""
+    """What must not change between two parts of a profile of this machine, nor until it is used."""
     from deploy import verify
 
-    if on != "local":
-        return {}
-    found = verify.environment()
-    return {name: str(found[name]) for name in ("processor", "onnxruntime") if name in found}
+    return verify.runs_in() if on == "local" else {}
 
 
 def _plan(space: str | None, shape: dict[str, Any], seed: int, seconds: float) -> Plan:
@@ -197,6 +194,7 @@ def _backend(on: str, setting: Setting, seed: int, folder: Path) -> Measure:
 def _write(
     timings: Timings, plan: Plan, board: Device, folder: Path, header: dict[str, Any], json: bool
 ) -> None:
+    from hw_profiles import device as devices
     from hw_profiles import profile
 
     provenance = {
@@ -208,6 +206,8 @@ def _write(
     path = folder / f"{board.name}.table.json"
     table.save(path)
     console.say(f"{path}; noise floor {timings.noise:.1%}", "table")
+    if folder not in devices.folders():
+        console.say(f"searches use it with NASCTL_PROFILES={folder}")
     _tell(errors, plan, json, str(path))
 
 

@@ -217,6 +217,12 @@ def environment() -> dict[str, str | int]:
     return found
 
 
+def runs_in() -> dict[str, str]:
+    """What a latency on this machine depends on most."""
+    found = environment()
+    return {name: str(found[name]) for name in ("cpu", "onnxruntime")}
+
+
 def _cpu_name() -> str:
     import platform
 
