@@ -40,6 +40,7 @@ from hw_profiles.runtimes import Clock, Compiled, Runtime, load_module, random_f
 from nas.errors import NasctlError
 
 MANIFEST, RESULTS, LOG, LOCK = "manifest.json", "results.jsonl", "log", "lock"
+BEGIN = b"--- results\n"  # what a login shell may have printed ends here
 REFUSED = 3  # exit code: one line on stderr says why
 Record = Dict[str, Any]
 
@@ -224,6 +225,7 @@ def _apart(folder: Path, lock: int) -> int:
 
 def _follow(folder: Path, at: int) -> int:
     """Ends when measuring ends, or when standard input does: then the connection is gone."""
+    sys.stdout.buffer.write(BEGIN)
     while True:
         running = _running(folder)  # asked before reading: what it wrote last is not missed
         with (folder / RESULTS).open("rb") as results:
