@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as parquet
+from numpy.typing import NDArray
 
 from benchmarks import networks
 from hw_profiles import device as devices
@@ -44,6 +45,8 @@ class Family:
     ops: tuple[tuple[Op, ...], ...]
     times: dict[str, Array]
     sums: frozenset[str] = frozenset()  # columns that are sums of block times, not measurements
+    repeats: dict[str, Array] = field(default_factory=dict)  # a second measurement of some columns
+    index: NDArray[np.intp] | None = None  # of each network in its benchmark, for other tables
 
     @cached_property
     def design(self) -> Design:
@@ -80,30 +83,67 @@ def kind_of(column: str) -> str:
 
 
 def batch_of(column: str) -> int:
-    """HELP's suffix; the Xeons' model numbers are not one."""
-    found = re.search(r"_(\d+)$", column)
-    return int(found[1]) if found and column not in DATASHEETS else 1
+    """HELP's suffix; the Xeons' model numbers, of four digits, are not one."""
+    found = re.search(r"_(\d{1,3})$", column)
+    return int(found[1]) if found else 1
+
+
+def board_of(column: str) -> str:
+    """What was measured, whatever the batch: columns of one board are not unseen by one another."""
+    return re.sub(r"_\d{1,3}$", "", column)
 
 
 def nb201(root: Path, limit: int | None) -> Family:
+    strings, columns, _ = _nb201_tables(root)
+    chosen = _sample(_without_dead_edges(strings), limit)
+    ops = tuple(tuple(networks.nb201_ops(strings[at], 100)) for at in chosen)
+    return Family("nasbench201", ops, {name: times[chosen] for name, times in columns.items()})
+
+
+def nb201_executed(root: Path, limit: int | None) -> Family:
+    """The same networks with the operators that PyTorch runs, `none` included."""
+    strings, columns, repeats = _nb201_tables(root)
+    chosen = _sample(_without_dead_edges(strings), limit)
+    return Family(
+        "nasbench201",
+        tuple(tuple(networks.nb201_executed(strings[at], 100)) for at in chosen),
+        {name: times[chosen] for name, times in columns.items()},
+        repeats={name: times[chosen] for name, times in repeats.items()},
+        index=np.array(chosen),
+    )
+
+
+def _nb201_tables(root: Path) -> tuple[list[str], dict[str, Array], dict[str, Array]]:
+    """(architectures, column -> ms on CIFAR-100, column -> ms of the same devices on CIFAR-10, where
+    only the last layer of a network differs)."""
     rows = parquet.read_table(root / "hwnasbench/nb201_hw.parquet").to_pydict()
     more = parquet.read_table(root / "help_latency/nb201_latency.parquet").to_pydict()
     assert rows["arch_index"] == more["arch_index"]
-    strings = rows["arch_str"]
-    chosen = [
+    found = {
+        data: {
+            hit[1]: np.array(values, dtype=float)
+            for name, values in rows.items()
+            if (hit := re.fullmatch(rf"{data}_(\w+)_latency_ms", name))
+        }
+        for data in ("cifar100", "cifar10")
+    }
+    for name, times in _columns(more).items():
+        found["cifar100"].setdefault(name, np.array(times, dtype=float))
+    return rows["arch_str"], found["cifar100"], found["cifar10"]
+
+
+def _without_dead_edges(strings: Sequence[str]) -> list[int]:
+    return [
         at
         for at, arch in enumerate(strings)
         if networks.nb201_live(arch) == networks.nb201_edges(arch)
     ]
-    if limit:
-        chosen = sorted(np.random.default_rng(0).permutation(chosen)[:limit])
-    found = re.compile(r"cifar100_(\w+)_latency_ms")
-    columns = {hit[1]: values for name, values in rows.items() if (hit := found.fullmatch(name))}
-    for name, values in _columns(more).items():
-        columns.setdefault(name, values)
-    ops = tuple(tuple(networks.nb201_ops(strings[at], 100)) for at in chosen)
-    times = {name: np.array(values, dtype=float)[chosen] for name, values in columns.items()}
-    return Family("nasbench201", ops, times)
+
+
+def _sample(chosen: list[int], limit: int | None) -> list[int]:
+    if limit and limit < len(chosen):
+        return sorted(np.random.default_rng(0).permutation(chosen)[:limit])
+    return chosen
 
 
 def fbnet(root: Path, limit: int) -> Family:

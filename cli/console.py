@@ -31,6 +31,15 @@ def parse_latency(text: str | None) -> float | None:
     return value
 
 
+def parse_seconds(text: str, where: str) -> float:
+    """'90s', '15min' or '1h' in seconds; a bare number is refused."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(s|min|h)\s*", text.lower())
+    if not match or float(match[1]) <= 0:
+        what = f"'{text}' is not a duration"
+        raise UsageError(what, where=where, allowed="a number with s, min or h, as in 15min")
+    return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
+
+
 def format_ms(value: float) -> str:
     """Three significant digits in the unit that reads best."""
     if value < 1:

@@ -11,14 +11,13 @@ from cli import console
 from nas.errors import NasctlError
 
 REQUIRED = ("torch", "onnx", "onnxruntime", "optuna", "numpy", "safetensors", "scikit-learn")
-OPTIONAL = {"tensorrt": "nothing here needs it yet: the ONNX file is built on the board"}
 
 
 def command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check the installation and say what to do about what is missing."""
-    rows = [*_packages(), *_machine(), *_devices()]
+    rows = [*_packages(), *_machine(), *_runtimes(), *_devices()]
     if json:
         console.emit_json(rows)
     else:
@@ -39,9 +38,6 @@ def _packages() -> list[dict[str, Any]]:
         found = _version(name)
         detail = found or "pip install -c constraints.txt -e ."
         rows.append({"ok": found is not None, "what": name, "detail": detail})
-    for name, use in OPTIONAL.items():
-        found = _version(name)
-        rows.append({"ok": True if found else None, "what": name, "detail": found or use})
     return rows
 
 
@@ -68,6 +64,19 @@ def _machine() -> list[dict[str, Any]]:
     if load > (cores or 1) / 2:
         detail = f"load {load:.1f}: latencies measured now would be unreliable"
         rows.append({"ok": None, "what": "busy", "detail": detail})
+    return rows
+
+
+def _runtimes() -> list[dict[str, Any]]:
+    """Each with its version, or with what is missing: none is needed but ONNX Runtime, above."""
+    from hw_profiles import runtimes
+
+    rows = []
+    for name in runtimes.names():
+        runtime = runtimes.load_module(name)
+        missing = runtime.unavailable()
+        detail = missing or runtime.version()
+        rows.append({"ok": None if missing else True, "what": f"runtime {name}", "detail": detail})
     return rows
 
 

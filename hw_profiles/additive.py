@@ -17,18 +17,18 @@ marginal likelihood.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, field_serializer, field_validator
-from scipy.linalg import cho_factor, cho_solve
-from scipy.optimize import minimize
 
 from hw_profiles.op import Op, to_row
 
 Array = NDArray[np.float64]
+Index = NDArray[np.intp]
 ACTS = ("", "relu", "hswish", "hsigmoid", "silu")
 #: length scales to choose from, in the units of `features` (doublings of a dimension)
 LENGTHS = (0.7, 1.5, 3.0)
@@ -105,50 +105,101 @@ def squared_distances(a: tuple[Array, NDArray[Any]], b: tuple[Array, NDArray[Any
     return np.where(own[:, None] == other, np.maximum(squared, 0.0), np.inf)
 
 
-def parts(distance: Array, own: NDArray[np.bool_], length: float) -> list[Array]:
+def parts(distance: Any, own: NDArray[np.bool_], length: float) -> list[Array]:
     smooth = np.exp(-distance / (2 * length**2))
     rough = np.exp(-distance / (2 * (ROUGH * length) ** 2))
-    return [smooth, rough, own.astype(float)]
+    return [smooth, rough, own.astype(distance.dtype)]
 
 
 def mix(kernels: Sequence[Array], variances: Sequence[float]) -> Array:
     return sum((v * k for v, k in zip(variances, kernels, strict=True)), np.zeros(()))
 
 
-def fit(shares: Array, ops: Sequence[Op], residuals: Array, rng: np.random.Generator) -> Additive:
-    """`residuals` [N]: measured / prior - 1 of each network; `shares` [N, U]: which share of the
-    prior's time each of the U distinct `ops` has in it."""
-    there = features(ops)
-    distance, own = squared_distances(there, there), np.eye(len(ops), dtype=bool)
-    some = np.sort(rng.permutation(len(residuals))[:MOST])
-    best: tuple[float, float, Array] = (np.inf, 0.0, np.zeros(4))
-    for length in LENGTHS:
-        covariances = [shares[some] @ k @ shares[some].T for k in parts(distance, own, length)]
-        found = minimize(
-            _likelihood,
-            np.log([0.02, 0.01, 0.01, 1e-3]),
-            (covariances, residuals[some]),
-            method="L-BFGS-B",
-            bounds=[(-18, 2)] * 3 + [(-12, 0)],
-            options={"maxiter": 60},
+@dataclass(frozen=True)
+class Process:
+    """The Gaussian process over networks, before it has seen their residuals.
+
+    `shares` [N, U]: which share of network n's prior time each of the distinct `ops` has.
+    """
+
+    shares: Array
+    ops: tuple[Op, ...]
+    covariances: dict[float, list[Array]]  # length scale -> [N, N] of each part
+
+    @classmethod
+    def of(cls, shares: Array, ops: Sequence[Op]) -> Process:
+        there = features(ops)
+        distance = squared_distances(there, there).astype(np.float32)
+        own, narrow = np.eye(len(ops), dtype=bool), shares.astype(np.float32)
+        found = {
+            length: [
+                (narrow @ (kernel @ narrow.T)).astype(np.float64)
+                for kernel in parts(distance, own, length)
+            ]
+            for length in LENGTHS
+        }
+        return cls(shares, tuple(ops), found)
+
+    def choose(self, residuals: Array, rng: np.random.Generator) -> Hyper:
+        """The length, variances and noise of the highest marginal likelihood."""
+        from scipy.optimize import minimize  # 0.3 s to import, and tables are read without it
+
+        some = np.sort(rng.permutation(len(residuals))[:MOST])
+        best = Hyper(np.inf, 0.0, (0.0, 0.0, 0.0), 0.0)
+        for length, kernels in self.covariances.items():
+            found = minimize(
+                _likelihood,
+                np.log([0.02, 0.01, 0.01, 1e-3]),
+                ([kernel[np.ix_(some, some)] for kernel in kernels], residuals[some]),
+                method="L-BFGS-B",
+                bounds=[(-18, 2)] * 3 + [(-12, 0)],
+                options={"maxiter": 60},
+            )
+            if found.fun < best.loss:
+                a, b, c, noise = (float(value) for value in np.exp(found.x))
+                best = Hyper(float(found.fun), length, (a, b, c), noise)
+        return best
+
+    def predict(self, hyper: Hyper, residuals: Array, seen: Index, unseen: Index) -> Array:
+        """Residuals of the networks `unseen` from those of `seen`, by position."""
+        whole = mix(self.covariances[hyper.length], hyper.variances)
+        inner = whole[np.ix_(seen, seen)] + hyper.noise * np.eye(len(seen))
+        return whole[np.ix_(unseen, seen)] @ _solve(inner, residuals)[0]
+
+    def fit(self, hyper: Hyper, residuals: Array) -> Additive:
+        """From all networks: `residuals` [N] are measured / prior - 1."""
+        whole = mix(self.covariances[hyper.length], hyper.variances)
+        inner = whole + hyper.noise * np.eye(len(residuals))
+        weights = self.shares.T @ _solve(inner, residuals)[0]
+        return Additive(
+            ops=self.ops,
+            weights=tuple(weights.tolist()),
+            length=hyper.length,
+            variances=hyper.variances,
         )
-        if found.fun < best[0]:
-            best = float(found.fun), length, np.exp(found.x)
-    _, length, (*variances, noise) = best
-    kernel = mix(parts(distance, own, length), variances)
-    covariance = shares @ kernel @ shares.T + noise * np.eye(len(residuals))
-    weights = shares.T @ cho_solve(cho_factor(covariance), residuals)
-    a, b, c = (float(v) for v in variances)
-    return Additive(ops=tuple(ops), weights=tuple(weights), length=length, variances=(a, b, c))
+
+
+@dataclass(frozen=True)
+class Hyper:
+    loss: float  # minus the log marginal likelihood, up to a constant
+    length: float
+    variances: tuple[float, float, float]
+    noise: float
 
 
 def _likelihood(logs: Array, covariances: Sequence[Array], residuals: Array) -> float:
-    """Minus the log marginal likelihood, up to a constant."""
     *variances, noise = np.exp(logs)
     total = mix(covariances, variances) + noise * np.eye(len(residuals))
     try:
-        factor = cho_factor(total)
+        solved, log_determinant = _solve(total, residuals)
     except np.linalg.LinAlgError:
         return 1e10
-    half = np.log(np.diag(factor[0])).sum()
-    return float(0.5 * residuals @ cho_solve(factor, residuals) + half)
+    return float(residuals @ solved + log_determinant) / 2
+
+
+def _solve(matrix: Array, right: Array) -> tuple[Array, float]:
+    """(matrix^-1 right, log determinant) of a positive definite matrix."""
+    from scipy.linalg import cho_factor, cho_solve
+
+    factor = cho_factor(matrix)
+    return cho_solve(factor, right), float(2 * np.log(np.diag(factor[0])).sum())

@@ -2,8 +2,9 @@
 
 Weighted (relative error) non-negative least squares over counts, MACs and bytes per family of
 operators plus one constant per network. No coefficient may promise more than the device's
-datasheet: rates are bounded by its peak and its bandwidth where these are known. The interval of
-the table comes from networks that were held out of the fit.
+datasheet: rates are bounded by its peak and its bandwidth where these are known. What these terms
+get wrong, operator by operator, is learned on top (`additive`). The interval of the table comes
+from networks that were held out of both.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from hw_profiles.additive import Hyper, Process
 from hw_profiles.device import Device
 from hw_profiles.latency import FAMILIES, FAMILY, Array, Interval, LatencyTable, Terms
 from hw_profiles.latency import transfer_intervals as transfer
@@ -183,17 +185,40 @@ def quantiles(ratios: Array) -> tuple[float, float]:
     return float(low), float(np.quantile(ratios, QUANTILES[1], method="higher"))
 
 
+@dataclass(frozen=True)
+class Wholes:
+    """Networks as counts of their distinct operators, and what each operator is alone."""
+
+    counts: Array  # networks x operators
+    ops: tuple[Op, ...]
+    each: Design  # of every operator alone
+
+    @classmethod
+    def of(cls, networks: Sequence[Sequence[Op]], device: Device) -> Wholes:
+        at = {op: n for n, op in enumerate(dict.fromkeys(op for ops in networks for op in ops))}
+        counts = np.zeros((len(networks), len(at)))
+        for row, ops in enumerate(networks):
+            np.add.at(counts[row], [at[op] for op in ops], 1.0)
+        return cls(counts, tuple(at), Design.of([[op] for op in at], device))
+
+    def design(self) -> Design:
+        return Design(np.einsum("nu,uft->nft", self.counts, self.each.features), self.each.floor)
+
+
 def fit(
     samples: Sequence[tuple[Sequence[Op], float]],
     device: Device,
     *,
     space: str,
     source_text: str,
+    chains: Sequence[tuple[Sequence[Op], float]] = (),
     ridge: Ridge = Ridge(),
 ) -> LatencyTable:
-    """`samples` are (operators of a whole network, its measured ms) from the space named."""
-    times = np.array([ms for _, ms in samples], dtype=float)
-    networks = [tuple(ops) for ops, _ in samples]
+    """`samples` are (operators of a whole network, its measured ms) from the space named; `chains`
+    the same of random networks (`hw_profiles.chains`), which hold for any other space."""
+    both = [*samples, *chains]
+    times = np.array([ms for _, ms in both], dtype=float)
+    networks = [tuple(ops) for ops, _ in both]
     distinct = {ops: at for at, ops in enumerate(dict.fromkeys(networks))}
     if len(distinct) < MIN_NETWORKS:
         raise NasctlError(
@@ -203,13 +228,22 @@ def fit(
         )
     if not (np.isfinite(times) & (times > 0)).all():
         raise NasctlError("every measured latency must be positive", where=device.name)
-    design = Design.of(networks, device)
+    wholes = Wholes.of(networks, device)
+    design = wholes.design()
     constant, fitted = solve(design, times, ridge)
+    expected = predict(design, constant, fitted)
+    shares = wholes.counts * predict(wholes.each, 0.0, fitted) / expected[:, None]
+    process = Process.of(shares, wholes.ops)
+    hyper = process.choose(times / expected - 1, np.random.default_rng(0))
     groups = np.array([distinct[ops] for ops in networks])
-    ratios, folds = held_out_ratios(design, times, groups, ridge)
-    same = interval_of(ratios, folds, f"{FOLDS} folds of {space}, grouped by network")
+    ratios, folds = _held_out(process, hyper, design, times, groups, ridge)
+    mine = np.arange(len(both)) < len(samples)
+    same = interval_of(ratios[mine], folds[mine], f"{FOLDS} folds of {space}, grouped by network")
     # what no fitted network contains takes another family's terms: the transfers tested just that
     cross = transfer()[f"cross_{device.kind}"]
+    if chains:
+        how = f"{FOLDS} folds of random networks of common blocks"
+        other = interval_of(ratios[~mine], folds[~mine], how)
     return LatencyTable(
         device=device.name,
         runtime=device.runtime,
@@ -219,12 +253,32 @@ def fit(
         fitted_kinds=tuple(sorted({op.kind for ops in distinct for op in ops})),
         constant_ms=constant,
         terms=_terms(design, fitted),
+        learned=process.fit(hyper, times / expected - 1),
         intervals={
             "same": same,
-            "cross": cross,
+            "cross": other if chains else cross,
             "analytic": cross,
         },
     )
+
+
+def _held_out(
+    process: Process, hyper: Hyper, design: Design, times: Array, groups: Index, ridge: Ridge
+) -> tuple[Array, Index]:
+    """(measured / predicted by a fit on the other folds, the fold of each network).
+
+    Terms and corrections are fitted without the fold; the hyper-parameters, and how a network's
+    time is shared out among its operators, are those of the whole set.
+    """
+    ratios, folds = held_out_ratios(design, times, groups, ridge)
+    for fold in range(FOLDS):
+        unseen, seen = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
+        if not len(unseen):
+            continue
+        constant, fitted = solve(design.rows(seen), times[seen], ridge)
+        known = times[seen] / predict(design.rows(seen), constant, fitted) - 1
+        ratios[unseen] /= 1 + process.predict(hyper, known, seen, unseen)
+    return ratios, folds
 
 
 def _terms(design: Design, fitted: dict[str, Array]) -> dict[str, Terms]:

@@ -34,6 +34,7 @@ from pydantic import (
 )
 
 from hw_profiles import device as devices
+from hw_profiles.additive import Additive
 from hw_profiles.device import Device
 from hw_profiles.op import Op, to_row
 from nas.errors import NasctlError
@@ -55,6 +56,7 @@ FAMILY = {
 }
 FAMILIES = tuple(dict.fromkeys(FAMILY.values()))
 INTERVALS_FILE = "intervals.json"
+LEAST = 0.05  # no correction takes more than 95 % of an operator's time away
 
 _strict = ConfigDict(frozen=True, extra="forbid")
 
@@ -121,11 +123,14 @@ class LatencyTable(BaseModel):
     includes: str = ""  # what the timed region contains
     origin: str
     licence: str = ""
+    #: on what, when and how it was measured, and its errors on held-out networks
+    provenance: dict[str, str | int | float] = {}
     fitted_on: tuple[str, ...] = ()  # spaces of the networks that were measured; () is analytic
     fitted_kinds: tuple[str, ...] = ()  # kinds of operator in them; terms of others are analytic
     constant_ms: NonNegativeFloat = 0.0
     intervals: dict[str, Interval]
     terms: dict[str, Terms]
+    learned: Additive | None = None  # what the terms get wrong, operator by operator
     measured: dict[Op, Measurement] = Field(default={})
 
     @field_validator("measured", mode="plain")
@@ -182,8 +187,12 @@ class LatencyTable(BaseModel):
                 where=f"latency table of {self.device}",
                 allowed=[kind for kind, family in FAMILY.items() if family in self.terms],
             )
-        source = "calibrated" if op.kind in self.fitted_kinds else "analytic"
-        row[SOURCES.index(source)] = terms.ms(op, devices.ITEMSIZE[self.precision])
+        source: Source = "calibrated" if op.kind in self.fitted_kinds else "analytic"
+        ms = terms.ms(op, devices.ITEMSIZE[self.precision])
+        if self.learned is not None and source == "calibrated":
+            ms *= max(LEAST, 1 + float(self.learned.correction([op])[0]))
+            source = source if op in self.learned else "interpolated"
+        row[SOURCES.index(source)] = ms
         return row
 
     def combine(self, columns: Array, space: str) -> tuple[Array, Array, Array]:
@@ -194,7 +203,10 @@ class LatencyTable(BaseModel):
         return total.sum(-1), total @ low, total @ high
 
     def _bounds(self, space: str) -> tuple[Array, Array]:
-        keys = ("measured", "same" if space in self.fitted_on else "cross", *SOURCES[2:])
+        fitted = "same" if space in self.fitted_on else "cross"
+        # an operator between measured ones was in networks that the fit was held to account for
+        between = "interpolated" if "interpolated" in self.intervals else fitted
+        keys = ("measured", fitted, between, "analytic")
         # A source without an interval is one that this table never produces (see the validator).
         found = [self.intervals.get(key) for key in keys]
         low = np.array([interval.low if interval else 0.0 for interval in found])

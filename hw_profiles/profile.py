@@ -6,7 +6,8 @@ searched, which make it sharp there. Other networks of that space are held out, 
 session of their own, and give the error that is printed with the table.
 
 Every finished group of timings is in a JSON-lines file before the next group starts, so a profile
-that was stopped goes on without measuring a network twice.
+that was stopped goes on without measuring a network twice. A timing in doubt (the machine was busy)
+is measured again while there is time, and no table is fitted on those that stay in doubt.
 """
 
 from __future__ import annotations
@@ -14,26 +15,44 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import kendalltau
 
+from hw_profiles import calibrate
+from hw_profiles.calibrate import MIN_NETWORKS
+from hw_profiles.device import Device
 from hw_profiles.latency import Array, LatencyTable
-from hw_profiles.measure import GROUP, Progress, Timing
-from hw_profiles.op import Op
+from hw_profiles.measure import GROUP, require_quiet
+from hw_profiles.op import Op, to_row
+from hw_profiles.protocol import Progress, Timing, noise
 from nas.errors import NasctlError
 
 Ops = Sequence[Op]
-#: times a group of networks in one session, interleaved with each other and a reference
-Measure = Callable[[Sequence[Ops]], Sequence[Timing]]
+CHAINS = "chains"  # the name in a table of what was fitted on random networks alone
+NOISE = 0.03  # relative; no table is made on a machine that repeats itself worse
+MIN_HELD_OUT = 10
+KEPT = 40  # of the reference's rounds, per group
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What measuring some networks in one session gave."""
+
+    timings: Sequence[Timing]
+    reference_ms: Sequence[float]  # the reference's quiet rounds
+
+
+Measure = Callable[[Sequence[Ops]], Group]
 
 
 def digest(ops: Ops) -> str:
     """Names a network in the file of timings: its operators and how they are wired."""
-    rows = [[getattr(op, name) for name in Op.__dataclass_fields__ if name != "slot"] for op in ops]
+    rows = [{**to_row(op), "reads": op.reads} for op in ops]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
@@ -44,9 +63,10 @@ class Timings:
     of another header is refused. A line torn by a kill is dropped.
     """
 
-    def __init__(self, path: Path, header: dict[str, object]) -> None:
+    def __init__(self, path: Path, header: Mapping[str, object]) -> None:
         self.path = path
         self.found: dict[str, Timing] = {}
+        self.reference_ms: list[float] = []
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._append({"header": header})
@@ -58,59 +78,139 @@ class Timings:
                 file.truncate(len(kept))
         try:
             first, *lines = (json.loads(line) for line in kept.splitlines())
-            there = first["header"]
+            there = dict(first["header"])
             for line in lines:
-                self.found[line.pop("network")] = Timing(**line)
+                self._add(line)
         except (ValueError, KeyError, TypeError) as error:
             raise NasctlError(
                 f"damaged file of timings ({error})",
                 where=str(path),
                 next="Delete it to measure again.",
             ) from error
-        if there != header:
-            changed = sorted(k for k in header if there.get(k) != header[k])
-            said = "; ".join(f"{k} {there.get(k)!r} there, {header[k]!r} here" for k in changed)
+        changed = sorted(k for k in {*there, *header} if there.get(k) != header.get(k))
+        if changed:
+            said = (f"{k} {there.get(k)!r} there, {header.get(k)!r} here" for k in changed)
             raise NasctlError(
-                f"holds timings of another profile: {said}",
+                f"holds timings of another profile: {'; '.join(said)}",
                 where=str(path),
                 next="Use another --out, or delete the file to measure again.",
             )
 
-    def _append(self, *rows: dict[str, object]) -> None:
+    def _append(self, row: Mapping[str, object]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def of(
+    def _add(self, row: Mapping[str, Any]) -> None:
+        self.found |= {name: Timing(**values) for name, values in row["timings"].items()}
+        self.reference_ms += row["reference_ms"]
+
+    @property
+    def noise(self) -> float:
+        """The noise floor over all groups so far, relative."""
+        return noise(self.reference_ms)
+
+    def missing(self, networks: Sequence[Ops]) -> list[Ops]:
+        """Those not measured yet, each once, and after them those whose timing is in doubt."""
+        names = {digest(ops): ops for ops in networks}
+        new = [ops for name, ops in names.items() if name not in self.found]
+        doubtful = [ops for name, ops in names.items() if name in self.found and self._doubt(name)]
+        return new + doubtful
+
+    def _doubt(self, name: str) -> bool:
+        return bool(self.found[name].noisy)
+
+    def measure(
         self,
         networks: Sequence[Ops],
         measure: Measure,
         *,
-        rng: np.random.Generator,
+        enough: Callable[[], bool] = lambda: False,
         progress: Progress | None = None,
-    ) -> list[Timing]:
-        """Timings of the networks, measuring those that the file lacks in groups drawn at random.
+    ) -> None:
+        """Measure what is missing, in their order, in groups; stop early when `enough()`.
 
         Raises NasctlError for a timing that is not a positive number.
         """
-        names = [digest(ops) for ops in networks]
-        missing = [at for at, name in enumerate(names) if name not in self.found]
-        missing = list({names[at]: at for at in missing}.values())
-        order = rng.permutation(missing).astype(int)
-        for start in range(0, len(order), GROUP):
-            group = order[start : start + GROUP]
-            timings = measure([networks[at] for at in group])
-            rows = []
-            for at, timing in zip(group, timings, strict=True):
+        missing = self.missing(networks)
+        for start in range(0, len(missing), GROUP):
+            if enough():
+                return
+            group = missing[start : start + GROUP]
+            result = measure(group)
+            for timing in result.timings:
                 if not (np.isfinite(timing.median_ms) and timing.median_ms > 0):
                     raise NasctlError(f"measured {timing.median_ms} ms", where=str(self.path))
-                self.found[names[at]] = timing
-                rows.append({"network": names[at], **asdict(timing)})
-            self._append(*rows)
+            names = map(digest, group)
+            row = {
+                "timings": {
+                    name: asdict(timing) for name, timing in zip(names, result.timings, strict=True)
+                },
+                "reference_ms": list(result.reference_ms[:KEPT]),
+            }
+            self._append(row)
+            self._add(row)
             if progress:
-                progress((start + len(group)) / len(order))
-        return [self.found[name] for name in names]
+                progress((start + len(group)) / len(missing))
+
+    def samples(self, networks: Sequence[Ops]) -> list[tuple[Ops, float]]:
+        """(network, its median in ms) of those that were measured and are not in doubt."""
+        named = [(ops, self.found.get(digest(ops))) for ops in networks]
+        return [(ops, timing.median_ms) for ops, timing in named if timing and not timing.noisy]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The networks of a profile."""
+
+    space: str  # whose networks `mine` and `held_out` are; "" without one
+    mine: Sequence[Ops]
+    chains: Sequence[Ops]
+    held_out: Sequence[Ops]  # never fitted on
+
+    def order(self) -> list[Ops]:
+        """For measuring: at any time about the same share of every set is done, so that a profile
+        may end at any time."""
+        sets = (self.held_out, self.mine, self.chains)
+        placed = [(at / len(part), ops) for part in sets for at, ops in enumerate(part)]
+        return [ops for _, ops in sorted(placed, key=lambda pair: pair[0])]
+
+
+def table(
+    timings: Timings, plan: Plan, device: Device, provenance: Mapping[str, str | int | float]
+) -> tuple[LatencyTable, Errors | None]:
+    """Fit on what was measured, and the errors on the networks held out (None: too few of them).
+
+    Raises NasctlError when too few timings are beyond doubt, or the machine is too noisy.
+    """
+    mine, chains = timings.samples(plan.mine), timings.samples(plan.chains)
+    held_out = timings.samples(plan.held_out)
+    doubtful = sum(bool(timing.noisy) for timing in timings.found.values())
+    samples, others = (mine, chains) if plan.space else (chains, [])
+    if len(samples) < MIN_NETWORKS:
+        raise NasctlError(
+            f"{len(samples)} networks were measured beyond doubt, {doubtful} others were not",
+            where=str(timings.path),
+            allowed=f"at least {MIN_NETWORKS}",
+            next="Stop what else runs there, or give it more time: the same command goes on.",
+        )
+    require_quiet(timings.noise, NOISE)
+    fitted = calibrate.fit(
+        samples,
+        device,
+        space=plan.space or CHAINS,
+        source_text=f"measured: {len(mine)} networks of {plan.space or 'no space'} and "
+        f"{len(chains)} random ones; {doubtful} timings in doubt were left out",
+        chains=others,
+    )
+    errors = None
+    if len(held_out) >= MIN_HELD_OUT:
+        networks, measured = zip(*held_out, strict=True)
+        errors = validate(fitted, networks, measured, plan.space or CHAINS)
+    said = {"noise": timings.noise, **provenance}
+    said |= {f"held_out_{name}": value for name, value in asdict(errors).items()} if errors else {}
+    return fitted.model_copy(update={"provenance": said}), errors
 
 
 @dataclass(frozen=True, slots=True)

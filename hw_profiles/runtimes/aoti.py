@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hw_profiles.runtimes import Session, offered, wall
+from hw_profiles.runtimes import Session, offered, torch_cuda, wall
 from nas.errors import NasctlError
 
 if TYPE_CHECKING:
@@ -21,21 +22,19 @@ PRECISIONS = ("fp32", "bf16")
 SUFFIX = ".pt2"
 TIMED = "one call from Python, tensors in and out in the machine's memory"
 DEVICE = "cpu"
-COMPILER = "g++"  # what torch calls unless CXX says otherwise
 
 
 def unavailable() -> str:
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed: pip install torch"
-    if shutil.which(COMPILER) is None:
-        return f"AOTInductor compiles C++ and there is no {COMPILER}: apt-get install g++"
+    compiler = os.environ.get("CXX", "g++")  # as torch looks for it
+    if shutil.which(compiler) is None:
+        return f"AOTInductor compiles C++ and there is no {compiler}: apt-get install g++"
     return ""
 
 
 def version() -> str:
-    import torch
-
-    return f"torch {torch.__version__}"
+    return f"torch {torch_cuda.version()}"
 
 
 def build(

@@ -8,9 +8,8 @@ library has few such kernels for processors and computes the rest in float32 bet
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Callable
 
 from hw_profiles.runtimes import Session, _ort, obeyed, offered, wall, where
 

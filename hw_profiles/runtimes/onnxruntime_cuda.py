@@ -46,9 +46,11 @@ class Loaded:
 def unavailable() -> str:
     if importlib.util.find_spec("onnxruntime") is None:
         return f"ONNX Runtime is not installed: {HINT.partition('; ')[2]}"
+    if missing := _cuda.unavailable():
+        return missing
     if PROVIDER not in _ort.library().get_available_providers():
         return f"this ONNX Runtime has no CUDA provider: {HINT}"
-    return _cuda.unavailable()
+    return ""
 
 
 def version() -> str:

@@ -48,7 +48,7 @@ def unavailable() -> str:
 
 
 def version() -> str:
-    return str(_library().__version__)
+    return str(_library().__version__).partition("-")[0]  # the rest names a build
 
 
 def load(model: bytes | Path, *, threads: int = 1, precision: str | None = None) -> Session:

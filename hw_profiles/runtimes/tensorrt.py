@@ -61,8 +61,7 @@ class Loaded:
 def unavailable() -> str:
     if importlib.util.find_spec("tensorrt") is None:
         return (
-            "TensorRT is not installed: JetPack brings it; elsewhere pip install tensorrt from "
-            "NVIDIA's index"
+            "TensorRT is not installed: JetPack brings it; elsewhere pip install -e '.[tensorrt]'"
         )
     return _cuda.unavailable()
 
@@ -180,7 +179,11 @@ def _plan(model: bytes | Path, threads: int, precision: str | None, cache: Path 
     config.add_optimization_profile(_ones(builder, network))
     known = _timing_cache(cache)
     stored = known.read_bytes() if known and known.exists() else b""
-    config.set_timing_cache(config.create_timing_cache(stored), False)
+    timings = config.create_timing_cache(stored)
+    if timings is None or not config.set_timing_cache(timings, False):
+        raise NasctlError(
+            "TensorRT refuses this timing cache", where=str(known), next="Delete the file."
+        )
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise NasctlError(f"TensorRT cannot build it ({_said()})", where=name)

@@ -10,10 +10,11 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hw_profiles.runtimes import Session, offered, summary, where
+from hw_profiles.runtimes import Session, _cuda, offered, summary, where
 from nas.errors import NasctlError
 
 if TYPE_CHECKING:
@@ -34,19 +35,20 @@ WARM_UP = 3  # eager runs before capture: libraries allocate and choose their al
 def unavailable() -> str:
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed: pip install torch"
+    if missing := _cuda.unavailable():  # before torch, whose import takes a second or two
+        return missing
     import torch
 
     if torch.version.cuda is None:
         return "this torch was built without CUDA: install a CUDA build from pytorch.org"
-    if not torch.cuda.is_available():
-        return "torch finds no NVIDIA GPU or driver"
-    return ""
+    return "" if torch.cuda.is_available() else "torch cannot use this NVIDIA driver: update it"
 
 
 def version() -> str:
-    import torch
-
-    return str(torch.__version__)
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError as error:
+        raise NasctlError("torch is not installed", next="Install it: pip install torch") from error
 
 
 def load(model: bytes | Path, *, threads: int = 1, precision: str | None = None) -> Session:

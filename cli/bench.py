@@ -1,0 +1,118 @@
+"""`nasctl bench`: the latency of any ONNX file, by the protocol that tables are made with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import console
+from nas.errors import NasctlError
+
+if TYPE_CHECKING:
+    from hw_profiles.measure import Setting
+    from hw_profiles.protocol import Plan, Timing
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="An .onnx file.")],
+    hw: Annotated[str, typer.Option(help="Device name or a .toml file.")] = "cpu",
+    runtime: Annotated[str | None, typer.Option(help="[the device's]")] = None,
+    precision: Annotated[str | None, typer.Option(help="[as the file is]")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of the processor.")] = 1,
+    on: Annotated[str, typer.Option(help="local, or ssh://[user@]host[:port].")] = "local",
+    duration: Annotated[str, typer.Option(help="At most, as 20s.")] = "20s",
+    seed: Annotated[int, typer.Option(min=0, help="Of the input.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure an ONNX file on this machine or on a board over ssh."""
+    import statistics
+
+    from hw_profiles import device as devices
+    from hw_profiles.measure import Setting
+    from hw_profiles.protocol import Plan
+
+    if not model.is_file():
+        raise NasctlError("no such file", where=str(model))
+    board = devices.load(hw)
+    setting = Setting(runtime or board.runtime, precision, threads)
+    limit = console.parse_seconds(duration, "--duration")
+    # what a loop over the file will show: the median of calls in a row, not the fastest
+    plan = Plan(rounds=20, inner=10, per_round=statistics.median, time_limit_s=limit)
+    timing, told = (_here if on == "local" else _there)(model, setting, plan, on, seed)
+    row = {"model": str(model), "device": board.name, "on": on, **told, **asdict(timing)}
+    if json:
+        return console.emit_json(row)
+    say = console.say
+    say(
+        f"{board.name} ({on}), {told['runtime']}, {told['precision']}, {threads} thread(s)",
+        "device",
+    )
+    say(f"{1e3 / timing.median_ms:.1f} qps", "rate")
+    say(
+        f"median = {timing.median_ms:.4g} ms, percentile(90%) = {timing.p90_ms:.4g} ms, "
+        f"percentile(95%) = {timing.p95_ms:.4g} ms, percentile(99%) = {timing.p99_ms:.4g} ms",
+        "latency",
+    )
+    say(f"{told['timed']}; {timing.n} quiet rounds of {plan.inner} calls")
+    if timing.noisy:
+        say(f"in doubt: {timing.noisy}")
+    return None
+
+
+def _here(
+    model: Path, setting: Setting, plan: Plan, on: str, seed: int
+) -> tuple[Timing, dict[str, Any]]:
+    import random
+
+    import numpy as np
+
+    from hw_profiles import protocol, runtimes
+    from hw_profiles.measure import ops_call, reference_ops
+
+    runtime = runtimes.load_module(setting.runtime)
+    if missing := runtime.unavailable():
+        raise NasctlError(missing, where=f"runtime {setting.runtime}")
+    rng, clock = np.random.default_rng(seed), runtimes.Clock()
+    session = runtime.load(model, threads=setting.threads, precision=setting.precision)
+    found = protocol.session(
+        [clock.of(runtime.timed(session, runtimes.random_feeds(session, rng)))],
+        rng=random.Random(seed),
+        plan=plan,
+        reference=ops_call(reference_ops(), rng),
+        instruments=protocol.Instruments(clock=clock),
+    )
+    return found.timings[0], {
+        "runtime": f"{setting.runtime} {runtime.version()}",
+        "precision": runtime.observed_precision(session),
+        "timed": runtime.TIMED,
+        "noise": found.noise,
+    }
+
+
+def _there(
+    model: Path, setting: Setting, plan: Plan, on: str, seed: int
+) -> tuple[Timing, dict[str, Any]]:
+    import tempfile
+
+    from hw_profiles import measure, remote, runtimes, ssh
+    from hw_profiles.bundle import Bundle
+
+    bundle = Bundle(
+        {model.stem: model.read_bytes()},
+        measure.reference_model(),
+        plan=plan,
+        threads=setting.threads,
+        runtime=setting.runtime,
+        seed=seed,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        found = remote.measure_models(ssh.parse(on), bundle, workdir=Path(folder))
+    return found.timings[model.stem], {
+        "runtime": str(found.fingerprint["runtime"]),
+        "precision": "as the file is",
+        "timed": runtimes.load_module(setting.runtime).TIMED,
+        "noise": found.noise,
+    }

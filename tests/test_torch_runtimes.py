@@ -1,0 +1,111 @@
+"""What the torch runtimes share: an ONNX file as a module, and packages that were built from it."""
+
+from __future__ import annotations
+
+import zipfile
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from test_runtimes import FEEDS, MODEL, network
+
+from deploy.onnx import export
+from hw_profiles.graph import onnx_graph
+from hw_profiles.runtimes import _torch_graph, aoti, onnxruntime
+from nas import space
+from nas.errors import NasctlError
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", space.names())
+def test_an_exported_network_comes_back(name, tmp_path):
+    """The files that are deployed, not only those that tables are measured with."""
+    found = space.load(name, size=32, width=0.5)
+    arch = found.decode(found.smallest)
+    path = tmp_path / "model.onnx"
+    export(found.build(arch), path, input_shape=(3, arch.resolution, arch.resolution))
+    net = _torch_graph.read(path, None)
+    x = np.random.default_rng(0).standard_normal((2, 3, arch.resolution, arch.resolution))
+    feeds = {"input": x.astype(np.float32)}
+    (expected,) = onnxruntime.run(onnxruntime.load(path), feeds)
+    (got,) = net(*_torch_graph.example(net, feeds, "cpu"))
+    np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def changed(kind, **attributes):
+    """The test network with other attributes on its operators of a kind."""
+    model = onnx.load_from_string(MODEL)
+    for node in (node for node in model.graph.node if node.op_type == kind):
+        kept = [part for part in node.attribute if part.name not in attributes]
+        del node.attribute[:]
+        node.attribute.extend([*kept, *map(helper.make_attribute, attributes, attributes.values())])
+    return model.SerializeToString()
+
+
+def test_attributes_are_read():
+    for model in (
+        changed("HardSigmoid", alpha=0.2, beta=0.4),
+        changed("AveragePool", count_include_pad=1, pads=[1, 1, 1, 1], kernel_shape=[4, 4]),
+    ):
+        (_, expected) = onnxruntime.run(onnxruntime.load(model), FEEDS)
+        (_, got) = _torch_graph.read(model, None)(torch.from_numpy(FEEDS["input"]))
+        np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_what_torch_would_read_otherwise_is_refused():
+    x = torch.from_numpy(FEEDS["input"])
+    with pytest.raises(NasctlError, match="torch pads both sides alike"):
+        _torch_graph.read(changed("MaxPool", pads=[0, 0, 1, 1]), None)(x)
+    with pytest.raises(NasctlError, match="operator Gemm: only x @ w"):
+        _torch_graph.read(changed("Gemm", alpha=0.5), None)(x)
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, (2, 3))
+    weight = numpy_helper.from_array(np.ones((3, 3), np.float32), "w")
+    node = helper.make_node("Einsum", ["x", "w"], ["y"], equation="ij,jk->ik")
+    graph = helper.make_graph([node], "g", [value], [value], [weight])
+    with pytest.raises(NasctlError, match="cannot be turned into torch: operator Einsum; allowed"):
+        _torch_graph.read(helper.make_model(graph).SerializeToString(), None)
+
+
+def test_a_foreign_or_damaged_package_is_refused_before_its_code_runs(tmp_path):
+    path = tmp_path / "model.pt2"
+    path.write_bytes(b"no zip")
+    with pytest.raises(NasctlError, match="no package that nasctl built"):
+        aoti.load(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data/aotinductor/model/x_metadata.json", '{"by": "another"}')
+        archive.writestr("model/data/aotinductor/model/x.so", b"not to be loaded")
+    with pytest.raises(NasctlError, match="no package that nasctl built"):
+        aoti.load(path)
+    with pytest.raises(NasctlError, match="no such file"):
+        aoti.load(tmp_path / "absent.pt2")
+    with pytest.raises(NasctlError, match=r"must end in \.pt2"):
+        aoti.build(MODEL, tmp_path / "model.so")
+
+
+def test_an_absent_compiler_is_named(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(NasctlError, match="there is no no-such-compiler: apt-get install g\\+\\+"):
+        aoti.load(MODEL)
+
+
+@pytest.mark.slow
+def test_a_package_is_for_one_number_of_threads_and_fixed_sizes(tmp_path):
+    model = onnx_graph(network(), batch=None).SerializeToString()
+    path = aoti.build(model, tmp_path / "new" / "model.pt2", threads=1)
+    assert [found.name for found in path.parent.iterdir()] == ["model.pt2"]
+    with pytest.raises(NasctlError, match=r"built for 1 thread\(s\) on cpu, not for 2 on cpu"):
+        aoti.load(path, threads=2)
+    with pytest.raises(NasctlError, match="asked to compute in bf16, but it computes in fp32"):
+        aoti.load(path, precision="bf16")
+    session = aoti.load(path)
+    assert session.inputs == {"input": (1, 3, 16, 16)}
+    before = torch.get_num_threads()
+    found = aoti.run(session, FEEDS)
+    assert torch.get_num_threads() == before
+    (_, expected) = onnxruntime.run(onnxruntime.load(model), FEEDS)
+    np.testing.assert_allclose(found[1], expected, atol=1e-4 * np.abs(expected).max())
+    for feeds in ({}, {"input": np.zeros((2, 3, 16, 16), np.float32)}):
+        with pytest.raises(NasctlError, match=r"feeds do not fit.*allowed: input \[1, 3, 16, 16\]"):
+            aoti.run(session, feeds)
