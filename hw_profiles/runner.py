@@ -119,8 +119,7 @@ def _measured(folder: Path, manifest: Mapping[str, Any], done: set[str]) -> Iter
                 rng=random.Random(manifest["seed"] + number),
                 plan=plan,
                 reference=reference,
-                instruments=protocol.Instruments(clock, read),
-                pace_ms=pace_ms,
+                instruments=protocol.Instruments(clock, read, pace_ms),
             )
             pace_ms = min(pace_ms, session.pace_ms)
             yield {"kind": "group", "names": names, **asdict(session)}

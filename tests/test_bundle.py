@@ -262,6 +262,15 @@ def test_a_runtime_with_files_of_its_own_builds_them_and_its_own_clock_counts(
     assert medians == pytest.approx([2.0, 2.0, 2.0], rel=0.05)
 
 
+def test_a_demanded_precision_takes_the_onnx_package_on_the_board(three, tmp_path, monkeypatch):
+    folder = unpacked(replace(three, precision="fp32"), tmp_path)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert runner.measure(folder) == runner.REFUSED
+    why = records_in(folder)[-1]["why"]
+    assert why.startswith("the reference: what the model computes in cannot be told without")
+    assert "pip install onnx" in why
+
+
 def test_files_are_held_against_their_checksums(three, tmp_path):
     folder = unpacked(three, tmp_path)
     runner.verify(folder, three.identity)
