@@ -106,13 +106,14 @@ def _there(
         plan=plan,
         threads=setting.threads,
         runtime=setting.runtime,
+        precision=setting.precision,
         seed=seed,
     )
     with tempfile.TemporaryDirectory() as folder:
         found = remote.measure_models(ssh.parse(on), bundle, workdir=Path(folder))
     return found.timings[model.stem], {
         "runtime": str(found.fingerprint["runtime"]),
-        "precision": "as the file is",
+        "precision": setting.precision or "as the file is",
         "timed": runtimes.load_module(setting.runtime).TIMED,
         "noise": found.noise,
     }

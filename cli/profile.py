@@ -183,6 +183,8 @@ def _backend(on: str, setting: Setting, seed: int, folder: Path) -> Measure:
             plan=plan,
             threads=setting.threads,
             runtime=setting.runtime,
+            # the graphs are fp32 as they are; anything else must be demanded
+            precision=None if setting.precision == "fp32" else setting.precision,
             seed=seed,
         )
         found = remote.measure_models(target, bundle, workdir=folder / "remote")

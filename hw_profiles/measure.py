@@ -110,8 +110,7 @@ def measurer(
             rng=dice,
             plan=plan,
             reference=reference,
-            instruments=Instruments(clock=clock),
-            pace_ms=pace_ms,
+            instruments=Instruments(clock=clock, pace_ms=pace_ms),
             progress=progress,
         )
         pace_ms = min(pace_ms, session.pace_ms)

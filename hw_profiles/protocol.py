@@ -100,10 +100,11 @@ class Session:
 
 @dataclass(frozen=True)
 class Instruments:
-    """What is read during a session."""
+    """What is read during a session, and what is known of its reference from earlier ones."""
 
     clock: Callable[[], float] = time.perf_counter  # seconds
     clocks: Callable[[], clocks.Clocks] = clocks.read
+    pace_ms: float = math.inf  # how fast this very reference is known to be
 
 
 def session(
@@ -113,17 +114,15 @@ def session(
     plan: Plan = Plan(),
     reference: Call | None = None,
     instruments: Instruments = Instruments(),
-    pace_ms: float = math.inf,
     progress: Progress | None = None,
 ) -> Session:
     """Time each callable, in turn with the others and the reference.
 
     The default reference is a fixed piece of arithmetic on one core. Pass one that runs on the
-    accelerator when the candidates do. `pace_ms`: how fast this very reference is known to be, from
-    an earlier session of this process; otherwise this session's best is taken for quiet.
+    accelerator when the candidates do. Where `instruments` knows no pace of it, from an earlier
+    session of this process, this session's best is taken for quiet.
     """
     bench = _Bench([*calls, reference or _arithmetic], plan, rng, instruments)
-    bench.known_pace = pace_ms / 1e3
     tell = progress or (lambda share: None)
     pending = list(range(len(calls)))
     done = 0.0
@@ -201,7 +200,7 @@ class _Bench:
         self.guards: list[list[float]] = []  # of each round
         self.clocks: list[clocks.Clocks] = []
         self.started = 0.0
-        self.known_pace = math.inf  # seconds
+        self.known_pace = instruments.pace_ms / 1e3
 
     def begin(self, pending: Sequence[int]) -> None:
         self.started = self.clock()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import math
 import re
 import shutil
@@ -25,7 +26,7 @@ from typing import IO, Any
 from hw_profiles import protocol, runner, ssh
 from hw_profiles.bundle import Bundle
 from hw_profiles.protocol import Progress, Timing
-from hw_profiles.runner import LOG, MANIFEST, RESULTS, Record
+from hw_profiles.runner import BEGIN, LOG, MANIFEST, RESULTS, Record
 from nas.errors import NasctlError
 
 #: how long to wait before each attempt to find a lost board again; about five minutes
@@ -142,16 +143,25 @@ class _Job:
             (self.state / "folder").write_text(self.made())
         # the code first, and a look at what is there for it: models may be large
         self.send(self.bundle.code, f"{_UNPACK}; {_RUN}", "check", self.bundle.runtime)
-        earlier = {RESULTS: self.results.read_bytes()} if self.results.is_file() else {}
         # the manifest last: where it is, all is
-        self.send(self.bundle.data | earlier | {MANIFEST: self.bundle.manifest}, _UNPACK)
+        earlier, manifest = {RESULTS: self.earlier()}, {MANIFEST: self.bundle.manifest}
+        self.send(self.bundle.data | earlier | manifest, _UNPACK)
+
+    def earlier(self) -> bytes:
+        """The groups that have been measured before, in the file here as they will be there."""
+        content = self.results.read_bytes() if self.results.is_file() else b""
+        groups = [one for one in runner.from_lines(content) if one["kind"] == "group"]
+        kept = b"".join(map(runner.to_line, groups))
+        self.results.write_bytes(kept)
+        return kept
 
     def made(self) -> str:
         answer = self.sh(_MAKE)
         if answer.code in (21, 22):
             what = "no" if answer.code == 21 else "too old a"
             raise self.failure(f"{what} {self.target.python} on the board; it takes 3.8 or later")
-        folder = answer.out.decode(errors="replace").strip()
+        # the last line: a login shell may print others before
+        folder = (answer.out.decode(errors="replace").splitlines() or [""])[-1]
         if answer.code or not _FOLDER.fullmatch(folder):
             raise self.failure(f"cannot make a folder on the board: {answer.complaint or folder}")
         return folder
@@ -228,7 +238,8 @@ class _Job:
             results.seek(0)
             done = runner.finished(runner.from_lines(results.read()))
             words = self.words(_RUN, "run", self.bundle.identity, str(results.tell()))
-            for line in ssh.lines(self.target, words):
+            lines = itertools.dropwhile(BEGIN.__ne__, ssh.lines(self.target, words))
+            for line in itertools.islice(lines, 1, None):
                 if not line.endswith(b"\n"):  # cut off with the connection: comes again
                     continue
                 results.write(line)

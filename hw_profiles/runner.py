@@ -40,6 +40,7 @@ from hw_profiles.runtimes import Clock, Compiled, Runtime, load_module, random_f
 from nas.errors import NasctlError
 
 MANIFEST, RESULTS, LOG, LOCK = "manifest.json", "results.jsonl", "log", "lock"
+BEGIN = b"--- results\n"  # what a login shell may have printed ends here
 REFUSED = 3  # exit code: one line on stderr says why
 Record = Dict[str, Any]
 
@@ -118,8 +119,7 @@ def _measured(folder: Path, manifest: Mapping[str, Any], done: set[str]) -> Iter
                 rng=random.Random(manifest["seed"] + number),
                 plan=plan,
                 reference=reference,
-                instruments=protocol.Instruments(clock, read),
-                pace_ms=pace_ms,
+                instruments=protocol.Instruments(clock, read, pace_ms),
             )
             pace_ms = min(pace_ms, session.pace_ms)
             yield {"kind": "group", "names": names, **asdict(session)}
@@ -224,6 +224,7 @@ def _apart(folder: Path, lock: int) -> int:
 
 def _follow(folder: Path, at: int) -> int:
     """Ends when measuring ends, or when standard input does: then the connection is gone."""
+    sys.stdout.buffer.write(BEGIN)
     while True:
         running = _running(folder)  # asked before reading: what it wrote last is not missed
         with (folder / RESULTS).open("rb") as results:

@@ -32,6 +32,8 @@ _OPTIONS = {
     "ForwardAgent": "no",
     "ForwardX11": "no",
     "PermitLocalCommand": "no",
+    "RemoteCommand": "none",
+    "UpdateHostKeys": "no",
 }
 _FAILED = 255  # ssh's own exit code; a remote command's codes are below
 

@@ -49,6 +49,14 @@ def unpacked(bundle, folder):
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(three, tmp_path_factory):
+    """The results of a whole run."""
+    folder = unpacked(three, tmp_path_factory.mktemp("whole"))
+    assert runner.measure(folder) == 0
+    return (folder / runner.RESULTS).read_bytes()
+
+
 def records_in(folder):
     return runner.from_lines((folder / runner.RESULTS).read_bytes())
 
@@ -180,10 +188,9 @@ def test_bundles_that_no_board_can_measure(three, change, said):
 # ---- the runner ----------------------------------------------------------------------------------
 
 
-def test_finished_groups_are_not_measured_again(three, tmp_path):
+def test_finished_groups_are_not_measured_again(three, whole, tmp_path):
     folder = unpacked(three, tmp_path)
-    assert runner.measure(folder) == 0
-    whole = (folder / runner.RESULTS).read_bytes()
+    (folder / runner.RESULTS).write_bytes(whole)
     assert runner.measure(folder) == 0
     assert (folder / runner.RESULTS).read_bytes() == whole  # nothing to do, nothing written
     first_two = b"".join(whole.splitlines(keepends=True)[:3])
@@ -193,11 +200,10 @@ def test_finished_groups_are_not_measured_again(three, tmp_path):
     assert (folder / runner.RESULTS).read_bytes().startswith(first_two)
 
 
-@pytest.mark.parametrize("cut", [1, 40, 200])
-def test_a_torn_last_line_costs_its_group_only(three, tmp_path, cut):
+@pytest.mark.parametrize("cut", [1, 200])
+def test_a_torn_last_line_costs_its_group_only(three, whole, tmp_path, cut):
     folder = unpacked(three, tmp_path)
-    runner.measure(folder)
-    *before, last_group, _ = (folder / runner.RESULTS).read_bytes().splitlines(keepends=True)
+    *before, last_group, _ = whole.splitlines(keepends=True)
     (folder / runner.RESULTS).write_bytes(b"".join(before) + last_group[:-cut])
     assert runner.measure(folder) == 0
     names = [one["names"] for one in records_in(folder) if one["kind"] == "group"]
@@ -254,6 +260,15 @@ def test_a_runtime_with_files_of_its_own_builds_them_and_its_own_clock_counts(
     assert session["fingerprint"]["runtime"] == "onnxruntime 7"
     medians = [one["timings"][0]["median_ms"] for one in groups]
     assert medians == pytest.approx([2.0, 2.0, 2.0], rel=0.05)
+
+
+def test_a_demanded_precision_takes_the_onnx_package_on_the_board(three, tmp_path, monkeypatch):
+    folder = unpacked(replace(three, precision="fp32"), tmp_path)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert runner.measure(folder) == runner.REFUSED
+    why = records_in(folder)[-1]["why"]
+    assert why.startswith("the reference: what the model computes in cannot be told without")
+    assert "pip install onnx" in why
 
 
 def test_files_are_held_against_their_checksums(three, tmp_path):

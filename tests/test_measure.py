@@ -120,8 +120,7 @@ def test_a_known_pace_unmasks_a_session_that_is_disturbed_throughout():
         rng=random.Random(0),
         plan=plan,
         reference=clock.takes("reference", 1.6),
-        instruments=Instruments(clock=clock),
-        pace_ms=1.0,
+        instruments=Instruments(clock=clock, pace_ms=1.0),
     )
     assert "only 0 quiet rounds of 20" in session.timings[0].noisy
     assert session.quiet == 0.0

@@ -108,8 +108,14 @@ def observed(model: bytes | Path, providers: Providers) -> str:
     The graph after fusion and after its casts is written out and read back: a float16 convolution
     that the processor has no kernel for is then a float32 one between casts.
     """
-    import onnx
-
+    try:
+        import onnx
+    except ImportError as error:  # on boards
+        raise NasctlError(
+            "what the model computes in cannot be told without the onnx package",
+            where=where(model),
+            next="Install it there (pip install onnx), or demand no precision.",
+        ) from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         settings = options(threads=1)
@@ -138,7 +144,7 @@ def _types(graph: Any) -> Mapping[str, str]:
     }
     values = [*graph.input, *graph.value_info, *graph.output]
     codes = {value.name: value.type.tensor_type.elem_type for value in values}
-    codes |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    codes.update((tensor.name, tensor.data_type) for tensor in graph.initializer)
     for node in graph.node:
         if node.op_type == "Cast":
             codes[node.output[0]] = next(a.i for a in node.attribute if a.name == "to")
