@@ -235,9 +235,9 @@ def report_ceiling(outcome: contract.Outcome, every: Sequence[Cell]) -> None:
 
 
 def smaller(every: Sequence[Cell]) -> list[Cell]:
-    """The largest cell at its commonest batch and kernel: few rows, as dense as all."""
+    """The largest cell at its commonest batch, kernel and stride: few rows, as dense as all."""
     cell = max(every, key=lambda each: len(each.ms))
-    for dimension in ("batch", "kernel"):
+    for dimension in ("batch", "kernel", "stride"):
         levels, counts = np.unique(cell.level(dimension), return_counts=True)
         cell = cell.rows(cell.level(dimension) == levels[np.argmax(counts)])
     return [cell]
