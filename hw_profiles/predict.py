@@ -134,9 +134,7 @@ def start_weights(blocks: int) -> Array:
 
 def checked(rows: Array, ms: Array, least: int) -> tuple[Array, Array]:
     """(rows, log ms) of measured networks, or one clear line."""
-    rows, ms = checked_rows(rows), np.asarray(ms, dtype=float)
-    if ms.shape != (len(rows),):
-        raise NasctlError(f"{len(rows)} networks but {ms.size} latencies", where="measurements")
+    rows, ms = matched(rows, ms)
     if len(rows) < least:
         raise NasctlError(
             f"{len(rows)} measured networks are too few",
@@ -152,6 +150,14 @@ def checked(rows: Array, ms: Array, least: int) -> tuple[Array, Array]:
             next="Leave out what could not be measured.",
         )
     return rows, np.log(ms)
+
+
+def matched(rows: Array, ms: Array) -> tuple[Array, Array]:
+    """Both as arrays of floats, one latency per network."""
+    rows, ms = checked_rows(rows), np.asarray(ms, dtype=float)
+    if ms.shape != (len(rows),):
+        raise NasctlError(f"{len(rows)} networks but {ms.size} latencies", where="measurements")
+    return rows, ms
 
 
 def checked_rows(rows: Array) -> Array:

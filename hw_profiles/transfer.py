@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from hw_profiles import kriging, predict
 from hw_profiles.kriging import Process, Scale, Task
 from hw_profiles.latency import Array
-from hw_profiles.predict import Model, checked, checked_rows
+from hw_profiles.predict import Model, checked, checked_rows, matched
 from hw_profiles.structure import CHAINS, WORK
 from nas.errors import NasctlError
 
@@ -121,7 +121,7 @@ def source(name: str, board: str, rows: Array, ms: Array, rng: np.random.Generat
 
     Raises NasctlError for too few or impossible measurements.
     """
-    rows, ms = checked_rows(rows), np.asarray(ms, dtype=float)
+    rows, ms = matched(rows, ms)
     there = ~np.isnan(ms)
     try:
         known, log_ms = checked(rows[there], ms[there], predict.MIN_NETWORKS)

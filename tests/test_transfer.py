@@ -267,7 +267,8 @@ def test_too_few_and_misshapen_are_refused(rows, sources):
         transfer.source("x", "x", rows[:20], np.where(np.arange(20) < 9, ms[:20], np.nan), rng)
     with pytest.raises(NasctlError, match="no source devices"):
         transfer.learn([], rng)
-    with pytest.raises(NasctlError, match="20 networks but 19 latencies"):
-        predict.fit(rows[:20], ms[:19], rng)
+    for ask in (predict.fit, lambda *given: transfer.source("x", "x", *given)):
+        with pytest.raises(NasctlError, match="20 networks but 19 latencies"):
+            ask(rows[:20], ms[:19], rng)
     with pytest.raises(NasctlError, match=rf"rows of shape \(20, 3\).*{WIDTH}"):
         transfer.adapt(sources, rows[:20, :3], ms[:20])
