@@ -238,14 +238,14 @@ class _Job:
             results.seek(0)
             done = runner.finished(runner.from_lines(results.read()))
             words = self.words(_RUN, "run", self.bundle.identity, str(results.tell()))
-            lines = itertools.dropwhile(BEGIN.__ne__, ssh.lines(self.target, words))
-            for line in itertools.islice(lines, 1, None):
-                if not line.endswith(b"\n"):  # cut off with the connection: comes again
-                    continue
-                results.write(line)
-                results.flush()
-                done |= runner.finished(runner.from_lines(line))
-                tell(min(0.99, len(done) / len(self.bundle.models)))
+            with contextlib.closing(ssh.lines(self.target, words)) as said:
+                for line in itertools.islice(itertools.dropwhile(BEGIN.__ne__, said), 1, None):
+                    if not line.endswith(b"\n"):  # cut off with the connection: comes again
+                        continue
+                    results.write(line)
+                    results.flush()
+                    done |= runner.finished(runner.from_lines(line))
+                    tell(min(0.99, len(done) / len(self.bundle.models)))
 
     def ended(self) -> list[Record]:
         """The records, of a runner that ended well. Raises NasctlError with why it did not."""
@@ -272,6 +272,15 @@ class _Job:
 
     def result(self, records: Sequence[Record]) -> RemoteResult:
         """Groups' records as values; the last counts where a group was measured twice."""
+        try:
+            return self.read(records)
+        except (KeyError, IndexError, TypeError, StopIteration) as error:
+            raise self.failure(
+                f"its results are not what our runner writes ({error!r})",
+                next="Does something else write to its TMPDIR?",
+            ) from error
+
+    def read(self, records: Sequence[Record]) -> RemoteResult:
         timings: dict[str, Timing] = {}
         rounds: dict[str, list[float]] = {}
         reference: list[float] = []

@@ -66,12 +66,12 @@ def _from_line(line: bytes) -> Record | None:
         whole = zlib.crc32(json.dumps(record, sort_keys=True).encode()) == outer["crc"]
     except (ValueError, TypeError, KeyError):
         return None
-    return record if whole and isinstance(record, dict) else None
+    return record if whole and isinstance(record, dict) and "kind" in record else None
 
 
 def finished(records: list[Record]) -> set[str]:
     """Names of the models that these records hold results of."""
-    return {name for one in records if one.get("kind") == "group" for name in one["names"]}
+    return {name for one in records if one["kind"] == "group" for name in one["names"]}
 
 
 # ---- measuring -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import re
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -102,7 +102,7 @@ def run(target: Target, words: Sequence[str], stdin: IO[bytes] | None = None) ->
         return _answer(target, process, out, errors)
 
 
-def lines(target: Target, words: Sequence[str]) -> Iterator[bytes]:
+def lines(target: Target, words: Sequence[str]) -> Generator[bytes, None, None]:
     """Lines of standard output as they come. Standard input stays open and silent meanwhile, so
     that the command can tell that the connection is gone. Raises as `run` does, also half-way."""
     with (

@@ -309,6 +309,15 @@ def test_impossible_timings_are_refused(field, bad):
         JOB.result(runner.from_lines(line))
 
 
+def test_results_that_our_runner_did_not_write_are_refused():
+    session = {"kind": "session", "fingerprint": {}}
+    short = {**group_record(TIMING), "timings": []}
+    nameless = {key: value for key, value in group_record(TIMING).items() if key != "names"}
+    for records in ([session, short], [session, nameless], [group_record(TIMING)]):
+        with pytest.raises(NasctlError, match="ssh://board: its results are not what our runner"):
+            JOB.result(records)
+
+
 def test_of_two_results_the_later_counts():
     session = {"kind": "session", "fingerprint": {"board": "?"}}
     later = group_record({**TIMING, "median_ms": 1.05})
