@@ -130,7 +130,7 @@ def timed(
         calls,
         rng=random.Random(seed),
         plan=Plan(inner=INNER, time_limit_s=seconds),
-        reference=ops_call(reference_ops(), 1, rng),
+        reference=ops_call(reference_ops(), rng),
         instruments=protocol.Instruments(clock=clock),
     )
     medians = np.array([timing.median_ms for timing in session.timings])
