@@ -75,29 +75,24 @@ def search(jobs: Sequence[Job], *, force: bool) -> dict[str, Any]:
         except BudgetMissed as error:
             console.say(str(error))
             missed.append(error)
-    _compare(reports)
+    _compare(jobs, reports)
     if missed:
         raise missed[0]
     return reports
 
 
-def _compare(reports: dict[str, Any]) -> None:
-    """One recommended network per device, side by side."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title in ("device", "latency", "source", "MMACs", "test accuracy", "file"):
-        table.add_column(title)
-    for name, content in reports.items():
-        chosen = content["chosen"]
-        predicted, measured = chosen["latency"]["predicted"], chosen["latency"]["measured"]
-        table.add_row(
-            name,
-            console.format_ms(measured["median_ms"] if measured else predicted["value_ms"]),
-            "measured" if measured else predicted["source"],
-            f"{chosen['macs'] / 1e6:.2f}",
-            f"{chosen['test_accuracy']:.2%}",
-            chosen["file"]["path"],
-        )
+def _compare(jobs: Sequence[Job], reports: dict[str, Any]) -> None:
+    """One recommended network per device, on stderr as every summary."""
     console.say()
-    console.show(table)
+    for job in jobs:
+        if job.device.name not in reports:
+            continue
+        chosen = reports[job.device.name]["chosen"]
+        predicted, measured = chosen["latency"]["predicted"], chosen["latency"]["measured"]
+        ms = console.format_ms(measured["median_ms"] if measured else predicted["value_ms"])
+        console.say(
+            f"{ms} ({'measured' if measured else predicted['source']}), "
+            f"{chosen['macs'] / 1e6:.2f} MMACs, {chosen['test_accuracy']:.2%} on test, "
+            f"{job.run.path(chosen['file']['path'])}",
+            f"{job.device.name}  ",
+        )

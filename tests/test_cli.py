@@ -45,7 +45,7 @@ def assert_one_line(outcome, code, *fragments):
 @pytest.mark.parametrize(
     ("words", "fragments"),
     [
-        ("serch", ["serch", "Did you mean 'search'?"]),
+        ("serch", ["serch", "Did you mean 'search'"]),
         ("search --latncy 5ms", ["--latncy", "--latency"]),
         ("search --space resnt", ["--space: unknown space 'resnt'", "Did you mean resnet?"]),
         ("search --hw jetsn", ["--hw: unknown device 'jetsn'", "Did you mean jetson?"]),
