@@ -114,8 +114,8 @@ def nb201_executed(root: Path, limit: int | None) -> Family:
 
 
 def _nb201_tables(root: Path) -> tuple[list[str], dict[str, Array], dict[str, Array]]:
-    """(architectures, column -> ms on CIFAR-100, column -> ms of the same devices on CIFAR-10, where
-    only the last layer of a network differs)."""
+    """(architectures, column -> ms on CIFAR-100, column -> ms on CIFAR-10, whose networks differ
+    in the last layer only)."""
     rows = parquet.read_table(root / "hwnasbench/nb201_hw.parquet").to_pydict()
     more = parquet.read_table(root / "help_latency/nb201_latency.parquet").to_pydict()
     assert rows["arch_index"] == more["arch_index"]

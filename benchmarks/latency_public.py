@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +25,27 @@ from hw_profiles.calibrate import Index
 from hw_profiles.latency import Array
 
 PREFIX = "public."
-SIZES = (30, 100, 300, 900)
-SAMPLES = (10, 30, 100)
 HELP_10 = (
     0.932  # mean Spearman of HELP (NeurIPS 2021) with 10 samples; its own devices and networks
 )
 SCORES = tuple(field.name for field in fields(Scores))
-#: (networks of NAS-Bench-201, of the other families, test networks, sizes, draws, unseen draws)
-FULL = (4500, 2500, 2000, SIZES, 2, 3)
-QUICK = (900, 0, 400, (30, 100), 1, 1)
+
+
+@dataclass(frozen=True)
+class Effort:
+    first: int  # networks of NAS-Bench-201
+    other: int  # of each other family
+    test: int  # networks
+    sizes: tuple[int, ...]
+    draws: int  # of the curve
+    samples: tuple[int, ...]
+    unseen_draws: int
+    every: int  # every how manieth device is unseen
+    unlike: bool
+
+
+FULL = Effort(4000, 1500, 1500, (30, 100, 300, 900), 2, (10, 30, 100), 3, 1, True)
+QUICK = Effort(500, 0, 250, (100,), 1, (30,), 1, 4, False)
 
 Rows = dict[tuple[object, ...], Array]
 
@@ -43,24 +55,24 @@ def part(outcome: contract.Outcome, quick: bool) -> None:
     if contract.data("hwnasbench") is None or contract.data("help_latency") is None:
         print("skipped: NASCTL_DATA has no hwnasbench and help_latency folders")
         return
-    first, other, test_size, sizes, draws, unseen_draws = QUICK if quick else FULL
-    sets = list(families(Path(os.environ[contract.DATA]), first, other))
+    effort = QUICK if quick else FULL
+    sets = list(families(Path(os.environ[contract.DATA]), effort))
     for data in sets:
         print(f"\n{data.family.name}: {len(data.rows)} networks, measured: {list(data.columns)}")
         print(f"sums, which prove nothing: {list(data.additive)}")
         ceilings(outcome, data)
-        curve(outcome, data, sizes, draws, test_size)
+        curve(outcome, data, effort)
     for data in sets:
-        transfers(outcome, data, unseen_draws, test_size, SAMPLES[:2] if quick else SAMPLES)
+        transfers(outcome, data, effort)
     aims(outcome)
 
 
-def families(root: Path, first: int, other: int) -> Iterable[Set]:
-    nb201 = latency_data.nb201_executed(root, first)
+def families(root: Path, effort: Effort) -> Iterable[Set]:
+    nb201 = latency_data.nb201_executed(root, effort.first)
     yield load(nb201, accuracies(root, nb201.index))
-    if other:
-        yield load(latency_data.fbnet(root, other))
-        yield load(latency_data.ofa(root, other))
+    if effort.other:
+        yield load(latency_data.fbnet(root, effort.other))
+        yield load(latency_data.ofa(root, effort.other))
 
 
 def accuracies(root: Path, index: Index | None) -> Array | None:
@@ -103,21 +115,21 @@ def ceilings(outcome: contract.Outcome, data: Set) -> None:
         print(contract.table(("device", *AGREEMENT), rows))
 
 
-def curve(
-    outcome: contract.Outcome, data: Set, sizes: Sequence[int], draws: int, test_size: int
-) -> None:
+def curve(outcome: contract.Outcome, data: Set, effort: Effort) -> None:
     """Error against the number of training networks, means of the draws."""
     rows: list[list[object]] = []
     for name in (*data.columns, *data.additive):
-        for size in sizes:
-            found = [one_device(data, name, size, seed, test_size) for seed in range(draws)]
+        for size in effort.sizes:
+            found = [
+                one_device(data, name, size, seed, effort.test) for seed in range(effort.draws)
+            ]
             mean = np.mean([scores for scores, _ in found], axis=0)
             methods = "/".join(sorted({method for _, method in found}))
             rows.append([name + " (sums)" * (name in data.additive), size, methods, *mean])
             key = "sums" if name in data.additive else "curve"
-            header = (*AGREEMENT, "boosting_within_10", "macs_within_10")
-            record(outcome, f"{key}.{data.family.name}.{name}.{size}", header, mean)
-    print(f"\n{data.family.name}: one device, fitted on n networks, means of {draws} draws")
+            names = (*AGREEMENT, "boosting_within_10", "macs_within_10")
+            record(outcome, f"{key}.{data.family.name}.{name}.{size}", names, mean)
+    print(f"\n{data.family.name}: one device, fitted on n networks, means of {effort.draws} draws")
     header = ("device", "n", "picked", *AGREEMENT, "boosting w10", "MACs w10")
     print(contract.table(header, rows))
 
@@ -145,40 +157,37 @@ def one_device(
     return scores, model.method
 
 
-def transfers(
-    outcome: contract.Outcome, data: Set, draws: int, test_size: int, samples: Sequence[int]
-) -> None:
+def transfers(outcome: contract.Outcome, data: Set, effort: Effort) -> None:
     """Every board as the unseen one, then every column from the half of boards least like it."""
     found: Rows = {}
     hard: Rows = {}
-    for seed in range(draws):
-        draw = Draw(data, seed, test_size)
+    for seed in range(effort.unseen_draws):
+        draw = Draw(data, seed, effort.test)
         targets = [name for name in data.columns if strangers(data.columns, name)]
-        for target in targets:
-            asked = Unseen(draw, target, strangers(data.columns, target))
-            collect(found, asked, samples, METHODS)
-        if seed == 0 and len({latency_data.board_of(name) for name in targets}) >= 4:
+        for target in targets[:: effort.every]:
+            collect(found, Unseen(draw, target, strangers(data.columns, target)), effort.samples)
+        boards = {latency_data.board_of(name) for name in targets}
+        if seed == 0 and effort.unlike and len(boards) >= 4:
             one, other, alike = unlike(draw)
             print(f"\nhalves least alike (mean Spearman {alike:.2f}): {one} | {other}")
             record(outcome, f"unlike.{data.family.name}", ("correlation",), (alike,))
-            for names, held_out in ((one, other), (other, one)):
-                for target in held_out:
-                    collect(hard, Unseen(draw, target, names), samples[:2], METHODS)
+            for names, target in [(one, name) for name in other] + [(other, name) for name in one]:
+                collect(hard, Unseen(draw, target, names), effort.samples[:2])
     print_transfers(outcome, data, "unseen", found)
     if hard:
         print_transfers(outcome, data, "unlike", hard)
 
 
-def collect(found: Rows, asked: Unseen, samples: Sequence[int], methods: Sequence[str]) -> None:
+def collect(found: Rows, asked: Unseen, samples: Sequence[int]) -> None:
     for n in samples:
-        for method in methods:
+        for method in METHODS:
             scores = np.array([astuple(asked.scores(n, method))])
             key = (method, n, asked.target)
             found[key] = np.concatenate([found[key], scores]) if key in found else scores
 
 
 def print_transfers(outcome: contract.Outcome, data: Set, name: str, found: Rows) -> None:
-    """Per device means over draws, then per method their mean, the worst device and the worst draw."""
+    """Per device means over draws, then per method their mean, the worst device and draw."""
     label = f"{name}.{data.family.name}"
     devices: list[list[object]] = []
     methods: list[list[object]] = []

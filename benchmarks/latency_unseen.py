@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from benchmarks.latency_data import Family, board_of
@@ -20,6 +21,8 @@ from hw_profiles.calibrate import Index
 from hw_profiles.latency import Array
 from hw_profiles.structure import MEASURES, ROLES, describe
 from hw_profiles.transfer import Source, Sources
+
+Side = NDArray[np.bool_]  # which boards are in the first group
 
 SOURCE_NETWORKS = 900
 CHOICE_POOL = 600  # source networks that `transfer.choose` may choose among
@@ -260,7 +263,7 @@ def unlike(draw: Draw, least: int = 3) -> tuple[tuple[str, ...], tuple[str, ...]
     of = np.array([boards.index(board_of(name)) for name in names])
     least = min(least, len(boards) // 2)
 
-    def across(side: Array) -> float:
+    def across(side: Side) -> float:
         inside = side[of]
         if min(side.sum(), (~side).sum()) < least:
             return np.inf
@@ -273,7 +276,7 @@ def unlike(draw: Draw, least: int = 3) -> tuple[tuple[str, ...], tuple[str, ...]
     return groups[0], groups[1], value
 
 
-def _descend(side: Array, across: Callable[[Array], float]) -> tuple[float, Array]:
+def _descend(side: Side, across: Callable[[Side], float]) -> tuple[float, Side]:
     """Moves one board, or swaps two, while that lowers the correlation across."""
     value = across(side)
     while True:

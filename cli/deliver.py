@@ -257,7 +257,7 @@ def _time(job: Job, path: Path) -> verify.Measured | None:
         return None
     # Medians of calls in a row, not the fastest: what a user's own loop over the file will show.
     # (The first calls after other work are slower, up to twice on 0.1 ms networks; p95 has them.)
-    plan = measure.Plan(inner=50, per_round=statistics.median, rounds=10, time_limit_s=30)
+    plan = measure.Plan(inner=50, per_round=statistics.median, rounds=10, time_limit_s=10)
     timing = verify.latency(path, rng=np.random.default_rng((job.spec.seed, 7)), plan=plan)
     runtime = f"ONNX Runtime {onnxruntime.version()}, 1 thread, batch 1"
     return verify.Measured(timing, job.device.name, runtime)

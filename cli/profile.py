@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import asdict
@@ -97,13 +98,10 @@ def command(
 
 
 def _here(on: str) -> dict[str, str]:
-    """What must not change between two parts of a profile of this machine."""
+    """What must not change between two parts of a profile of this machine, nor until it is used."""
     from deploy import verify
 
-    if on != "local":
-        return {}
-    found = verify.environment()
-    return {name: str(found[name]) for name in ("processor", "onnxruntime") if name in found}
+    return verify.runs_in() if on == "local" else {}
 
 
 def _plan(space: str | None, shape: dict[str, Any], seed: int, seconds: float) -> Plan:
@@ -166,10 +164,13 @@ def _backend(on: str, setting: Setting, seed: int, folder: Path) -> Measure:
 
     plan = Plan(rounds=12, precision=0.03, time_limit_s=GROUP_S)
     if on == "local":
-        session_of = measure.measurer(setting, rng=np.random.default_rng((seed, 9)), plan=plan)
+        rng, paces = np.random.default_rng((seed, 9)), [math.inf]
 
         def here(networks: Any) -> Group:
-            session = session_of(networks, None)
+            session = measure.fresh_session(
+                networks, setting, rng=rng, plan=plan, pace_ms=min(paces)
+            )
+            paces.append(session.pace_ms)
             return Group(session.timings, session.reference_ms)
 
         return here
@@ -199,6 +200,7 @@ def _backend(on: str, setting: Setting, seed: int, folder: Path) -> Measure:
 def _write(
     timings: Timings, plan: Plan, board: Device, folder: Path, header: dict[str, Any], json: bool
 ) -> None:
+    from hw_profiles import device as devices
     from hw_profiles import profile
 
     provenance = {
@@ -210,6 +212,8 @@ def _write(
     path = folder / f"{board.name}.table.json"
     table.save(path)
     console.say(f"{path}; noise floor {timings.noise:.1%}", "table")
+    if folder not in devices.folders():
+        console.say(f"searches use it with NASCTL_PROFILES={folder}")
     _tell(errors, plan, json, str(path))
 
 

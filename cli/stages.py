@@ -36,6 +36,7 @@ from nas.supernet import Recipe, Score, Step
 from nas.tasks import Split, Task
 
 PROFILED = 64  # networks measured to fit a local device's table
+CLEAN = 24  # of them beyond doubt are enough
 JUDGED_ON = 2_000  # validation images that rank sub-networks; all of them if there are fewer
 
 SUPERNET, STATE, TABLE = "supernet.safetensors", "training.safetensors", "latency.json"
@@ -81,9 +82,16 @@ def staged(
 
 
 def latency_table(job: Job) -> LatencyTable:
-    """The device's table; for this machine one measured now, on networks of the very space."""
+    """The device's table; for this machine the one that `nasctl profile` made here, or else one
+    measured now, on networks of the very space."""
     if not job.device.local:
         return latencies.table(job.device)
+    if (stored := latencies.stored(job.device)) is not None:
+        there = {name: stored.provenance.get(name) for name in verify.runs_in()}
+        if there == verify.runs_in():
+            console.say(f"  {stored.origin}, {stored.provenance.get('created', 'undated')}")
+            return stored
+        console.say(f"  the stored table was made with {there}: measuring anew")
     images = [job.task.channels, job.task.size, job.task.n_classes]
     here = [verify.environment(), job.device.model_dump(mode="json")]
     key = runs.digest([job.spec.digest("space", "width", "seed"), images, here])
@@ -110,12 +118,15 @@ def _profile(job: Job) -> None:
             plan=measure.Plan(time_limit_s=60),
             progress=lambda share: update(share, ""),
         )
-    samples = [(ops, timing.median_ms) for ops, timing in zip(networks, timings, strict=True)]
-    origin = f"{len(samples)} random networks of the space, run in ONNX Runtime on this machine"
-    table = calibrate.fit(samples, job.device, space=job.spec.space, source_text=origin)
-    noisy = sum(bool(timing.noisy) for timing in timings)
-    doubt = f"; {noisy} of them in doubt, because the machine was busy" if noisy else ""
-    table = table.model_copy(update={"includes": f"{PROFILED} whole networks measured{doubt}"})
+    both = list(zip(networks, timings, strict=True))
+    clean = [(ops, timing.median_ms) for ops, timing in both if not timing.noisy]
+    doubt = "; the machine was busy and the others are in doubt" if len(clean) < PROFILED else ""
+    if len(clean) < CLEAN:  # better a doubtful table, which says so, than none
+        doubt = f"; the machine was busy and {PROFILED - len(clean)} of them are in doubt"
+        clean = [(ops, timing.median_ms) for ops, timing in both]
+    origin = f"{len(clean)} random networks of the space, run in ONNX Runtime on this machine"
+    table = calibrate.fit(clean, job.device, space=job.spec.space, source_text=origin)
+    table = table.model_copy(update={"includes": f"{len(clean)} whole networks measured{doubt}"})
     job.run.write_text(TABLE, table.model_dump_json(indent=1) + "\n")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hw_profiles.latency import Estimate
-from hw_profiles.measure import Plan, Progress, Timing, interleaved, session_call
+from hw_profiles.measure import FRESH, Plan, Setting, Timing, fresh_session
 from hw_profiles.runtimes import Session, onnxruntime
 from nas import file
 from nas.errors import NasctlError, ParityFailed
@@ -63,17 +63,14 @@ def outputs(path: Path, images: np.ndarray, *, batch: int = 256, threads: int = 
 
 
 def latency(
-    path: Path,
-    *,
-    rng: np.random.Generator,
-    threads: int = 1,
-    plan: Plan = Plan(),
-    progress: Progress | None = None,
+    path: Path, *, rng: np.random.Generator, setting: Setting = Setting(), plan: Plan = Plan()
 ) -> Timing:
-    """Time the file on this machine, batch 1, by the protocol that latency tables are made with."""
-    session = onnxruntime.load(path, threads=threads)
-    call = session_call(session, rng)
-    return interleaved([call], rng=rng, plan=plan, progress=progress)[0]
+    """Time the file on this machine, batch 1, by the protocol that latency tables are made with.
+
+    The middle one of several fresh processes: see `measure.fresh_session`.
+    """
+    timings = [fresh_session([path], setting, rng=rng, plan=plan).timings[0] for _ in range(FRESH)]
+    return sorted(timings, key=lambda timing: timing.median_ms)[len(timings) // 2]
 
 
 def _outputs(session: Session, batch: np.ndarray) -> np.ndarray:
@@ -215,6 +212,12 @@ def environment() -> dict[str, str | int]:
         except metadata.PackageNotFoundError:
             found[library] = "absent"
     return found
+
+
+def runs_in() -> dict[str, str]:
+    """What a latency on this machine depends on most."""
+    found = environment()
+    return {name: str(found[name]) for name in ("cpu", "onnxruntime")}
 
 
 def _cpu_name() -> str:

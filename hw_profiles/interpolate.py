@@ -36,11 +36,12 @@ COLUMNS = ("batch", "c_in", "map", "c_out", "kernel", "stride", "fused", "out", 
 BATCH, C_IN, MAP, C_OUT, KERNEL, STRIDE, FUSED, OUT, DEPTH = range(len(COLUMNS))
 AXES = (C_IN, MAP, C_OUT)  # the dimensions whose unmeasured levels are asked for
 TILES = ((64, 32), (64, 64), (128, 64), (128, 128))  # rows x columns of a matrix product's tile
-UNITS = (1, 2, 4, 8, 16, 20, 28, 32, 40, 48, 56, 64, 72, 80, 96, 108, 128, 132, 144)
+UNITS = (1, 2, 4, 8, 16, 32, 48, 64, 80, 108, 132, 160, 216, 264)
 MIN_KERNELS = 12  # of a kind; fewer say nothing about its sizes
 NEIGHBOURS = 20
 TUNED_ON = 300  # kernels, drawn
-CORRECTED_ON = 30_000  # kernels, drawn
+TUNED_AMONG = 8000
+CORRECTED_ON = 20_000  # kernels, drawn
 CONFIDENCE = 0.9
 
 _frozen = ConfigDict(frozen=True, extra="forbid")
@@ -163,6 +164,7 @@ def places(rows: Array) -> Array:
 
 
 START = (0.2, 0.3, 0.15, 0.3, 2.0, 2.0, 0.2, 0.03)  # scale of each place, then the noise's share
+TUNED = [0, 1, 2, 3, 6, 7]  # kernel and stride stay far apart
 
 
 def krige(
@@ -174,7 +176,9 @@ def krige(
     where it is -1, the same kernel.
     """
     homes, there = places(known) * scale[:-1], places(asked) * scale[:-1]
-    tree, mean, variance = cKDTree(homes), np.zeros(len(asked)), np.ones(len(asked))
+    # on grids a balanced tree costs more to build than it saves
+    tree = cKDTree(homes, balanced_tree=False, compact_nodes=False)
+    mean, variance = np.zeros(len(asked)), np.ones(len(asked))
     count = min(len(known), NEIGHBOURS if hidden is None else 5 * NEIGHBOURS)
     for part in np.array_split(np.arange(len(asked)), -(-len(asked) // 3000)):
         far, near = tree.query(there[part], k=np.arange(1, count + 1))
@@ -198,7 +202,17 @@ def krige(
 
 
 def tuned(rows: Array, residual: Array, axis: int, rng: np.random.Generator) -> Array:
-    """Scales that predict best with the level of `axis` hidden, by coordinate descent."""
+    """Scales that predict best with the level of `axis` hidden, by coordinate descent.
+
+    On whole groups of equal kernel and stride: others are hardly ever among the neighbours.
+    """
+    _, group, sizes = np.unique(
+        rows[:, [KERNEL, STRIDE]], axis=0, return_inverse=True, return_counts=True
+    )
+    order = rng.permutation(len(sizes))
+    taken = order[: 1 + int(np.searchsorted(sizes[order].cumsum(), TUNED_AMONG))]
+    chosen = np.isin(group.ravel(), taken)
+    rows, residual = rows[chosen], residual[chosen]
     drawn = rng.permutation(len(rows))[:TUNED_ON]
     hidden = np.full(len(drawn), axis)
 
@@ -210,9 +224,11 @@ def tuned(rows: Array, residual: Array, axis: int, rng: np.random.Generator) -> 
     best = np.log(START)
     least, step = loss(best), np.log(2.0)
     for _ in range(2):
-        for move in [sign * unit for unit in step * np.eye(len(best)) for sign in (1, -1)]:
-            if (found := loss(best + move)) < least:
-                best, least = best + move, found
+        for unit in step * np.eye(len(best))[TUNED]:
+            for moved in (best + unit, best - unit):
+                if (found := loss(moved)) < least:
+                    best, least = moved, found
+                    break
         step /= 1.6
     return np.exp(best)
 
@@ -325,7 +341,7 @@ def _by_family(ops: Sequence[Op]) -> Iterator[tuple[str, Index]]:
 
 
 def _family(rows: Array, log_ms: Array, rng: np.random.Generator) -> Family:
-    some = rng.permutation(len(rows))[:5000]
+    some = rng.permutation(len(rows))[:3000]
     tried = [physics(rows[some], log_ms[some], units) for units in UNITS]
     errors = [np.abs(log_ms[some] - each(rows[some])).mean() for each in tried]
     base = physics(rows, log_ms, UNITS[int(np.argmin(errors))])

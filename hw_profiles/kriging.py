@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
@@ -25,6 +26,7 @@ LENGTHS = (0.0, 1.0, 3.0)  # of the kernels of a block, in typical distances; 0 
 BOUNDS = (-14.0, 4.0)  # of the logarithm of a weight
 NOISE_BOUNDS = (-11.0, 0.0)  # a standard deviation of 0.4 % to 100 %
 NEGLIGIBLE = 1e-5  # a kernel with a smaller weight than this changes a logarithm by < 0.5 %
+STEPS = 50  # of the optimiser; what is left to gain after these is far below the noise
 CHUNK = 4096  # rows predicted at a time: bounds the memory
 Task = tuple[Array, Array]  # (kernels, samples, samples) from `kernels`, and the observations
 
@@ -35,7 +37,7 @@ class Scale:
 
     mean: Array
     deviation: Array
-    kept: Array
+    kept: NDArray[np.intp]
 
     @classmethod
     def of(cls, rows: Array) -> Scale:
@@ -88,7 +90,9 @@ def learn(tasks: Sequence[Task], start: Array, spread: float) -> Array:
         return 0.5 * float(away @ away) + sum(value for value, _ in found), gradient
 
     bounds = [BOUNDS] * (len(start) - 1) + [NOISE_BOUNDS]
-    return np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x)
+    options = {"maxiter": STEPS}
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    return np.asarray(found.x)
 
 
 @dataclass(frozen=True)

@@ -255,6 +255,11 @@ def _first_problem(error: ValidationError | UnicodeDecodeError) -> str:
 
 def table(device: Device) -> LatencyTable:
     """The shipped or the user's own table of this device; without one, the analytic table."""
+    return stored(device) or analytic(device)
+
+
+def stored(device: Device) -> LatencyTable | None:
+    """The shipped or the user's own table of this device, if there is one."""
     for folder in devices.folders():
         path = folder / f"{device.name}.table.json"
         if path.is_file():
@@ -266,7 +271,7 @@ def table(device: Device) -> LatencyTable:
                     where=str(path),
                 )
             return found
-    return analytic(device)
+    return None
 
 
 def transfer_intervals() -> dict[str, Interval]:

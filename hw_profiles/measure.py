@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import random
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +25,8 @@ from nas.errors import NasctlError
 
 #: how many networks are in memory and in turn at once
 GROUP = 48
+FRESH = 3  # processes that a set of networks is measured in, at least
+PROCESSES_DIFFER = 0.05  # relative, in how fast they run the very same
 
 
 def interleaved(
@@ -69,54 +74,69 @@ def measure_ops(
 ) -> list[Timing]:
     """Time whole op lists as networks on this machine; results in their order.
 
-    Many networks are measured in groups drawn at random, each with the same reference network and
-    its share of `plan.time_limit_s`.
+    Networks are measured in groups drawn at random, in at least FRESH processes, each with the same
+    reference network and its share of `plan.time_limit_s`.
     """
+    if not networks:
+        return []
     order = rng.permutation(len(networks))
-    groups = np.array_split(order, -(-len(order) // GROUP)) if len(order) else []
-    plan = replace(plan, time_limit_s=plan.time_limit_s / max(1, len(groups)))
-    measure = measurer(setting, rng=rng, plan=plan)
+    groups = np.array_split(order, min(len(order), max(FRESH, -(-len(order) // GROUP))))
+    plan = replace(plan, time_limit_s=plan.time_limit_s / len(groups))
     timings: dict[int, Timing] = {}
+    pace_ms = math.inf
     for number, group in enumerate(groups):
-
-        def report(share: float, number: int = number) -> None:
-            if progress:
-                progress((number + share) / len(groups))
-
-        session = measure([networks[at] for at in group], report)
+        wanted = [networks[at] for at in group]
+        session = fresh_session(wanted, setting, rng=rng, plan=plan, pace_ms=pace_ms)
+        pace_ms = min(pace_ms, session.pace_ms)
         timings.update(zip(group.tolist(), session.timings, strict=True))
+        if progress:
+            progress((number + 1) / len(groups))
     return [timings[at] for at in range(len(networks))]
 
 
-def measurer(
-    setting: Setting, *, rng: np.random.Generator, plan: Plan
-) -> Callable[[Sequence[Sequence[Op]], Progress | None], protocol.Session]:
-    """A function that times a group of op lists in one session; it remembers between groups how
-    fast the reference is when nothing else runs."""
-    runtime, clock = runtimes.load_module(setting.runtime), runtimes.Clock()
-    dice, pace_ms = random.Random(int(rng.integers(2**63))), math.inf
+def fresh_session(
+    networks: Sequence[Sequence[Op] | Path],
+    setting: Setting = Setting(),
+    *,
+    rng: np.random.Generator,
+    plan: Plan,
+    pace_ms: float = math.inf,
+) -> protocol.Session:
+    """Time op lists as networks, or model files, in one session in a process of its own.
 
-    def call(ops: Sequence[Op], batch: int) -> Call:
-        model = onnx_graph(ops, batch=batch).SerializeToString()
+    Where a process happens to lie in memory makes all that it runs some per cent faster or slower
+    (2 to 7 % here), for as long as it lives: several processes average that, one never does.
+    `pace_ms`: the reference's in other processes, of which this one's may therefore differ.
+    """
+    fresh = multiprocessing.get_context("spawn")
+    seed = int(rng.integers(2**63))
+    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+        known = pace_ms * (1 + PROCESSES_DIFFER)
+        return pool.submit(_session, list(networks), setting, seed, plan, known).result()
+
+
+def _session(
+    networks: Sequence[Sequence[Op] | Path], setting: Setting, seed: int, plan: Plan, pace_ms: float
+) -> protocol.Session:
+    runtime, clock = runtimes.load_module(setting.runtime), runtimes.Clock()
+    rng = np.random.default_rng(seed)
+
+    def call(network: Sequence[Op] | Path, batch: int) -> Call:
+        model: bytes | Path
+        if isinstance(network, Path):
+            model = network
+        else:
+            model = onnx_graph(network, batch=batch).SerializeToString()
         loaded = runtime.load(model, threads=setting.threads, precision=setting.precision)
         return clock.of(runtime.timed(loaded, runtimes.random_feeds(loaded, rng)))
 
-    reference = call(reference_ops(), 1)
-
-    def measure(networks: Sequence[Sequence[Op]], progress: Progress | None) -> protocol.Session:
-        nonlocal pace_ms
-        session = protocol.session(
-            [call(ops, setting.batch) for ops in networks],
-            rng=dice,
-            plan=plan,
-            reference=reference,
-            instruments=Instruments(clock=clock, pace_ms=pace_ms),
-            progress=progress,
-        )
-        pace_ms = min(pace_ms, session.pace_ms)
-        return session
-
-    return measure
+    return protocol.session(
+        [call(ops, setting.batch) for ops in networks],
+        rng=random.Random(seed),
+        plan=plan,
+        reference=call(reference_ops(), 1),
+        instruments=Instruments(clock=clock, pace_ms=pace_ms),
+    )
 
 
 def ops_call(ops: Sequence[Op], rng: np.random.Generator) -> Call:

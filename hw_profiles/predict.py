@@ -33,7 +33,7 @@ Model = Callable[[Array], Array]  # rows of `describe` -> log ms
 METHODS: tuple[Method, ...] = ("additive", "ridge", "process")
 MIN_NETWORKS = 10
 FOLDS = 5
-LEARNT_ON = 250  # networks that the process learns its weights from; it then regresses on all
+LEARNT_ON = 200  # networks that the process learns its weights from; it then regresses on all
 START = np.log(0.02), np.log(0.003)  # log weights of a kernel and of the noise (5 %) to begin with
 PRIOR_SPREAD = 3.0  # in log units: hardly a prior, it only keeps unused weights from drifting
 PARTS = (WORK, CHAINS, JOINED)
@@ -79,16 +79,22 @@ def fit(rows: Array, ms: Array, rng: np.random.Generator) -> Predictor:
 
 
 def additive(rows: Array, log_ms: Array) -> Model:
-    """Non-negative least squares of predicted / measured against 1."""
-    terms = _sums(rows)
+    """Milliseconds per operator, GMAC and MB of every role, and a constant; none is negative."""
+    model = non_negative(additive_terms(rows), log_ms)
+    return lambda asked: model(additive_terms(asked))
+
+
+def non_negative(terms: Array, log_ms: Array) -> Model:
+    """The logarithm of a non-negative combination of non-negative columns, by least squares of
+    predicted / measured against 1."""
     scale = np.maximum(terms.max(axis=0), 1e-12)
-    weights = nnls(terms / scale / np.exp(log_ms)[:, None], np.ones(len(rows)))[0] / scale
-    # the smallest measured network bounds what is extrapolated: a sum of nothing takes 0 ms
-    least = log_ms.min() - np.log(10)
-    return lambda asked: np.log(np.maximum(_sums(asked) @ weights, np.exp(least)))
+    weights = nnls(terms / scale / np.exp(log_ms)[:, None], np.ones(len(terms)))[0] / scale
+    # a network that has none of what costs takes no time: keep the logarithm finite
+    least = np.exp(log_ms.min()) / 10
+    return lambda asked: np.log(np.maximum(asked @ weights, least))
 
 
-def _sums(rows: Array) -> Array:
+def additive_terms(rows: Array) -> Array:
     """A constant, then ops, GMACs and MB of every role: what is sure to add up."""
     sums = rows[:, : len(ROLES) * len(MEASURES)].reshape(len(rows), len(ROLES), len(MEASURES))
     return np.column_stack([np.ones(len(rows)), sums[:, :, :3].reshape(len(rows), -1)])
@@ -128,9 +134,7 @@ def start_weights(blocks: int) -> Array:
 
 def checked(rows: Array, ms: Array, least: int) -> tuple[Array, Array]:
     """(rows, log ms) of measured networks, or one clear line."""
-    rows, ms = checked_rows(rows), np.asarray(ms, dtype=float)
-    if ms.shape != (len(rows),):
-        raise NasctlError(f"{len(rows)} networks but {ms.size} latencies", where="measurements")
+    rows, ms = matched(rows, ms)
     if len(rows) < least:
         raise NasctlError(
             f"{len(rows)} measured networks are too few",
@@ -146,6 +150,14 @@ def checked(rows: Array, ms: Array, least: int) -> tuple[Array, Array]:
             next="Leave out what could not be measured.",
         )
     return rows, np.log(ms)
+
+
+def matched(rows: Array, ms: Array) -> tuple[Array, Array]:
+    """Both as arrays of floats, one latency per network."""
+    rows, ms = checked_rows(rows), np.asarray(ms, dtype=float)
+    if ms.shape != (len(rows),):
+        raise NasctlError(f"{len(rows)} networks but {ms.size} latencies", where="measurements")
+    return rows, ms
 
 
 def checked_rows(rows: Array) -> Array:

@@ -2,16 +2,17 @@
 
 Every source device gets a predictor fitted on its own networks. What these predict for a network
 (never what was measured for it, so it need not have been measured anywhere) describes the network
-beside its structure. Three Gaussian processes then explain the few measurements on the new device:
+beside its structure. Four models then explain the few measurements on the new device:
 
-devices    by the predictions for the source devices: right for a relative of one of them
-structure  by `structure.describe`: right for a device unlike all of them
-both       by the two together
+sum        a non-negative combination of operators, MACs, bytes and the sources' milliseconds
+devices    a Gaussian process on the predictions for the sources: right for a relative of one
+structure  one on `structure.describe`: right for a device unlike all of them
+both       one on the two together
 
-How far each kernel counts beforehand is learnt from the sources themselves, each in turn playing
-the new device whose own and whose board's other measurements are hidden; the few measurements
-may then move the weights. The three are averaged by how well each predicts the measurements that
-it was not shown (pseudo-BMA: Yao et al., Bayesian Analysis 13(3), 2018, section 3.4).
+How much each kernel of these counts beforehand is learnt from the sources themselves, each in turn
+playing the new device whose own and whose board's other measurements are hidden; the few
+measurements may then move the weights. The four are averaged by how well each predicts the
+measurements that it was not shown (pseudo-BMA: Yao et al., Bayesian Analysis 13(3), 2018).
 Everything works on logarithms: a device twice as slow is the same problem.
 """
 
@@ -26,11 +27,12 @@ from numpy.typing import NDArray
 from hw_profiles import kriging, predict
 from hw_profiles.kriging import Process, Scale, Task
 from hw_profiles.latency import Array
-from hw_profiles.predict import Model, checked, checked_rows
+from hw_profiles.predict import Model, checked, checked_rows, matched
 from hw_profiles.structure import CHAINS, WORK
 from nas.errors import NasctlError
 
-MEMBERS = {"devices": (0, 1), "structure": (1, 3), "both": (0, 3)}  # first and end of their blocks
+#: the processes, and the first and the end of the blocks that they look at
+PROCESSES = {"devices": (0, 1), "structure": (1, 3), "both": (0, 3)}
 STRUCTURE = (WORK, CHAINS)  # the parts of a description that few measurements can speak about
 MIN_SAMPLES = 5  # below this the weights of the members are noise
 SOURCE_CAP = 900  # networks of a source that its predictor is fitted on: bounds time and memory
@@ -65,13 +67,29 @@ class Sources:
         return np.column_stack([source.model(rows) for source in self.devices])
 
     def blocks(self, rows: Array, logs: Array | None = None) -> list[Array]:
-        """The predictions, the work and the chains of each network, scaled. `logs` are those of
-        `self.logs(rows)` where they are known already: they take most of the time."""
+        """The predictions, the work and the chains of each network, scaled; the terms of `sum`.
+        `logs` are those of `self.logs(rows)` where they are known already: they take most of the
+        time."""
         rows = checked_rows(rows)
         logs = self.logs(rows) if logs is None else logs
+        terms = np.column_stack([predict.additive_terms(rows), np.exp(logs)])
+        return [(logs - self.centre) / self.deviation, *self.scaled_structure(rows), terms]
+
+    def scaled_structure(self, rows: Array) -> list[Array]:
         scales = zip(self.structure, STRUCTURE, strict=True)
-        structure = [scale(rows[:, part]) for scale, part in scales]
-        return [(logs - self.centre) / self.deviation, *structure]
+        return [scale(rows[:, part]) for scale, part in scales]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The non-negative combination; its deviation is what leaving one out in turn showed."""
+
+    model: Model
+    deviation: float
+
+    def predict(self, blocks: Sequence[Array]) -> tuple[Array, Array]:
+        (terms,) = blocks
+        return self.model(terms), np.full(len(terms), self.deviation)
 
 
 @dataclass(frozen=True)
@@ -79,7 +97,7 @@ class Adapted:
     """A predictor of the new device."""
 
     sources: Sources
-    processes: dict[str, Process]
+    members: dict[str, Sum | Process]
     shares: dict[str, float]  # of the members; they add up to 1
 
     def predict(self, rows: Array) -> tuple[Array, Array]:
@@ -89,9 +107,7 @@ class Adapted:
 
     def predict_blocks(self, blocks: Sequence[Array]) -> tuple[Array, Array]:
         """The same from `Sources.blocks`, for who asks several devices about the same networks."""
-        found = {
-            name: process.predict(_own(name, blocks)) for name, process in self.processes.items()
-        }
+        found = {name: one.predict(_own(name, blocks)) for name, one in self.members.items()}
         mean = sum(self.shares[name] * one for name, (one, _) in found.items())
         variance = sum(
             self.shares[name] * (deviation**2 + (one - mean) ** 2)
@@ -105,7 +121,7 @@ def source(name: str, board: str, rows: Array, ms: Array, rng: np.random.Generat
 
     Raises NasctlError for too few or impossible measurements.
     """
-    rows, ms = checked_rows(rows), np.asarray(ms, dtype=float)
+    rows, ms = matched(rows, ms)
     there = ~np.isnan(ms)
     try:
         known, log_ms = checked(rows[there], ms[there], predict.MIN_NETWORKS)
@@ -132,7 +148,7 @@ def learn(devices: Sequence[Source], rng: np.random.Generator) -> Sources:
 
 
 def _own(member: str, blocks: Sequence[Array]) -> Sequence[Array]:
-    first, end = MEMBERS[member]
+    first, end = PROCESSES.get(member, (len(blocks) - 1, len(blocks)))
     return blocks[first:end]
 
 
@@ -144,7 +160,7 @@ def _tasks(sources: Sources, rng: np.random.Generator) -> list[Task]:
         others = [at for at, one in enumerate(sources.devices) if one.board != device.board]
         for _ in range(TASKS if others else 0):
             some = rng.permutation(len(device.rows))[:TASK_SIZE]
-            predicted, *structure = sources.blocks(device.rows[some])
+            predicted, *structure, _ = sources.blocks(device.rows[some])
             shown = [predicted[:, others], *structure]
             tasks.append((kriging.kernels(shown, shown), device.log_ms[some]))
     return tasks
@@ -157,12 +173,12 @@ def _priors(tasks: Sequence[Task]) -> dict[str, Array]:
             predict.start_weights(end - first),
             predict.PRIOR_SPREAD,
         )
-        for member, (first, end) in MEMBERS.items()
+        for member, (first, end) in PROCESSES.items()
     }
 
 
 def _grams(member: str) -> slice:
-    first, end = MEMBERS[member]
+    first, end = PROCESSES[member]
     return slice(first * len(kriging.LENGTHS), end * len(kriging.LENGTHS))
 
 
@@ -173,36 +189,53 @@ def adapt(sources: Sources, rows: Array, ms: Array) -> Adapted:
     """
     rows, log_ms = checked(rows, ms, MIN_SAMPLES)
     blocks = sources.blocks(rows)
-    grams = kriging.kernels(blocks, blocks)
-    processes, scores = {}, {}
-    for member, prior in sources.priors.items():
-        weights = kriging.learn([(grams[_grams(member)], log_ms)], prior, FREEDOM)
-        processes[member] = Process.fit(_own(member, blocks), log_ms, weights)
-        mean, deviation = processes[member].leave_one_out(log_ms)
-        density = -np.log(deviation) - 0.5 * ((log_ms - mean) / deviation) ** 2
-        scores[member] = float(density.sum())
-    best = max(scores.values())
-    total = sum(np.exp(score - best) for score in scores.values())
-    shares = {member: float(np.exp(score - best) / total) for member, score in scores.items()}
-    return Adapted(sources, processes, shares)
+    members: dict[str, Sum | Process] = {}
+    densities: dict[str, float] = {}
+    members["sum"], densities["sum"] = _sum(blocks[-1], log_ms)
+    for name, prior in sources.priors.items():
+        own = _own(name, blocks)
+        weights = kriging.learn([(kriging.kernels(own, own), log_ms)], prior, FREEDOM)
+        process = members[name] = Process.fit(own, log_ms, weights)
+        densities[name] = _density(log_ms, *process.leave_one_out(log_ms))
+    best = max(densities.values())
+    total = sum(np.exp(density - best) for density in densities.values())
+    shares = {name: float(np.exp(density - best) / total) for name, density in densities.items()}
+    return Adapted(sources, members, shares)
+
+
+def _density(values: Array, mean: Array, deviation: Array) -> float:
+    """Logarithm, but for a constant."""
+    return float((-np.log(deviation) - 0.5 * ((values - mean) / deviation) ** 2).sum())
+
+
+def _sum(terms: Array, log_ms: Array) -> tuple[Sum, float]:
+    """(model, the density of each measurement when it was left out)."""
+    left_out = np.empty(len(log_ms))
+    for at in range(len(log_ms)):
+        rest = np.arange(len(log_ms)) != at
+        left_out[at] = predict.non_negative(terms[rest], log_ms[rest])(terms[at : at + 1])[0]
+    error = log_ms - left_out
+    deviation = max(float(np.sqrt(np.mean(error**2))), np.exp(kriging.NOISE_BOUNDS[0] / 2))
+    fitted = Sum(predict.non_negative(terms, log_ms), deviation)
+    return fitted, _density(log_ms, left_out, np.full(len(log_ms), deviation))
 
 
 def choose(sources: Sources, rows: Array, n: int) -> NDArray[np.intp]:
-    """Which n of these networks to measure on the new device: before anything is known about it,
-    they leave the least variance over all of `rows`, one after another (Cohn 1996, active learning
-    by variance reduction). Time and memory grow with the square of the number of rows."""
+    """Which n of these networks to measure on the new device. One after another, they leave the
+    least variance over all of `rows` before anything is known about the device (Cohn, Neural
+    Networks 9(6), 1996). Structure alone decides: a device unlike all sources is the one that needs
+    a good choice. Time and memory grow with the square of the number of rows."""
     if not 0 < n <= len(rows):
         raise NasctlError(f"{n} of {len(rows)} networks", where="transfer", allowed="1 to all")
-    blocks, weights = sources.blocks(rows), sources.priors["both"]
+    rows = checked_rows(rows)
+    blocks, weights = sources.scaled_structure(rows), sources.priors["structure"]
     covariance = np.tensordot(np.exp(weights[:-1]), kriging.kernels(blocks, blocks), axes=1)
     covariance += np.trace(covariance) / len(rows)  # the device's own speed, about as uncertain
     noise = np.exp(weights[-1])
     chosen: list[int] = []
     for _ in range(n):
         gain = (covariance**2).sum(axis=0) / (np.diag(covariance) + noise)
-        gain[
-            chosen
-        ] = -1.0  # a second measurement of one network teaches less than the model thinks
+        gain[chosen] = -1.0  # each network once: what repeats would teach is left to the protocol
         best = int(gain.argmax())
         chosen.append(best)
         column = covariance[:, best].copy()

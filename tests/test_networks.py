@@ -37,6 +37,17 @@ def test_an_edge_out_of_a_node_that_nothing_reaches_is_dead():
     assert networks.nb201_ops(fed_by_nothing, 10) == networks.nb201_ops(plain, 10)
 
 
+def test_what_pytorch_runs_includes_what_carries_nothing():
+    ran, useful = networks.nb201_executed(LIVE, 10), networks.nb201_ops(LIVE, 10)
+    extra = [op for op in ran if op.kind == "mul"]
+    assert len(extra) == 15  # one `none` in each of the cells
+    assert macs(ran) == macs(useful)
+    assert sum(op.kind == "add" for op in ran) == 2 + 15 * 3  # every edge is added
+    dead = "|nor_conv_3x3~0|+|none~0|none~1|+|none~0|none~1|none~2|"
+    assert sum(op.kernel == 3 and op.c_in == 64 for op in networks.nb201_executed(dead, 10)) == 6
+    assert all(read < at for at, op in enumerate(ran) for read in op.reads)
+
+
 def test_dead_network_and_wrong_edge_order_are_refused():
     with pytest.raises(ValueError, match="dead network"):
         networks.nb201_ops("|none~0|+|none~0|none~1|+|none~0|skip_connect~1|skip_connect~2|", 10)

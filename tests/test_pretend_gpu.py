@@ -7,6 +7,7 @@ real driver or TensorRT does with them is shown by nothing here (see docs/method
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.machinery
 import json
 import shutil
@@ -132,6 +133,17 @@ def test_an_engine_is_built_loaded_run_and_timed(trt, tmp_path, expected):
     tensorrt.run(session, {"input": 2 * FEEDS["input"]})
     same(found, expected)  # not the engine's own buffers
     assert tensorrt.timed(session, FEEDS)() == pytest.approx(0.002)
+
+
+def test_a_timed_call_keeps_the_buffers_of_its_session(trt, driver):
+    allocated = ctypes.CDLL(str(driver)).pretend_allocated
+    before = allocated()
+    call = tensorrt.timed(tensorrt.load(MODEL), FEEDS)
+    gc.collect()
+    assert allocated() == before + 3  # an input, two outputs
+    del call
+    gc.collect()
+    assert allocated() == before
 
 
 def test_the_timing_cache_is_kept_per_gpu_driver_and_version_and_used_again(trt, tmp_path):

@@ -230,3 +230,45 @@ def test_feeds_are_normal_noise_in_the_types_of_the_inputs():
         "b": ((2, 3), "float16"),
     }
     assert 0.9 < feeds["a"].std() < 1.1
+
+
+def quantized():
+    """A 3x3 convolution between quantize and dequantize nodes: u8 activations, s8 weights."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    constants = {
+        "scale": np.float32(0.05),
+        "zero": np.uint8(128),
+        "w8": rng.integers(-127, 128, (8, 8, 3, 3)).astype(np.int8),
+        "w_scale": np.full(8, 0.01, np.float32),
+        "w_zero": np.zeros(8, np.int8),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "scale", "zero"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w8", "w_scale", "w_zero"], ["w"], axis=0),
+        helper.make_node("Conv", ["xd", "w"], ["c"], pads=[1] * 4, kernel_shape=[3, 3]),
+        helper.make_node("QuantizeLinear", ["c", "scale", "zero"], ["cq"]),
+        helper.make_node("DequantizeLinear", ["cq", "scale", "zero"], ["y"]),
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 8, 8, 8)) for name in ("x", "y")
+    ]
+    weights = [numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items()]
+    graph = helper.make_graph(nodes, "q", ends[:1], ends[1:], weights)
+    opset = [helper.make_opsetid("", 18)]
+    return helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString()
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_quantized_file_is_seen_to_compute_in_int8(name):
+    runtime = here(name)
+    session = runtime.load(quantized(), precision="int8")
+    assert runtime.observed_precision(session) == "int8"
+    feeds = {"x": np.random.default_rng(1).standard_normal((1, 8, 8, 8)).astype(np.float32)}
+    (found,) = runtime.run(session, feeds)
+    (expected,) = onnxruntime.run(onnxruntime.load(quantized()), feeds)
+    assert np.abs(found - expected).max() <= 0.05 + 1e-6  # a step of the output's scale
+    with pytest.raises(NasctlError, match="asked to compute in fp32, but it computes in int8"):
+        runtime.load(quantized(), precision="fp32")

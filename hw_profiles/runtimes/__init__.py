@@ -1,6 +1,6 @@
 """Runtimes: one file each behind one signature, used by profiling and by deployment alike.
 
-A runtime is a file here; its name is what device files and `--runtime` say. A file that begins with
+A runtime is a file here; its name is what device files say. A file that begins with
 an underscore is a part of several runtimes. Each gives the names of `Runtime`, and one whose models
 are built first (SUFFIX is not ".onnx") also those of `Compiled`; tests/test_runtimes.py runs over
 every file found. Importing a runtime's file imports no library: `unavailable()` says what is
@@ -40,7 +40,7 @@ class Session:
     where: str  # the file, for messages
     inputs: dict[str, Shape]
     outputs: tuple[str, ...]
-    dtypes: dict[str, str] = field(default_factory=dict)  # of inputs that are not float32
+    dtypes: dict[str, str] = field(default_factory=dict)  # of inputs; float32 where not named
 
 
 class Runtime(Protocol):
@@ -68,7 +68,10 @@ class Runtime(Protocol):
         """The outputs for arrays by input name, in the file's order."""
 
     def timed(self, session: Session, feeds: Feeds) -> Callable[[], float]:
-        """One inference per call on these inputs, prepared once; returns its seconds (TIMED)."""
+        """One inference per call on these inputs, prepared once; returns its seconds (TIMED).
+
+        The call keeps alive what it needs: the session may be dropped.
+        """
 
     def observed_precision(self, session: Session) -> str:
         """What the multiplying operators of the loaded model really compute in, as far as the

@@ -58,6 +58,17 @@ class Loaded:
             raise NasctlError(f"TensorRT cannot run it ({_said()})")
 
 
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """One replay of a captured graph; keeps what the graph knows by address."""
+
+    loaded: Loaded
+    launch: _cuda.Call
+
+    def __call__(self) -> float:
+        return _cuda.gpu().seconds(self.launch, ahead=self.launch)
+
+
 def unavailable() -> str:
     if importlib.util.find_spec("tensorrt") is None:
         return (
@@ -122,8 +133,7 @@ def timed(session: Session, feeds: Feeds) -> Callable[[], float]:
     _upload(session, feeds)
     loaded.enqueue()  # the first run allocates, which a capture must not
     gpu.synchronize()
-    launch = gpu.captured(loaded.enqueue)
-    return lambda: gpu.seconds(launch, ahead=launch)
+    return Replay(loaded, gpu.captured(loaded.enqueue))
 
 
 def observed_precision(session: Session) -> str:

@@ -72,12 +72,13 @@ def run(session: Session, feeds: Feeds) -> list[np.ndarray]:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """One replay of a captured graph; keeps the tensors that the graph reads and writes."""
+    """One replay of a captured graph; keeps what the graph knows by address."""
 
     graph: torch.cuda.CUDAGraph
     stream: torch.cuda.Stream
     events: tuple[torch.cuda.Event, torch.cuda.Event]
-    tensors: Tensors
+    net: Callable[..., Tensors]
+    tensors: Tensors  # inputs and outputs
 
     def __call__(self) -> float:
         import torch
@@ -112,7 +113,7 @@ def replay(net: Callable[..., Tensors], inputs: Tensors) -> Replay:
             net(*inputs)
     with torch.cuda.graph(graph, stream=stream):
         outputs = net(*inputs)
-    return Replay(graph, stream, events, (*inputs, *outputs))
+    return Replay(graph, stream, events, net, (*inputs, *outputs))
 
 
 def observed_precision(session: Session) -> str:

@@ -1,0 +1,340 @@
+"""This machine's own latencies: a table's predictions against whole networks measured elsewhen.
+
+`part` is the share of benchmarks/latency.py that measures. Truth is the median of several sessions,
+each in a fresh process after the one that the table was made in, of networks that the table never
+saw. Beside every table stands what one session says of the others (nothing can be closer), a fit on
+MACs, and the sum of the network's blocks timed one by one.
+
+A finished session is a row on disk; a run that was stopped goes on with the next.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+import pyarrow.parquet as parquet
+from scipy.stats import kendalltau
+
+from benchmarks import contract, networks, user_models
+from hw_profiles import calibrate, chains, device, measure, op, profile
+from hw_profiles.latency import Array, LatencyTable
+from hw_profiles.op import Op
+from nas import space
+
+PREFIX = "local."
+PIXELS = 32
+OFA = "ofa"  # Once-for-All at 224 px: real ImageNet accuracies (DyNAS-T's logs)
+BAND = 0.10  # networks of about the same MACs, relative
+BUDGETS = (0.2, 0.35, 0.5, 0.65, 0.8)  # quantiles of the true latencies
+Ops = list[Op]
+
+
+@dataclass(frozen=True)
+class Size:
+    fitted: int  # networks of each space that its table is fitted on
+    chains: int
+    held_out: int  # of each space
+    ofa: tuple[int, int]  # fitted, held out
+    sessions: int
+    limit_s: float  # per network and session
+
+
+FULL = Size(240, 300, 60, (40, 60), 3, 1.5)
+QUICK = Size(24, 0, 12, (0, 0), 2, 0.3)
+
+
+@dataclass(frozen=True)
+class Set:
+    """Networks of one kind."""
+
+    fitted: list[Ops]
+    held_out: list[Ops]
+    top1: Array | None = None  # of the held-out ones, %
+
+
+def sets(size: Size) -> dict[str, Set]:
+    """The same for every process: drawn from fixed seeds."""
+    found = {}
+    for name in space.names():
+        known = space.load(name, channels=3, classes=10, size=PIXELS)
+        rows = known.sample(np.random.default_rng(1), size.fitted + size.held_out)
+        drawn = [known.ops(known.decode(row)) for row in rows]
+        found[name] = Set(drawn[size.held_out :], drawn[: size.held_out])
+    found[profile.CHAINS] = Set(chains.sample(np.random.default_rng(2), size.chains), [])
+    found["users"] = Set([], list(user_models.all_models().values()))
+    folder = contract.data("ofa_acc_dynast")
+    if folder is not None and size.ofa[1]:
+        found[OFA] = ofa(folder, *size.ofa)
+    return found
+
+
+def ofa(folder: Path, fitted: int, held_out: int) -> Set:
+    rows = parquet.read_table(next(folder.glob("*.parquet"))).to_pylist()
+    distinct = list({(row["ks"], row["e"], row["d"]): row for row in rows}.values())
+    chosen = np.random.default_rng(3).permutation(len(distinct))[: fitted + held_out]
+    drawn, top1 = [], []
+    for at in chosen:
+        row = distinct[at]
+        kernels, expansions, depths = (json.loads(row[name]) for name in ("ks", "e", "d"))
+        drawn.append(networks.ofa_ops(kernels, expansions, depths, row["r"], 1.0))
+        top1.append(row["top1"])
+    return Set(drawn[held_out:], drawn[:held_out], np.array(top1[:held_out]))
+
+
+def blocks(ops: Ops) -> list[Ops]:
+    """The slots of a space's network as networks of their own: what a block read from outside is
+    its input."""
+    found = []
+    for _, group in itertools.groupby(enumerate(ops), key=lambda pair: pair[1].slot):
+        place: dict[int, int] = {}
+        own: Ops = []
+        for at, one in group:
+            reads = tuple(place.get(read, op.INPUT) for read in one.reads)
+            place[at] = len(own)
+            own.append(Op(**op.to_row(one), reads=reads))
+        found.append(own)
+    return found
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def session(size: Size, number: int) -> list[tuple[str, float, bool]]:
+    """(name of the network, ms, in doubt) of everything that session measures; 0 makes the tables.
+
+    Runs in a process of its own.
+    """
+    found = sets(size)
+    if number == 0:
+        wanted = [ops for known in found.values() for ops in known.fitted]
+        wanted += [
+            part for name in space.names() for ops in found[name].held_out for part in blocks(ops)
+        ]
+    else:
+        wanted = [ops for known in found.values() for ops in known.held_out]
+    wanted = list({profile.digest(ops): ops for ops in wanted}.values())
+    plan = measure.Plan(rounds=12, time_limit_s=size.limit_s * len(wanted))
+    timings = measure.measure_ops(wanted, rng=np.random.default_rng(number), plan=plan)
+    return [
+        (profile.digest(ops), timing.median_ms, bool(timing.noisy))
+        for ops, timing in zip(wanted, timings, strict=True)
+    ]
+
+
+def sessions(size: Size, rows: contract.Rows) -> list[dict[str, tuple[float, bool]]]:
+    """Every session by network; those on disk are not repeated."""
+    done = []
+    for number in range(1 + size.sessions):
+        key = {"session": number, **asdict(size), "version": 1}
+        if rows.get(key) is None:
+            spawn = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                result = pool.submit(session, size, number).result()
+            rows.add(key, {"timings": result, "machine": contract.machine()})
+        row = rows.get(key)
+        assert row is not None
+        done.append({name: (ms, doubt) for name, ms, doubt in row["timings"]})
+    return done
+
+
+# ---- judging -------------------------------------------------------------------------------------
+
+
+def part(outcome: contract.Outcome, quick: bool) -> None:
+    """Prints the tables and fills `local.*` of the outcome."""
+    size = QUICK if quick else FULL
+    folder = Path(mkdtemp()) if quick else contract.RESULTS
+    made, *truths = sessions(size, contract.Rows(folder / "latency_local.rows.jsonl"))
+    doubt = [value[1] for value in made.values()]
+    outcome.figures[PREFIX + "in_doubt"] = float(np.mean(doubt))
+    print(f"\nthis machine: {np.mean(doubt):.0%} of {len(doubt)} timings of the table in doubt")
+    found = sets(size)
+    samples = {name: clean(known.fitted, made) for name, known in found.items()}
+    board = device.load("cpu")
+    tables: dict[str, LatencyTable] = {}
+    for name, own in samples.items():
+        if len(own) >= calibrate.MIN_NETWORKS:
+            others = [] if name == profile.CHAINS else samples[profile.CHAINS]
+            tables[name] = calibrate.fit(own, board, space=name, source_text="", chains=others)
+    rows: list[list[object]] = []
+    for name, known in found.items():
+        if known.held_out:
+            rows += judged(name, known, tables, samples, made, truths, outcome)
+    print(contract.table(HEADER, rows))
+    aims(outcome)
+
+
+HEADER = (
+    "networks",
+    "predicted by",
+    "n",
+    "MAPE %",
+    "in 5 %",
+    "in 10 %",
+    "worst %",
+    "tau",
+    "tau in band",
+)
+
+
+def clean(wanted: Sequence[Ops], made: dict[str, tuple[float, bool]]) -> list[tuple[Ops, float]]:
+    timed = [(ops, *made[profile.digest(ops)]) for ops in wanted]
+    return [(ops, ms) for ops, ms, doubt in timed if not doubt]
+
+
+def judged(
+    name: str,
+    known: Set,
+    tables: dict[str, LatencyTable],
+    samples: dict[str, list[tuple[Ops, float]]],
+    made: dict[str, tuple[float, bool]],
+    truths: Sequence[dict[str, tuple[float, bool]]],
+    outcome: contract.Outcome,
+) -> list[list[object]]:
+    """A row per way of predicting the networks that were held out."""
+    timed = np.array([[truth[profile.digest(ops)] for truth in truths] for ops in known.held_out])
+    sure = (timed[:, :, 1] == 0).sum(1) >= max(1, len(truths) - 1)
+    kept = [ops for ops, sure_ in zip(known.held_out, sure, strict=True) if sure_]
+    each, true = timed[sure, :, 0], np.median(timed[sure, :, 0], axis=1)
+    macs = np.array([op.macs(ops) for ops in kept], float)
+    outcome.figures[f"{PREFIX}{name}.held_out"] = len(kept)
+    if len(kept) < 5:
+        return []
+    ways: dict[str, Callable[[], Array]] = {
+        "another session": lambda: np.array([]),
+        **{
+            f"table of {of}": lambda of=of: predicted(tables[of], kept, name)  # type: ignore[misc]
+            for of in tables
+        },
+    }
+    if name in samples and len(samples[name]) >= calibrate.MIN_NETWORKS:
+        ways["MACs"] = lambda: by_macs(samples[name], macs)
+    if name in space.names():
+        ways["sum of blocks"] = lambda: np.array([by_blocks(ops, made) for ops in kept])
+    rows = []
+    for way, predict in ways.items():
+        if way == "another session":
+            others = [
+                (np.median(np.delete(each, at, 1), axis=1), each[:, at])
+                for at in range(each.shape[1])
+            ]
+            scores = np.mean([score(a, b, macs) for a, b in others], axis=0)
+        else:
+            scores = score(predict(), true, macs)
+        own = "own table" if way == f"table of {name}" else way
+        for figure, value in zip(FIGURES, scores, strict=True):
+            outcome.figures[f"{PREFIX}{name}.{own}.{figure}"] = float(value)
+        rows.append([name, own, len(kept), *scores.tolist()])
+    if known.top1 is not None and name in tables:
+        picks(name, known.top1[sure], kept, true, macs, tables[name], samples[name], outcome)
+    return rows
+
+
+FIGURES = ("mape", "within_5", "within_10", "worst", "tau", "tau_band")
+
+
+def score(predicted: Array, true: Array, macs: Array) -> Array:
+    off = 100 * np.abs(predicted / true - 1)
+    return np.array(
+        [
+            off.mean(),
+            100 * (off <= 5).mean(),
+            100 * (off <= 10).mean(),
+            off.max(),
+            kendalltau(true, predicted).statistic,
+            band_tau(predicted, true, macs),
+        ]
+    )
+
+
+def band_tau(predicted: Array, true: Array, macs: Array) -> float:
+    """Concordant minus discordant pairs over all pairs whose MACs are within BAND of each other."""
+    a, b = np.triu_indices(len(true), 1)
+    near = np.abs(np.log(macs[a] / macs[b])) <= np.log1p(BAND)
+    a, b = a[near], b[near]
+    if len(a) == 0:
+        return float("nan")
+    return float(np.mean(np.sign(true[a] - true[b]) * np.sign(predicted[a] - predicted[b])))
+
+
+def predicted(table: LatencyTable, ops: Sequence[Ops], name: str) -> Array:
+    return np.array([table.estimate(one, name).value_ms for one in ops])
+
+
+def by_macs(samples: Sequence[tuple[Ops, float]], macs: Array) -> Array:
+    """A line through the fitted networks' MACs and milliseconds, least relative error."""
+    x = np.array([[1.0, op.macs(ops)] for ops, _ in samples])
+    y = np.array([ms for _, ms in samples])
+    weights = np.linalg.lstsq(x / y[:, None], np.ones(len(y)), rcond=None)[0]
+    return weights[0] + weights[1] * macs
+
+
+def by_blocks(ops: Ops, made: dict[str, tuple[float, bool]]) -> float:
+    return sum(made[profile.digest(block)][0] for block in blocks(ops))
+
+
+def picks(
+    name: str,
+    top1: Array,
+    kept: Sequence[Ops],
+    true: Array,
+    macs: Array,
+    table: LatencyTable,
+    samples: Sequence[tuple[Ops, float]],
+    outcome: contract.Outcome,
+) -> None:
+    """Accuracy lost, and budgets missed, by choosing with a prediction instead of the truth."""
+    estimates = [table.estimate(ops, name) for ops in kept]
+    ways = {
+        "table, upper end": np.array([estimate.high_ms for estimate in estimates]),
+        "table": np.array([estimate.value_ms for estimate in estimates]),
+        "MACs": by_macs(samples, macs),
+        "truth": true,
+    }
+    rows = []
+    for way, ms in ways.items():
+        lost, missed = [], []
+        for budget in np.quantile(true, BUDGETS):
+            best = top1[true <= budget].max()
+            fits = np.flatnonzero(ms <= budget)
+            chosen = fits[top1[fits].argmax()] if len(fits) else int(true.argmin())
+            lost.append(best - top1[chosen] if true[chosen] <= budget else np.nan)
+            missed.append(true[chosen] > budget)
+        kept_lost = float(np.nanmean(lost)) if not all(missed) else float("nan")
+        rows.append([way, kept_lost, 100 * (1 - np.mean(missed))])
+        outcome.figures[f"{PREFIX}{name}.pick.{way}.lost"] = kept_lost
+        outcome.figures[f"{PREFIX}{name}.pick.{way}.hit"] = rows[-1][2]
+    print(f"\n{name}: picks under {len(BUDGETS)} budgets, real ImageNet accuracies")
+    print(contract.table(("picked with", "top-1 lost where met", "budget met %"), rows))
+
+
+def aims(outcome: contract.Outcome) -> None:
+    figures = outcome.figures
+    for name in space.names():
+        own, noise = f"{PREFIX}{name}.own table", f"{PREFIX}{name}.another session"
+        if f"{own}.mape" not in figures:
+            continue
+        for figure, share in (("within_10", 99), ("within_5", 95)):
+            got = figures[f"{own}.{figure}"]
+            outcome.aim(f"{PREFIX}{name}.{figure}", f">= {share} %", got, got >= share)
+        got, limit = figures[f"{own}.mape"], figures[f"{noise}.mape"] + 3
+        outcome.aim(f"{PREFIX}{name}.mape", "<= noise + 3 points", got, got <= limit)
+        for figure in ("tau", "tau_band"):
+            got, least = figures[f"{own}.{figure}"], 0.95 * figures[f"{noise}.{figure}"]
+            outcome.aim(f"{PREFIX}{name}.{figure}", ">= 0.95 x repeat", got, got >= least)
+    others = {
+        "users.within_10": (f"users.table of {profile.CHAINS}.within_10", 85),
+        "first_pick_hit": (f"{OFA}.pick.table, upper end.hit", 90),
+    }
+    for aim, (figure, least) in others.items():
+        if PREFIX + figure in figures:
+            got = figures[PREFIX + figure]
+            outcome.aim(PREFIX + aim, f">= {least} %", got, got >= least)
