@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ OFA = "ofa"  # Once-for-All at 224 px: real ImageNet accuracies (DyNAS-T's logs)
 BAND = 0.10  # networks of about the same MACs, relative
 BUDGETS = (0.2, 0.35, 0.5, 0.65, 0.8)  # quantiles of the true latencies
 Ops = list[Op]
+Timed = dict[str, tuple[float, bool]]  # network -> (ms, in doubt)
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def session(size: Size, number: int) -> list[tuple[str, float, bool]]:
     ]
 
 
-def sessions(size: Size, rows: contract.Rows) -> list[dict[str, tuple[float, bool]]]:
+def sessions(size: Size, rows: contract.Rows) -> list[Timed]:
     """Every session by network; those on disk are not repeated."""
     done = []
     for number in range(1 + size.sessions):
@@ -148,6 +149,16 @@ def sessions(size: Size, rows: contract.Rows) -> list[dict[str, tuple[float, boo
 # ---- judging -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured, and the tables fitted on it."""
+
+    made: Timed
+    truths: Sequence[Timed]
+    samples: dict[str, list[tuple[Ops, float]]]
+    tables: dict[str, LatencyTable]
+
+
 def part(outcome: contract.Outcome, quick: bool) -> None:
     """Prints the tables and fills `local.*` of the outcome."""
     size = QUICK if quick else FULL
@@ -158,18 +169,23 @@ def part(outcome: contract.Outcome, quick: bool) -> None:
     print(f"\nthis machine: {np.mean(doubt):.0%} of {len(doubt)} timings of the table in doubt")
     found = sets(size)
     samples = {name: clean(known.fitted, made) for name, known in found.items()}
-    board = device.load("cpu")
-    tables: dict[str, LatencyTable] = {}
+    evidence = Evidence(made, truths, samples, fitted(samples))
+    rows: list[list[object]] = []
+    for name, known in found.items():
+        if known.held_out:
+            rows += judged(name, known, evidence, outcome)
+    print(contract.table(HEADER, rows))
+    aims(outcome)
+
+
+def fitted(samples: dict[str, list[tuple[Ops, float]]]) -> dict[str, LatencyTable]:
+    """A table per set of networks; the random ones are in every table."""
+    tables, board = {}, device.load("cpu")
     for name, own in samples.items():
         if len(own) >= calibrate.MIN_NETWORKS:
             others = [] if name == profile.CHAINS else samples[profile.CHAINS]
             tables[name] = calibrate.fit(own, board, space=name, source_text="", chains=others)
-    rows: list[list[object]] = []
-    for name, known in found.items():
-        if known.held_out:
-            rows += judged(name, known, tables, samples, made, truths, outcome)
-    print(contract.table(HEADER, rows))
-    aims(outcome)
+    return tables
 
 
 HEADER = (
@@ -185,57 +201,57 @@ HEADER = (
 )
 
 
-def clean(wanted: Sequence[Ops], made: dict[str, tuple[float, bool]]) -> list[tuple[Ops, float]]:
+def clean(wanted: Sequence[Ops], made: Timed) -> list[tuple[Ops, float]]:
     timed = [(ops, *made[profile.digest(ops)]) for ops in wanted]
     return [(ops, ms) for ops, ms, doubt in timed if not doubt]
 
 
 def judged(
-    name: str,
-    known: Set,
-    tables: dict[str, LatencyTable],
-    samples: dict[str, list[tuple[Ops, float]]],
-    made: dict[str, tuple[float, bool]],
-    truths: Sequence[dict[str, tuple[float, bool]]],
-    outcome: contract.Outcome,
+    name: str, known: Set, evidence: Evidence, outcome: contract.Outcome
 ) -> list[list[object]]:
     """A row per way of predicting the networks that were held out."""
-    timed = np.array([[truth[profile.digest(ops)] for truth in truths] for ops in known.held_out])
-    sure = (timed[:, :, 1] == 0).sum(1) >= max(1, len(truths) - 1)
+    timed = np.array(
+        [[truth[profile.digest(ops)] for truth in evidence.truths] for ops in known.held_out]
+    )
+    sure = (timed[:, :, 1] == 0).sum(1) >= max(1, len(evidence.truths) - 1)
     kept = [ops for ops, sure_ in zip(known.held_out, sure, strict=True) if sure_]
     each, true = timed[sure, :, 0], np.median(timed[sure, :, 0], axis=1)
     macs = np.array([op.macs(ops) for ops in kept], float)
     outcome.figures[f"{PREFIX}{name}.held_out"] = len(kept)
     if len(kept) < 5:
         return []
-    ways: dict[str, Callable[[], Array]] = {
-        "another session": lambda: np.array([]),
-        **{
-            f"table of {of}": lambda of=of: predicted(tables[of], kept, name)  # type: ignore[misc]
-            for of in tables
-        },
-    }
-    if name in samples and len(samples[name]) >= calibrate.MIN_NETWORKS:
-        ways["MACs"] = lambda: by_macs(samples[name], macs)
+    scores = {"another session": repeated(each, macs)}
+    for way, ms in ways(name, kept, macs, evidence).items():
+        scores[way] = score(ms, true, macs)
+    for way, values in scores.items():
+        for figure, value in zip(FIGURES, values, strict=True):
+            outcome.figures[f"{PREFIX}{name}.{way}.{figure}"] = float(value)
+    if known.top1 is not None and name in evidence.tables:
+        picks(name, known.top1[sure], kept, true, evidence, outcome)
+    return [[name, way, len(kept), *values.tolist()] for way, values in scores.items()]
+
+
+def ways(name: str, kept: Sequence[Ops], macs: Array, evidence: Evidence) -> dict[str, Array]:
+    """Milliseconds of the networks kept, by everything that can predict them."""
+    found = {}
+    for of, table in evidence.tables.items():
+        estimates = [table.estimate(ops, name).value_ms for ops in kept]
+        found["own table" if of == name else f"table of {of}"] = np.array(estimates)
+    own = evidence.samples.get(name, [])
+    if len(own) >= calibrate.MIN_NETWORKS:
+        found["MACs"] = by_macs(own, macs)
     if name in space.names():
-        ways["sum of blocks"] = lambda: np.array([by_blocks(ops, made) for ops in kept])
-    rows = []
-    for way, predict in ways.items():
-        if way == "another session":
-            others = [
-                (np.median(np.delete(each, at, 1), axis=1), each[:, at])
-                for at in range(each.shape[1])
-            ]
-            scores = np.mean([score(a, b, macs) for a, b in others], axis=0)
-        else:
-            scores = score(predict(), true, macs)
-        own = "own table" if way == f"table of {name}" else way
-        for figure, value in zip(FIGURES, scores, strict=True):
-            outcome.figures[f"{PREFIX}{name}.{own}.{figure}"] = float(value)
-        rows.append([name, own, len(kept), *scores.tolist()])
-    if known.top1 is not None and name in tables:
-        picks(name, known.top1[sure], kept, true, macs, tables[name], samples[name], outcome)
-    return rows
+        found["sum of blocks"] = np.array([by_blocks(ops, evidence.made) for ops in kept])
+    return found
+
+
+def repeated(each: Array, macs: Array) -> Array:
+    """What one session says of the median of the others: `each` [networks, sessions]."""
+    if each.shape[1] < 2:
+        return np.full(len(FIGURES), np.nan)
+    others = (np.median(np.delete(each, at, 1), axis=1) for at in range(each.shape[1]))
+    scores = [score(each[:, at], other, macs) for at, other in enumerate(others)]
+    return np.mean(scores, axis=0)
 
 
 FIGURES = ("mape", "within_5", "within_10", "worst", "tau", "tau_band")
@@ -265,10 +281,6 @@ def band_tau(predicted: Array, true: Array, macs: Array) -> float:
     return float(np.mean(np.sign(true[a] - true[b]) * np.sign(predicted[a] - predicted[b])))
 
 
-def predicted(table: LatencyTable, ops: Sequence[Ops], name: str) -> Array:
-    return np.array([table.estimate(one, name).value_ms for one in ops])
-
-
 def by_macs(samples: Sequence[tuple[Ops, float]], macs: Array) -> Array:
     """A line through the fitted networks' MACs and milliseconds, least relative error."""
     x = np.array([[1.0, op.macs(ops)] for ops, _ in samples])
@@ -277,7 +289,7 @@ def by_macs(samples: Sequence[tuple[Ops, float]], macs: Array) -> Array:
     return weights[0] + weights[1] * macs
 
 
-def by_blocks(ops: Ops, made: dict[str, tuple[float, bool]]) -> float:
+def by_blocks(ops: Ops, made: Timed) -> float:
     return sum(made[profile.digest(block)][0] for block in blocks(ops))
 
 
@@ -286,21 +298,20 @@ def picks(
     top1: Array,
     kept: Sequence[Ops],
     true: Array,
-    macs: Array,
-    table: LatencyTable,
-    samples: Sequence[tuple[Ops, float]],
+    evidence: Evidence,
     outcome: contract.Outcome,
 ) -> None:
     """Accuracy lost, and budgets missed, by choosing with a prediction instead of the truth."""
-    estimates = [table.estimate(ops, name) for ops in kept]
-    ways = {
+    estimates = [evidence.tables[name].estimate(ops, name) for ops in kept]
+    macs = np.array([op.macs(ops) for ops in kept], float)
+    predicted = {
         "table, upper end": np.array([estimate.high_ms for estimate in estimates]),
         "table": np.array([estimate.value_ms for estimate in estimates]),
-        "MACs": by_macs(samples, macs),
+        "MACs": by_macs(evidence.samples[name], macs),
         "truth": true,
     }
     rows = []
-    for way, ms in ways.items():
+    for way, ms in predicted.items():
         lost, missed = [], []
         for budget in np.quantile(true, BUDGETS):
             best = top1[true <= budget].max()

@@ -239,9 +239,9 @@ class _Job:
             done = runner.finished(runner.from_lines(results.read()))
             words = self.words(_RUN, "run", self.bundle.identity, str(results.tell()))
             with contextlib.closing(ssh.lines(self.target, words)) as said:
-                for line in itertools.islice(itertools.dropwhile(BEGIN.__ne__, said), 1, None):
-                    if not line.endswith(b"\n"):  # cut off with the connection: comes again
-                        continue
+                lines = itertools.islice(itertools.dropwhile(BEGIN.__ne__, said), 1, None)
+                # one that is cut off with the connection comes again
+                for line in (line for line in lines if line.endswith(b"\n")):
                     results.write(line)
                     results.flush()
                     done |= runner.finished(runner.from_lines(line))
