@@ -149,7 +149,7 @@ def physics(rows: Array, log_ms: Array, units: float) -> Physics:
 def _ridge(design: Array, goal: Array) -> Array:
     # one kernel's worth for few of them, a ten-thousandth of the data for many
     penalty = (1.0 + 1e-4 * len(design)) * np.eye(design.shape[1])
-    return np.linalg.solve(design.T @ design + penalty, design.T @ goal)
+    return np.linalg.solve(design.T @ design + penalty, design.T @ goal).astype(float)
 
 
 # ---- kriging -------------------------------------------------------------------------------------
@@ -223,10 +223,8 @@ def tuned(rows: Array, residual: Array, axis: int, rng: np.random.Generator) -> 
     least, step = loss(best), np.log(2.0)
     for _ in range(2):
         for unit in step * np.eye(len(best))[TUNED]:
-            for moved in (best + unit, best - unit):
-                if (found := loss(moved)) < least:
-                    best, least = moved, found
-                    break
+            tried = ((loss(moved), moved) for moved in (best + unit, best - unit))
+            least, best = next((found for found in tried if found[0] < least), (least, best))
         step /= 1.6
     return np.exp(best)
 
@@ -258,7 +256,7 @@ class Family(BaseModel):
                 self.rows, self.residual, rows[mine], self.scales[at]
             )
         first = self.physics(rows) + mean
-        views = self.views(rows, first, variance, unseen)
+        views = self.views(rows, first, variance, unseen.astype(float))
         return first + self.correction(views), self.widen * np.exp(self.doubt(views))
 
     def views(self, rows: Array, first: Array, variance: Array, unseen: Array) -> Array:
@@ -377,7 +375,7 @@ def _hidden(model: Family, drawn: Index, rng: np.random.Generator) -> tuple[Arra
         )
     first = model.physics(rows) + mean
     unseen = np.stack([case == 1 + at for at in range(len(AXES))], axis=1)
-    return model.views(rows, first, variance, unseen), first
+    return model.views(rows, first, variance, unseen.astype(float)), first
 
 
 def _corrected(model: Family, views: Array, error: Array, rng: np.random.Generator) -> Family:

@@ -125,7 +125,7 @@ def test_kinds_are_apart_and_one_that_was_not_fitted_is_an_error():
 
 
 def test_batch_and_a_fused_add_are_sizes_like_others():
-    plain = kernels(widths=(16, 32, 64, 128), sizes=(7, 14, 28), kernels=(3,))
+    plain = kernels(widths=(16, 32, 64, 128), sizes=(7, 14), kernels=(3,))
     added = [Op(op.kind, op.c_in, op.c_out, op.h, op.w, 3, reads=(-1, -1)) for op in plain]
     ops, batch = [*plain, *added] * 2, np.repeat([1, 8], 2 * len(plain))
     ms = np.array([smooth(op) * (1 + 0.5 * (len(op.reads) - 1)) for op in ops]) * batch
