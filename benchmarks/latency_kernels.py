@@ -170,7 +170,7 @@ def pooled(found: Sequence[Result]) -> Array:
 
 
 def figures(mine: Sequence[Result]) -> dict[str, float]:
-    """Of all rows together; beside them the worst draw, and levels between and beyond known ones."""
+    """Of all rows; beside it the worst draw, and levels between and beyond the known ones."""
     draws = [pooled([r for r in mine if r.draw == draw]) for draw in {r.draw for r in mine}]
     ratios, inside = pooled(mine), np.concatenate([r.inside for r in mine])
     return {
