@@ -169,29 +169,31 @@ def pooled(found: Sequence[Result]) -> Array:
     return np.concatenate([result.ratios for result in found])
 
 
+def figures(mine: Sequence[Result]) -> dict[str, float]:
+    """Of all rows; beside it the worst draw, and levels between and beyond the known ones."""
+    draws = [pooled([r for r in mine if r.draw == draw]) for draw in {r.draw for r in mine}]
+    ratios, inside = pooled(mine), np.concatenate([r.inside for r in mine])
+    return {
+        "within10": within(ratios, 0.1),
+        "within10_worst_draw": min(within(draw, 0.1) for draw in draws),
+        "within5": within(ratios, 0.05),
+        "mape": mape(ratios),
+        "within10_inside": within(ratios[inside], 0.1),
+        "within10_outside": within(ratios[~inside], 0.1),
+    }
+
+
 def report_methods(outcome: contract.Outcome, found: Sequence[Result]) -> None:
-    """Per split and method, all cells together; the worst draw beside the mean of all rows."""
+    """Per split and method, all cells together."""
     rows = []
     for split in dict.fromkeys(result.split for result in found):
         for method in METHODS:
             mine = [r for r in found if (r.split, r.method) == (split, method)]
-            draws = [
-                within(pooled([r for r in mine if r.draw == draw]), 0.1)
-                for draw in sorted({r.draw for r in mine})
-            ]
-            ratios, inside = pooled(mine), np.concatenate([r.inside for r in mine])
-            figures = {
-                "within10": within(ratios, 0.1),
-                "within10_worst_draw": min(draws),
-                "within5": within(ratios, 0.05),
-                "mape": mape(ratios),
-                "within10_inside": within(ratios[inside], 0.1),
-                "within10_outside": within(ratios[~inside], 0.1),
-            }
-            rows.append([split, method, len(ratios), *figures.values()])
-            for name, value in figures.items():
-                if np.isfinite(value):
-                    outcome.figures[f"kernels.{split}.{method}.{name}"] = value
+            values = figures(mine)
+            rows.append([split, method, sum(len(r.ratios) for r in mine), *values.values()])
+            key = f"kernels.{split}.{method}"
+            known = {name: value for name, value in values.items() if np.isfinite(value)}
+            outcome.figures |= {f"{key}.{name}": value for name, value in known.items()}
     header = ("held out", "method", "rows", "+-10 %", "worst draw", "+-5 %", "MAPE %")
     print(contract.table((*header, "+-10 % inside", "outside"), rows))
 

@@ -105,7 +105,6 @@ class Physics(BaseModel):
 
     model_config = _frozen
     units: float
-    level: float  # mean log ms
     centre: Stored
     scale: Stored
     shared: Stored  # 21
@@ -113,9 +112,9 @@ class Physics(BaseModel):
     own: Stored  # G x 21
 
     def __call__(self, rows: Array) -> Array:
-        """log ms [N]; a group that was never measured has the shared part alone."""
+        """log ms over the level [N]; a group that was never measured has the shared part alone."""
         design = self.design(rows)
-        result = self.level + design @ self.shared
+        result = design @ self.shared
         for key, weights in zip(self.groups, self.own, strict=True):
             mine = (rows[:, [KERNEL, STRIDE, FUSED]] == key).all(axis=1)
             result[mine] += design[mine] @ weights
@@ -131,16 +130,15 @@ def physics(rows: Array, log_ms: Array, units: float) -> Physics:
     groups = np.unique(rows[:, [KERNEL, STRIDE, FUSED]], axis=0)
     blank = Physics(
         units=units,
-        level=log_ms.mean(),
         centre=columns.mean(axis=0),
         scale=np.maximum(columns.std(axis=0), 1e-9),
         shared=np.zeros(columns.shape[1] + 1),
         groups=groups,
         own=np.zeros((len(groups), columns.shape[1] + 1)),
     )
-    design, left = blank.design(rows), log_ms - blank.level
-    shared = _ridge(design, left)
-    left = left - design @ shared
+    design = blank.design(rows)
+    shared = _ridge(design, log_ms)
+    left = log_ms - design @ shared
     own = []
     for key in groups:
         mine = (rows[:, [KERNEL, STRIDE, FUSED]] == key).all(axis=1)
@@ -151,7 +149,7 @@ def physics(rows: Array, log_ms: Array, units: float) -> Physics:
 def _ridge(design: Array, goal: Array) -> Array:
     # one kernel's worth for few of them, a ten-thousandth of the data for many
     penalty = (1.0 + 1e-4 * len(design)) * np.eye(design.shape[1])
-    return np.linalg.solve(design.T @ design + penalty, design.T @ goal)
+    return np.linalg.solve(design.T @ design + penalty, design.T @ goal).astype(float)
 
 
 # ---- kriging -------------------------------------------------------------------------------------
@@ -225,10 +223,8 @@ def tuned(rows: Array, residual: Array, axis: int, rng: np.random.Generator) -> 
     least, step = loss(best), np.log(2.0)
     for _ in range(2):
         for unit in step * np.eye(len(best))[TUNED]:
-            for moved in (best + unit, best - unit):
-                if (found := loss(moved)) < least:
-                    best, least = moved, found
-                    break
+            tried = ((loss(moved), moved) for moved in (best + unit, best - unit))
+            least, best = next((found for found in tried if found[0] < least), (least, best))
         step /= 1.6
     return np.exp(best)
 
@@ -240,6 +236,7 @@ class Family(BaseModel):
     """What was learned of one kind of operator."""
 
     model_config = _frozen
+    level: float  # mean log ms; all else is relative to it
     physics: Physics
     rows: Stored  # N x COLUMNS
     residual: Stored  # N
@@ -249,7 +246,7 @@ class Family(BaseModel):
     widen: PositiveFloat
 
     def predict(self, rows: Array) -> tuple[Array, Array]:
-        """(log ms, 90 % half-width of its error) of rows [N, COLUMNS]."""
+        """(log ms over the level, 90 % half-width of its error) of rows [N, COLUMNS]."""
         unseen = np.stack([~np.isin(rows[:, axis], self.rows[:, axis]) for axis in AXES], axis=1)
         case = np.where(unseen.any(axis=1), 1 + unseen.argmax(axis=1), 0)
         mean, variance = np.zeros(len(rows)), np.ones(len(rows))
@@ -259,7 +256,7 @@ class Family(BaseModel):
                 self.rows, self.residual, rows[mine], self.scales[at]
             )
         first = self.physics(rows) + mean
-        views = self.views(rows, first, variance, unseen)
+        views = self.views(rows, first, variance, unseen.astype(float))
         return first + self.correction(views), self.widen * np.exp(self.doubt(views))
 
     def views(self, rows: Array, first: Array, variance: Array, unseen: Array) -> Array:
@@ -297,8 +294,9 @@ class Model(BaseModel):
         for name, mine in _by_family(ops):
             if name not in self.families:
                 raise unknown("kind of operator", name, self.families, where="kernel model")
-            log_ms, width = self.families[name].predict(rows[mine])
-            ms[mine], spread[mine] = np.exp(log_ms), np.expm1(width)
+            learned = self.families[name]
+            log_ms, width = learned.predict(rows[mine])
+            ms[mine], spread[mine] = np.exp(learned.level + log_ms), np.expm1(width)
         return ms, spread
 
 
@@ -340,7 +338,10 @@ def _by_family(ops: Sequence[Op]) -> Iterator[tuple[str, Index]]:
         yield str(name), np.flatnonzero(names == name)
 
 
-def _family(rows: Array, log_ms: Array, rng: np.random.Generator) -> Family:
+def _family(rows: Array, log_times: Array, rng: np.random.Generator) -> Family:
+    level = float(log_times.mean())
+    # rounded, so that a device that is slower by a factor is learned as exactly that
+    log_ms = np.round(log_times - level, 9)
     some = rng.permutation(len(rows))[:3000]
     tried = [physics(rows[some], log_ms[some], units) for units in UNITS]
     errors = [np.abs(log_ms[some] - each(rows[some])).mean() for each in tried]
@@ -349,6 +350,7 @@ def _family(rows: Array, log_ms: Array, rng: np.random.Generator) -> Family:
     scales = np.array([tuned(rows, residual, axis, rng) for axis in (-1, *AXES)])
     blank = Forest(features=np.zeros((0, 1)), thresholds=np.zeros((0, 1)), values=np.zeros((0, 2)))
     made = Family(
+        level=level,
         physics=base,
         rows=rows,
         residual=residual,
@@ -373,13 +375,14 @@ def _hidden(model: Family, drawn: Index, rng: np.random.Generator) -> tuple[Arra
         )
     first = model.physics(rows) + mean
     unseen = np.stack([case == 1 + at for at in range(len(AXES))], axis=1)
-    return model.views(rows, first, variance, unseen), first
+    return model.views(rows, first, variance, unseen.astype(float)), first
 
 
 def _corrected(model: Family, views: Array, error: Array, rng: np.random.Generator) -> Family:
     """Two thirds of the kernels teach the correction, the rest how far to trust it."""
     teach = np.arange(len(error)) % 3 > 0
-    correction = boost.fit(views[teach], error[teach], rng)
+    trees = int(np.clip(len(error) / 20, 20, Growth().trees))  # a few kernels teach little
+    correction = boost.fit(views[teach], error[teach], rng, Growth(trees=trees))
     left = np.abs(error - correction(views))[~teach]
     logs = np.log(left + 1e-3)
     doubt = boost.fit(views[~teach], logs, rng, Growth(trees=60, depth=4, width=1.0))
