@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -95,8 +96,6 @@ def _here(
 def _there(
     model: Path, setting: Setting, plan: Plan, on: str, seed: int
 ) -> tuple[Timing, dict[str, Any]]:
-    import tempfile
-
     from hw_profiles import measure, remote, runtimes, ssh
     from hw_profiles.bundle import Bundle
 
@@ -109,8 +108,9 @@ def _there(
         precision=setting.precision,
         seed=seed,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        found = remote.measure_models(ssh.parse(on), bundle, workdir=Path(folder))
+    # one folder for all: after a lost connection the same command collects what the board measured
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nasctl"
+    found = remote.measure_models(ssh.parse(on), bundle, workdir=cache)
     return found.timings[model.stem], {
         "runtime": str(found.fingerprint["runtime"]),
         "precision": setting.precision or "as the file is",
