@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -175,7 +176,27 @@ def part(outcome: contract.Outcome, quick: bool) -> None:
         if known.held_out:
             rows += judged(name, known, evidence, outcome)
     print(contract.table(HEADER, rows))
+    for name in space.names():
+        if name in evidence.tables:
+            million(name, evidence.tables[name], outcome)
     aims(outcome)
+
+
+def million(name: str, table: LatencyTable, outcome: contract.Outcome) -> None:
+    """Seconds that the search's inner loop takes for the latencies of 10^6 candidates."""
+    known = space.load(name, channels=3, classes=10, size=PIXELS)
+    began = time.perf_counter()
+    columns = known.fold(table.columns)
+    compiled = time.perf_counter() - began
+    rows = known.sample(np.random.default_rng(4), 10**6)
+    began = time.perf_counter()
+    for part_ in np.array_split(rows, 20):
+        table.combine(columns(part_), name)
+    seconds = time.perf_counter() - began
+    print(f"{name}: 10^6 latencies in {seconds:.2f} s, after {compiled:.2f} s once")
+    outcome.figures[f"{PREFIX}{name}.million_s"] = seconds
+    outcome.figures[f"{PREFIX}{name}.compile_s"] = compiled
+    outcome.aim(f"{PREFIX}{name}.million", "< 2 s on one core", seconds, seconds < 2)
 
 
 def fitted(samples: dict[str, list[tuple[Ops, float]]]) -> dict[str, LatencyTable]:
