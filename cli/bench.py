@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import console
+from cli.profile import here_or_there
 from nas.errors import NasctlError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def command(
     if not model.is_file():
         raise NasctlError("no such file", where=str(model))
     board = devices.load(hw)
+    here_or_there(board, on)
     setting = Setting(runtime or board.runtime, precision, threads)
     limit = console.parse_seconds(duration, "--duration")
     # what a loop over the file will show: the median of calls in a row, not the fastest
@@ -57,7 +59,7 @@ def command(
         f"percentile(95%) = {timing.p95_ms:.4g} ms, percentile(99%) = {timing.p99_ms:.4g} ms",
         "latency",
     )
-    say(f"{told['timed']}; {timing.n} quiet rounds of {plan.inner} calls")
+    say(f"{told['timed']}; {timing.n} rounds of {plan.inner} calls")
     if timing.noisy:
         say(f"in doubt: {timing.noisy}")
     return None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cli import console
 from cli import search as one
 from nas.errors import BudgetMissed, UsageError
-from nas.run import Run
+from nas.run import Run, digest
 
 if TYPE_CHECKING:
     from cli.stages import Job
@@ -32,6 +32,10 @@ def prepare(
     from hw_profiles import device
 
     boards = [device.load(name.strip()) for name in names]
+    if given.get("storage"):
+        raise UsageError(
+            "several devices cannot share one study", where="--storage", next="One search each."
+        )
     if len({board.name for board in boards}) < len(boards):
         raise UsageError("a device is named twice", where="--hw")
     if len(budgets) not in (0, 1, len(boards)):
@@ -47,14 +51,24 @@ def prepare(
     ]
     first = one.prepare(specs[0], None, quick=quick)
     own = first.run.folder
-    common = own.name.replace(boards[0].name, "+".join(board.name for board in boards))
-    root = folder or own.with_name(common)
+    every = "+".join(board.name for board in boards)
+    name = own.name.removesuffix(first.spec.digest()[:8]).replace(boards[0].name, every)
+    root = folder or own.with_name(name + digest(specs)[:8])
     jobs = [replace(first, run=Run(root / boards[0].name))]
     trained = given.get("supernet") or str(jobs[0].run.folder)
     for board, spec in zip(boards[1:], specs[1:], strict=True):
         spec["supernet"] = trained
         jobs.append(one.prepare(spec, root / board.name, quick=quick, task=first.task))
     return jobs
+
+
+def plan(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Device name -> what would be done for it; the supernet is trained for the first alone."""
+    plans = {}
+    for job in jobs:
+        console.say(job.device.name, "device")
+        plans[job.device.name] = one.plan(job)
+    return plans
 
 
 def search(jobs: Sequence[Job], *, force: bool) -> dict[str, Any]:

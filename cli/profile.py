@@ -17,6 +17,7 @@ from nas.errors import NasctlError, UsageError
 
 if TYPE_CHECKING:
     from hw_profiles.device import Device
+    from hw_profiles.latency import LatencyTable
     from hw_profiles.measure import Setting
     from hw_profiles.profile import Errors, Group, Measure, Plan, Timings
 
@@ -55,7 +56,6 @@ def command(
     The same command goes on where it was interrupted, without measuring anything twice.
     """
     from hw_profiles import device as devices
-    from hw_profiles import runtimes
     from hw_profiles.measure import Setting
 
     board = devices.load(hw)
@@ -63,19 +63,15 @@ def command(
     board = board.model_copy(update=changed)
     seconds = console.parse_seconds(budget, "--budget")
     setting = Setting(board.runtime, board.precision, threads, batch)
-    if on == "local":
-        if missing := runtimes.load_module(board.runtime).unavailable():
-            raise NasctlError(missing, where=f"runtime {board.runtime}")
-        if not board.local:
-            raise UsageError(
-                f"{board.name} is not this machine",
-                where="--on",
-                allowed="ssh://[user@]host[:port]",
-            )
+    _check(board, on)
     shape = {"channels": channels, "classes": classes, "size": size, "width": width}
-    plan = _plan(space, shape, seed + 1000 * validate, seconds)
     folder = out or Path(os.environ.get("NASCTL_PROFILES", "profiles"))
     header = {**asdict(setting), "device": board.name, "on": on, "seed": seed, **_here(on)}
+    header |= {"space": space or "", **{k: v for k, v in shape.items() if v is not None}}
+    plan = _plan(space, shape, seed, seconds)
+    table = _table(folder, board, header) if validate else None
+    if validate:
+        plan = _unseen(_plan(space, shape, seed + 1000, seconds), folder / _file(board))
     say = console.say
     say(f"{board.name}, {board.runtime} {board.precision}, batch {batch}, {on}", "device")
     say(
@@ -87,14 +83,62 @@ def command(
         if json:
             console.emit_json({**header, "estimated_seconds": _estimate(plan, on, seconds)})
         return None
-    names = f"{board.name}.validation" if validate else board.name
-    path = folder / f"{names}.timings.jsonl"
+    path = folder / _file(board, validate)
     if validate:
         path.unlink(missing_ok=True)  # a validation is of its own time
     timings = _measured(path, header, plan, _backend(on, setting, seed, folder), seconds)
-    if validate:
-        return _validate(timings, plan, board, folder, json)
+    if table is not None:
+        return _validate(table, timings, plan, json)
     return _write(timings, plan, board, folder, header, json)
+
+
+def _check(board: Device, on: str) -> None:
+    """That the runtime is here and offers the precision, and that `on` is where the device is."""
+    from hw_profiles import runtimes
+
+    runtime = runtimes.load_module(board.runtime)
+    runtimes.offered(board.precision, runtime.PRECISIONS, board.runtime)
+    if on == "local" and (missing := runtime.unavailable()):
+        raise NasctlError(missing, where=f"runtime {board.runtime}")
+    here_or_there(board, on)
+
+
+def here_or_there(board: Device, on: str) -> None:
+    """Refuse to file this machine's latencies under a board's name, or a board's under ours."""
+    if board.local != (on == "local"):
+        raise UsageError(
+            f"{board.name} is {'' if board.local else 'not '}this machine",
+            where="--on" if not board.local else "--hw",
+            allowed="ssh://[user@]host[:port]" if not board.local else "the board's device file",
+        )
+
+
+def _file(board: Device, validate: bool = False) -> str:
+    return f"{board.name}{'.validation' if validate else ''}.timings.jsonl"
+
+
+def _table(folder: Path, board: Device, header: dict[str, Any]) -> LatencyTable:
+    """The table to be validated. Raises NasctlError where it is of something else."""
+    from hw_profiles.latency import LatencyTable
+
+    path = folder / f"{board.name}.table.json"
+    table = LatencyTable.load(path)
+    names = ("runtime", "precision", "threads", "batch", "on")
+    if differs := [name for name in names if table.provenance.get(name) != header[name]]:
+        raise NasctlError(f"was made with another {', '.join(differs)}", where=str(path))
+    return table
+
+
+def _unseen(plan: Plan, path: Path) -> Plan:
+    """The plan without the networks that the profile in this file measured."""
+    import json
+
+    from hw_profiles.profile import Plan, digest
+
+    lines = path.read_text().splitlines()[1:] if path.is_file() else []
+    seen = {name for line in lines for name in json.loads(line)["timings"]}
+    parts = (plan.mine, plan.chains, plan.held_out)
+    return Plan(plan.space, *([ops for ops in part if digest(ops) not in seen] for part in parts))
 
 
 def _here(on: str) -> dict[str, str]:
@@ -113,15 +157,17 @@ def _plan(space: str | None, shape: dict[str, Any], seed: int, seconds: float) -
 
     share = min(1.0, seconds / (LOCAL_NETWORK_S * (MINE + CHAINS + HELD_OUT)))
     mine, others, held_out = (max(20, round(share * n)) for n in (MINE, CHAINS, HELD_OUT))
-    rng = np.random.default_rng((seed, 8))
-    random = chains.sample(rng, others + (0 if space else mine + held_out))
+    # prefixes of draws of one size, so that another budget measures nothing anew
+    random = chains.sample(np.random.default_rng((seed, 8)), MINE + CHAINS + HELD_OUT)
     if space is None:
-        return Plan("", [], random[held_out:], random[:held_out])
+        return Plan("", [], random[HELD_OUT:][: mine + others], random[:HELD_OUT][:held_out])
     found = spaces.load(space, **shape)
     ends = np.stack([found.smallest, found.largest])
-    rows = np.unique(np.concatenate([ends, found.sample(rng, mine + held_out)]), axis=0)
-    networks = [found.ops(found.decode(row)) for row in rng.permutation(rows)]
-    return Plan(space, networks[held_out:], random, networks[:held_out])
+    drawn = found.sample(np.random.default_rng((seed, 10)), MINE + HELD_OUT)
+    rows = list(dict.fromkeys(map(tuple, np.concatenate([ends, drawn]).tolist())))
+    networks = [found.ops(found.decode(np.array(row))) for row in rows]
+    own = networks[:2] + networks[2 + HELD_OUT :]
+    return Plan(space, own[:mine], random[:others], networks[2 : 2 + HELD_OUT][:held_out])
 
 
 def _estimate(plan: Plan, on: str, seconds: float) -> float:
@@ -214,42 +260,42 @@ def _write(
     console.say(f"{path}; noise floor {timings.noise:.1%}", "table")
     if folder not in devices.folders():
         console.say(f"searches use it with NASCTL_PROFILES={folder}")
-    _tell(errors, plan, json, str(path))
+    if errors is None:
+        console.say("too few held-out networks were measured: the error is not known")
+    else:
+        _tell(errors, "error")
+    if json:
+        console.emit_json({"table": str(path), "errors": asdict(errors) if errors else None})
 
 
-def _validate(timings: Timings, plan: Plan, board: Device, folder: Path, json: bool) -> None:
+def _validate(table: LatencyTable, timings: Timings, plan: Plan, json: bool) -> None:
     from hw_profiles import profile
-    from hw_profiles.latency import LatencyTable
 
-    path = folder / f"{board.name}.table.json"
-    table = LatencyTable.load(path)
-    samples = timings.samples(plan.order())
-    if len(samples) < profile.MIN_HELD_OUT:
+    found = {}
+    for name, networks in (("space", [*plan.mine, *plan.held_out]), ("random", plan.chains)):
+        samples = timings.samples(networks)
+        if len(samples) >= profile.MIN_HELD_OUT:
+            ops, measured = zip(*samples, strict=True)
+            own = plan.space if name == "space" else profile.CHAINS
+            found[name] = profile.validate(table, ops, measured, own)
+    if not found:
         raise NasctlError(
-            f"only {len(samples)} networks could be measured beyond doubt",
-            where=board.name,
-            allowed=f"at least {profile.MIN_HELD_OUT}",
+            f"only {len(timings.samples(plan.order()))} networks could be measured beyond doubt",
+            where=table.device,
+            allowed=f"at least {profile.MIN_HELD_OUT} of the space or random ones",
             next="Stop what else runs there, or raise --budget.",
         )
-    for name, networks in (("the space", [*plan.mine, *plan.held_out]), ("random", plan.chains)):
-        found = timings.samples(networks)
-        if len(found) >= profile.MIN_HELD_OUT:
-            ops, measured = zip(*found, strict=True)
-            own = plan.space if name == "the space" else ""
-            console.say(f"{len(found)} networks of {name} that the table never saw", "validated")
-            _tell(profile.validate(table, ops, measured, own), plan, json, str(path))
-
-
-def _tell(errors: Errors | None, plan: Plan, json: bool, path: str) -> None:
+    for name, errors in found.items():
+        _tell(errors, name)
     if json:
-        console.emit_json({"table": path, "errors": asdict(errors) if errors else None})
-    if errors is None:
-        return console.say("too few held-out networks were measured: the error is not known")
+        console.emit_json({name: asdict(errors) for name, errors in found.items()})
+
+
+def _tell(errors: Errors, label: str) -> None:
     console.say(
         f"{errors.n} networks it never saw: {errors.mape:.1f} % mean error, "
         f"{errors.within_5:.0f} % within 5 %, {errors.within_10:.0f} % within 10 %, worst "
         f"{errors.worst:.0f} %, Kendall tau {errors.tau:.2f}, {errors.inside:.0f} % inside the "
         "printed interval",
-        "error",
+        label,
     )
-    return None

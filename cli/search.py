@@ -93,7 +93,7 @@ def command(
         from cli import boards
 
         jobs = boards.prepare(given, names, budgets, run, quick=quick)
-        report = plan(jobs[0]) if dry_run else boards.search(jobs, force=force)
+        report = boards.plan(jobs) if dry_run else boards.search(jobs, force=force)
     else:
         if len(budgets) > 1:
             raise UsageError(f"{len(budgets)} budgets for one device", where="--latency")

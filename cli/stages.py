@@ -87,11 +87,12 @@ def latency_table(job: Job) -> LatencyTable:
     if not job.device.local:
         return latencies.table(job.device)
     if (stored := latencies.stored(job.device)) is not None:
-        there = {name: stored.provenance.get(name) for name in verify.runs_in()}
-        if there == verify.runs_in():
+        wanted = _made_for(job)
+        differs = [name for name in wanted if stored.provenance.get(name) != wanted[name]]
+        if not differs:
             console.say(f"  {stored.origin}, {stored.provenance.get('created', 'undated')}")
             return stored
-        console.say(f"  the stored table was made with {there}: measuring anew")
+        console.say(f"  the stored table is of another {', '.join(differs)}: measuring anew")
     images = [job.task.channels, job.task.size, job.task.n_classes]
     here = [verify.environment(), job.device.model_dump(mode="json")]
     key = runs.digest([job.spec.digest("space", "width", "seed"), images, here])
@@ -104,6 +105,14 @@ def latency_table(job: Job) -> LatencyTable:
             f"x{same.high:.2f} of the estimate"
         )
     return table
+
+
+def _made_for(job: Job) -> dict[str, str | int | float]:
+    """What `nasctl profile` must have said of a table of this machine for it to serve this run."""
+    task, spec = job.task, job.spec
+    images = {"size": task.size, "channels": task.channels, "classes": task.n_classes}
+    width = {} if spec.width is None else {"width": spec.width}
+    return {**verify.runs_in(), "threads": 1, "space": spec.space, **images, **width}
 
 
 def _profile(job: Job) -> None:

@@ -26,6 +26,7 @@ from nas.errors import NasctlError
 
 Index = NDArray[np.intp]
 MIN_NETWORKS = 10
+CHAINS = "chains"  # the name of the random networks, which are of no space
 FOLDS = 5
 QUANTILES = (0.05, 0.95)
 #: whose terms a family takes when the measured networks cannot tell its own; the first found
@@ -241,7 +242,8 @@ def fit(
     same = interval_of(ratios[mine], folds[mine], f"{FOLDS} folds of {space}, grouped by network")
     # what no fitted network contains takes another family's terms: the transfers tested just that
     cross = transfer()[f"cross_{device.kind}"]
-    if chains:
+    other = cross
+    if len(chains) >= MIN_NETWORKS:
         how = f"{FOLDS} folds of random networks of common blocks"
         other = interval_of(ratios[~mine], folds[~mine], how)
     return LatencyTable(
@@ -256,7 +258,8 @@ def fit(
         learned=process.fit(hyper, times / expected - 1),
         intervals={
             "same": same,
-            "cross": other if chains else cross,
+            # random networks are of no space: what held for them holds for any
+            "cross": same if space == CHAINS else other,
             "analytic": cross,
         },
     )

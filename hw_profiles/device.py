@@ -18,7 +18,7 @@ from nas.errors import NasctlError, unknown
 
 FOLDER = Path(__file__).parent
 ENV = "NASCTL_PROFILES"  # a user's own folder of device files and tables; wins over the shipped one
-ITEMSIZE = {"fp32": 4, "fp16": 2, "int8": 1}
+ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 PRECISIONS = tuple(ITEMSIZE)
 
 

@@ -264,11 +264,14 @@ def stored(device: Device) -> LatencyTable | None:
         path = folder / f"{device.name}.table.json"
         if path.is_file():
             found = LatencyTable.load(path)
-            if (found.device, found.precision) != (device.name, device.precision):
+            there = (found.device, found.runtime, found.precision, found.batch)
+            wanted = (device.name, device.runtime, device.precision, 1)
+            if there != wanted:
+                said, asked = (f"{n} {r} {p}, batch {b}" for n, r, p, b in (there, wanted))
                 raise NasctlError(
-                    f"is for {found.device} {found.precision}, not for {device.name} "
-                    f"{device.precision}",
+                    f"is for {said}, not for {asked}",
                     where=str(path),
+                    next="Move it away, or profile the device again.",
                 )
             return found
     return None

@@ -2,8 +2,9 @@
 
 A profile measures whole networks, never operators or blocks alone: random ones of common blocks
 (`chains`), which make the table hold for any space, and random ones of the space that will be
-searched, which make it sharp there. Other networks of that space are held out, measured in a
-session of their own, and give the error that is printed with the table.
+searched, which make it sharp there. Other networks of that space, measured among them, are held out
+of the fit and give the error that is printed with the table; `nasctl profile --validate` measures
+yet others in processes of another time.
 
 Every finished group of timings is in a JSON-lines file before the next group starts, so a profile
 that was stopped goes on without measuring a network twice. A timing in doubt (the machine was busy)
@@ -24,16 +25,16 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from hw_profiles import calibrate
+from hw_profiles.calibrate import CHAINS as CHAINS
 from hw_profiles.calibrate import MIN_NETWORKS
 from hw_profiles.device import Device
 from hw_profiles.latency import Array, LatencyTable
-from hw_profiles.measure import GROUP, require_quiet
+from hw_profiles.measure import FRESH, GROUP, require_quiet
 from hw_profiles.op import Op, to_row
 from hw_profiles.protocol import Progress, Timing, noise
 from nas.errors import NasctlError
 
 Ops = Sequence[Op]
-CHAINS = "chains"  # the name in a table of what was fitted on random networks alone
 NOISE = 0.03  # relative; no table is made on a machine that repeats itself worse
 MIN_HELD_OUT = 10
 KEPT = 40  # of the reference's rounds, per group
@@ -134,10 +135,12 @@ class Timings:
         Raises NasctlError for a timing that is not a positive number.
         """
         missing = self.missing(networks)
-        for start in range(0, len(missing), GROUP):
+        # several processes even for few networks: each is some per cent off as a whole
+        size = min(GROUP, max(1, -(-len(networks) // FRESH)))
+        for start in range(0, len(missing), size):
             if enough():
                 return
-            group = missing[start : start + GROUP]
+            group = missing[start : start + size]
             result = measure(group)
             for timing in result.timings:
                 if not (np.isfinite(timing.median_ms) and timing.median_ms > 0):
@@ -210,7 +213,8 @@ def table(
         errors = validate(fitted, networks, measured, plan.space or CHAINS)
     said = {"noise": timings.noise, **provenance}
     said |= {f"held_out_{name}": value for name, value in asdict(errors).items()} if errors else {}
-    return fitted.model_copy(update={"provenance": said}), errors
+    held_for = {"provenance": said, "batch": provenance.get("batch", 1)}
+    return fitted.model_copy(update=held_for), errors
 
 
 @dataclass(frozen=True, slots=True)

@@ -329,7 +329,7 @@ class _Bench:
         began, before = self.clock(), math.inf
         while True:
             window = min(self._once(call) for _ in range(self.plan.inner))
-            if abs(window - before) <= 0.05 * before or self.clock() - began > 0.5:
+            if abs(window - before) <= 0.05 * window or self.clock() - began > 0.5:
                 return
             before = window
 

@@ -43,7 +43,6 @@ def test_errors_of_single_operators_are_recovered_from_sums_alone():
     noise = np.random.default_rng(1).normal(0, 0.003, 80)
     found = fitted(shares, ops, shares @ wrong + noise)
     assert np.abs(found.correction(ops) - wrong).max() < 0.05
-    assert sum(found.variances[1:]) > 0.005  # neighbours had nothing in common
 
 
 def test_what_is_pure_noise_is_not_learned():

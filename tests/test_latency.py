@@ -334,11 +334,13 @@ def test_own_table_wins_and_a_wrong_one_is_refused(tmp_path, monkeypatch, fitted
     monkeypatch.setenv(devices.ENV, str(tmp_path))
     raspi4 = devices.load("raspi4")
     path = tmp_path / "raspi4.table.json"
-    fitted.model_copy(update={"device": "raspi4"}).save(path)
+    own = fitted.model_copy(update={"device": "raspi4", "runtime": "tflite"})
+    own.save(path)
     assert latency.table(raspi4).origin == "synthetic"
-    fitted.save(path)
-    with pytest.raises(NasctlError, match="is for board fp32, not for raspi4"):
-        latency.table(raspi4)
+    for wrong in ({"device": "board"}, {"runtime": "onnxruntime"}, {"batch": 8}):
+        own.model_copy(update=wrong).save(path)
+        with pytest.raises(NasctlError, match="is for .*, not for raspi4 tflite fp32, batch 1"):
+            latency.table(raspi4)
 
 
 def test_hw_profiles_import_without_torch():

@@ -15,6 +15,7 @@ from tests.test_boards import write_model
 
 pytestmark = pytest.mark.slow
 PROFILE = ("profile", "--space", "resnet", "--size", "8", "--budget", "90s", "--out", "profiles")
+BOARD = ("--hw", "raspi4", "--runtime", "onnxruntime", "--on", "ssh://board")
 TIMINGS = Path("profiles/cpu.timings.jsonl")
 
 
@@ -58,7 +59,7 @@ def test_bench_over_ssh(nasctl, workdir, board, monkeypatch):
     monkeypatch.setattr("hw_profiles.ssh.parse", lambda text: board.target)
     monkeypatch.setenv("XDG_CACHE_HOME", str(workdir / "cache"))
     write_model(workdir / "model.onnx")
-    outcome = nasctl("bench", "model.onnx", "--on", str(board.target), "--duration", "4s", "--json")
+    outcome = nasctl("bench", "model.onnx", *BOARD, "--duration", "4s", "--json")
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out)
     assert 0 < found["median_ms"] <= found["p99_ms"]
@@ -68,7 +69,7 @@ def test_bench_over_ssh(nasctl, workdir, board, monkeypatch):
 
 def test_profile_over_ssh(nasctl, workdir, board, monkeypatch):
     monkeypatch.setattr("hw_profiles.ssh.parse", lambda text: board.target)
-    outcome = nasctl(*PROFILE, "--hw", "raspi4", "--runtime", "onnxruntime", "--on", "ssh://board")
+    outcome = nasctl(*PROFILE, *BOARD)
     timings = workdir / "profiles/raspi4.timings.jsonl"
     assert sum(len(row["timings"]) for row in groups(timings)) >= 20
     if outcome.code:
