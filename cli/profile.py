@@ -105,6 +105,10 @@ def _check(board: Device, on: str) -> None:
 
 def here_or_there(board: Device, on: str) -> None:
     """Refuse to file this machine's latencies under a board's name, or a board's under ours."""
+    from hw_profiles import ssh
+
+    if on != "local":
+        ssh.parse(on)  # raises for what is no address
     if board.local != (on == "local"):
         raise UsageError(
             f"{board.name} is {'' if board.local else 'not '}this machine",

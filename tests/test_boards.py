@@ -36,6 +36,7 @@ def test_two_devices_share_one_supernet_and_get_a_file_each(nasctl, workdir):
         ("--hw jetson,jetson-orin-nano", 2, "a device is named twice"),
         ("--hw jetson,raspi4 --latency 5ms,2ms,1ms", 2, "3 budgets for 2 devices"),
         ("--hw jetson --latency 5ms,2ms", 2, "2 budgets for one device"),
+        ("--hw jetson,jetson-tx2 --storage sqlite:///a.db", 2, "cannot share one study"),
         ("--hw jetson,jetson-tx2 --latency 5ms,1us", 3, "fits 0.001 ms on jetson-tx2"),
     ],
 )
@@ -56,6 +57,10 @@ def test_several_devices_bad_input(words, code, said, nasctl, monkeypatch):
         ("profile --budget 5", 2, "--budget: '5' is not a duration"),
         ("profile --runtime onxruntime", 2, "unknown runtime 'onxruntime'"),
         ("profile --space resnt", 2, "unknown space 'resnt'"),
+        ("profile --on ssh://board", 2, "--hw: cpu is this machine"),
+        ("bench model.onnx --on ssh://board", 2, "--hw: cpu is this machine"),
+        ("profile --runtime openvino --precision fp8", 1, "offers no fp8"),
+        ("profile --validate", 1, "cannot read the latency table"),
         ("bench nowhere.onnx", 1, "nowhere.onnx: no such file"),
         ("bench model.onnx --runtime nothing", 2, "unknown runtime 'nothing'"),
         ("bench empty.onnx", 1, "cannot load it"),
