@@ -50,7 +50,7 @@ class Size:
 
 
 FULL = Size(240, 300, 60, (40, 60), 3, 1.5)
-QUICK = Size(24, 0, 12, (0, 0), 2, 0.3)
+QUICK = Size(24, 0, 8, (0, 0), 2, 0.08)
 
 
 @dataclass(frozen=True)
