@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hw_profiles import lines
+
 RESULTS = Path(__file__).parent / "results"
 DATA = "NASCTL_DATA"
 
@@ -108,12 +110,7 @@ class Rows:
         self.done: dict[str, dict[str, Any]] = {}
         if not path.is_file():
             return
-        whole = path.read_bytes()
-        kept = whole[: whole.rfind(b"\n") + 1]
-        if kept != whole:
-            with path.open("r+b") as file:
-                file.truncate(len(kept))
-        for line in kept.splitlines():
+        for line in lines.whole(path):
             row = json.loads(line)
             self.done[self._name(row["key"])] = row["value"]
 
@@ -125,9 +122,5 @@ class Rows:
         return self.done.get(self._name(key))
 
     def add(self, key: Mapping[str, Any], value: dict[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": dict(key), "value": value}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        lines.append(self.path, {"key": dict(key), "value": value})
         self.done[self._name(key)] = value

@@ -9,7 +9,7 @@ whatever our own spaces become.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hw_profiles.op import Op, Tape, Wire
@@ -88,32 +88,32 @@ def nb201_ops(arch: str, classes: int) -> list[Op]:
     edges = nb201_live(arch)
     if edges is None:
         raise ValueError(f"dead network {arch}")
-    tape = Tape(channels=3, size=32)
-    x = tape.conv(tape.input, 16, kernel=3, norm=True)
-    for stage, channels in enumerate((16, 32, 64)):
-        if stage:
-            x = _nb201_reduce(tape, x, channels)
-        for _ in range(5):
-            x = _nb201_cell(tape, x, edges)
-    x = tape.act(x, "relu")
-    tape.ops[-1] = replace(tape.ops[-1], norm=True)  # the only norm that follows no convolution
-    tape.linear(tape.gap(x), classes)
-    return tape.ops
+    return _nb201(edges, _nb201_cell, classes)
 
 
 def nb201_executed(arch: str, classes: int) -> list[Op]:
     """The same network as PyTorch runs it: an edge `none` multiplies by zero and is added like any
     other, and what no output depends on is computed too. It describes all 15,625 networks, and
     what was timed by those who measured them without removing anything."""
-    edges = nb201_edges(arch)
+    return _nb201(nb201_edges(arch), _nb201_executed_cell, classes)
+
+
+def _nb201(
+    edges: tuple[tuple[str, ...], ...],
+    cell: Callable[[Tape, Wire, tuple[tuple[str, ...], ...]], Wire],
+    classes: int,
+) -> list[Op]:
+    """Stem, three stages of five cells, head."""
     tape = Tape(channels=3, size=32)
     x = tape.conv(tape.input, 16, kernel=3, norm=True)
     for stage, channels in enumerate((16, 32, 64)):
         if stage:
             x = _nb201_reduce(tape, x, channels)
         for _ in range(5):
-            x = _nb201_executed_cell(tape, x, edges)
-    tape.linear(tape.gap(tape.act(x, "relu")), classes)
+            x = cell(tape, x, edges)
+    x = tape.act(x, "relu")
+    tape.ops[-1] = replace(tape.ops[-1], norm=True)  # the only norm that follows no convolution
+    tape.linear(tape.gap(x), classes)
     return tape.ops
 
 

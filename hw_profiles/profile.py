@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import kendalltau
 
-from hw_profiles import calibrate
+from hw_profiles import calibrate, lines
 from hw_profiles.calibrate import CHAINS as CHAINS
 from hw_profiles.calibrate import MIN_NETWORKS
 from hw_profiles.device import Device
@@ -69,19 +68,13 @@ class Timings:
         self.found: dict[str, Timing] = {}
         self.reference_ms: list[float] = []
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._append({"header": header})
+            lines.append(path, {"header": header})
             return
-        whole = path.read_bytes()
-        kept = whole[: whole.rfind(b"\n") + 1]
-        if kept != whole:
-            with path.open("r+b") as file:
-                file.truncate(len(kept))
         try:
-            first, *lines = (json.loads(line) for line in kept.splitlines())
+            first, *rows = (json.loads(line) for line in lines.whole(path))
             there = dict(first["header"])
-            for line in lines:
-                self._add(line)
+            for row in rows:
+                self._add(row)
         except (ValueError, KeyError, TypeError) as error:
             raise NasctlError(
                 f"damaged file of timings ({error})",
@@ -96,12 +89,6 @@ class Timings:
                 where=str(path),
                 next="Use another --out, or delete the file to measure again.",
             )
-
-    def _append(self, row: Mapping[str, object]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def _add(self, row: Mapping[str, Any]) -> None:
         self.found |= {name: Timing(**values) for name, values in row["timings"].items()}
@@ -152,7 +139,7 @@ class Timings:
                 },
                 "reference_ms": list(result.reference_ms[:KEPT]),
             }
-            self._append(row)
+            lines.append(self.path, row)
             self._add(row)
             if progress:
                 progress((start + len(group)) / len(missing))
