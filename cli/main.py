@@ -11,7 +11,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from cli import bench, devices, doctor, export, profile, report, search, spaces
+from cli import bench, devices, doctor, export, ingest, profile, report, search, spaces
 from nas.errors import NasctlError
 
 EPILOG = """Exit codes: 0 done; 1 an expected failure; 2 usage; 3 budget infeasible;
@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (search, export, report, profile, bench, devices, spaces, doctor):
+for verb in (search, export, report, profile, ingest, bench, devices, spaces, doctor):
     app.command(verb.__name__.removeprefix("cli."))(verb.command)
 
 
