@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from benchmarks import networks
 from hw_profiles import device as devices
-from hw_profiles.calibrate import Design
 from hw_profiles.device import Device
 from hw_profiles.latency import Array
+from hw_profiles.models.calibrate import Design
 from hw_profiles.op import Op
 
 # device column -> (what kind, fp32 GMAC/s, GB/s, where from). TITAN X is left out: two different

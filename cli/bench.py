@@ -110,8 +110,9 @@ def _here(
 def _there(
     model: Path, setting: Setting, plan: Plan, on: str, seed: int
 ) -> tuple[Timing, dict[str, Any]]:
-    from hw_profiles import measure, remote, runtimes, ssh
-    from hw_profiles.bundle import Bundle
+    from hw_profiles import measure, runtimes
+    from hw_profiles.remote import over_ssh, ssh
+    from hw_profiles.remote.bundle import Bundle
 
     bundle = Bundle(
         {model.stem: model.read_bytes()},
@@ -124,7 +125,7 @@ def _there(
     )
     # one folder for all: after a lost connection the same command collects what the board measured
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nasctl"
-    found = remote.measure_models(ssh.parse(on), bundle, workdir=cache)
+    found = over_ssh.measure_models(ssh.parse(on), bundle, workdir=cache)
     return found.timings[model.stem], {
         "runtime": str(found.fingerprint["runtime"]),
         "precision": setting.precision or "as the file is",

@@ -19,7 +19,7 @@ GROUP_S = 60.0  # at most, for the networks of a session
 
 def here_or_there(board: Device, on: str) -> None:
     """Refuse to file this machine's latencies under a board's name, or a board's under ours."""
-    from hw_profiles import ssh
+    from hw_profiles.remote import ssh
 
     if on != LOCAL and files(on) is None:
         ssh.parse(on)  # raises for what is no address
@@ -48,11 +48,12 @@ def backend(on: str, setting: Setting, seed: int, folder: Path) -> Measure:
 
     import numpy as np
 
-    from hw_profiles import measure, offline, remote, ssh
-    from hw_profiles.bundle import Bundle
+    from hw_profiles import measure
     from hw_profiles.graph import onnx_graph
     from hw_profiles.profile import Group, digest
     from hw_profiles.protocol import Plan
+    from hw_profiles.remote import offline, over_ssh, ssh
+    from hw_profiles.remote.bundle import Bundle
 
     plan = Plan(rounds=12, precision=0.03, time_limit_s=GROUP_S)
     if (carried := files(on)) is not None:
@@ -85,7 +86,7 @@ def backend(on: str, setting: Setting, seed: int, folder: Path) -> Measure:
             precision=None if setting.precision == "fp32" else setting.precision,
             seed=seed,
         )
-        found = remote.measure_models(target, bundle, workdir=folder / "remote")
+        found = over_ssh.measure_models(target, bundle, workdir=folder / "remote")
         return Group([found.timings[digest(ops)] for ops in networks], found.reference_ms)
 
     return there

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from hw_profiles.device import Device
     from hw_profiles.latency import LatencyTable
     from hw_profiles.measure import Setting
+    from hw_profiles.models.transfer import Sources
     from hw_profiles.profile import Errors, Measure, Ops, Plan, Timings
-    from hw_profiles.transfer import Sources
 
 MINE, CHAINS, HELD_OUT = 200, 240, 60  # networks, if the budget lasts
 POOL = 600  # networks of the space that --from may choose among, and carries over to
@@ -198,9 +198,10 @@ def _lent(
     import numpy as np
 
     from hw_profiles import device as devices
-    from hw_profiles import fewshot, latency, transfer
+    from hw_profiles import latency
+    from hw_profiles.models import fewshot, transfer
+    from hw_profiles.models.structure import describe
     from hw_profiles.profile import MIN_HELD_OUT, Plan
-    from hw_profiles.structure import describe
     from nas import space as spaces
 
     tables = [latency.table(devices.load(name.strip())) for name in lenders.split(",")]
@@ -218,8 +219,8 @@ def _carried(folder: Path, plan: Plan, setting: Setting, seed: int) -> Plan | No
     """The plan's networks that came back with a time; None where the folder must travel first."""
     import numpy as np
 
-    from hw_profiles import offline
     from hw_profiles.profile import Plan
+    from hw_profiles.remote import offline
 
     order = plan.order()
     came = offline.there(folder, order) if folder.is_dir() else []
@@ -290,7 +291,8 @@ def _write(
     json: bool,
 ) -> None:
     from hw_profiles import device as devices
-    from hw_profiles import fewshot, profile
+    from hw_profiles import profile
+    from hw_profiles.models import fewshot
 
     provenance = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -15,11 +15,11 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, ValidationError
 
-from hw_profiles import calibrate
 from hw_profiles import device as devices
-from hw_profiles.calibrate import Design, Ridge
 from hw_profiles.device import Device
 from hw_profiles.latency import FAMILIES, FAMILY, Array, Interval, first_problem, transfer_intervals
+from hw_profiles.models import calibrate
+from hw_profiles.models.calibrate import Design, Ridge
 from hw_profiles.op import Op
 from nas.errors import NasctlError
 

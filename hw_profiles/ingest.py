@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import binom
 
-from hw_profiles import interpolate
 from hw_profiles.device import Device
 from hw_profiles.latency import LatencyTable, Measurement, analytic, transfer_intervals
+from hw_profiles.models import interpolate
 from hw_profiles.op import Op
 from nas.errors import NasctlError, unknown
 

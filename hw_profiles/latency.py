@@ -35,9 +35,9 @@ from pydantic import (
 )
 
 from hw_profiles import device as devices
-from hw_profiles.additive import Additive
 from hw_profiles.device import Device
-from hw_profiles.interpolate import Model as Kernels
+from hw_profiles.models.additive import Additive
+from hw_profiles.models.interpolate import Model as Kernels
 from hw_profiles.op import Op, to_row
 from nas.errors import NasctlError
 

@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import kendalltau
 
-from hw_profiles import calibrate, lines
-from hw_profiles.calibrate import CHAINS as CHAINS
-from hw_profiles.calibrate import MIN_NETWORKS
+from hw_profiles import lines
 from hw_profiles.device import Device
 from hw_profiles.latency import Array, LatencyTable
 from hw_profiles.measure import FRESH, GROUP, require_quiet
+from hw_profiles.models import calibrate
+from hw_profiles.models.calibrate import CHAINS as CHAINS
+from hw_profiles.models.calibrate import MIN_NETWORKS
 from hw_profiles.op import Op, to_row
 from hw_profiles.protocol import Progress, Timing, noise
 from nas.errors import NasctlError

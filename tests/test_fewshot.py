@@ -1,13 +1,14 @@
-"""hw_profiles.fewshot: tables of two pretended devices help to make a third one's."""
+"""hw_profiles.models.fewshot: tables of two pretended devices help to make a third one's."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from hw_profiles import calibrate, chains, device, fewshot, op, transfer
+from hw_profiles import chains, device, op
 from hw_profiles.latency import LatencyTable
-from hw_profiles.structure import describe
+from hw_profiles.models import calibrate, fewshot, transfer
+from hw_profiles.models.structure import describe
 
 DEVICES = {"a": (0.02, 6.0, 1.0), "b": (0.10, 2.0, 0.5), "new": (0.06, 9.0, 1.5)}
 KINDS = {"conv": 1.0, "dwconv": 3.0, "linear": 1.0}

@@ -58,7 +58,7 @@ def board(tmp_path_factory):
 
 @pytest.mark.slow
 def test_bench_over_ssh(nasctl, workdir, board, monkeypatch):
-    monkeypatch.setattr("hw_profiles.ssh.parse", lambda text: board.target)
+    monkeypatch.setattr("hw_profiles.remote.ssh.parse", lambda text: board.target)
     monkeypatch.setenv("XDG_CACHE_HOME", str(workdir / "cache"))
     write_model(workdir / "model.onnx")
     outcome = nasctl("bench", "model.onnx", *BOARD, "--duration", "4s", "--json")
@@ -71,7 +71,7 @@ def test_bench_over_ssh(nasctl, workdir, board, monkeypatch):
 
 @pytest.mark.slow
 def test_profile_over_ssh(nasctl, workdir, board, monkeypatch):
-    monkeypatch.setattr("hw_profiles.ssh.parse", lambda text: board.target)
+    monkeypatch.setattr("hw_profiles.remote.ssh.parse", lambda text: board.target)
     outcome = nasctl(*PROFILE, *BOARD)
     timings = workdir / "profiles/raspi4.timings.jsonl"
     assert sum(len(row["timings"]) for row in groups(timings)) >= 20

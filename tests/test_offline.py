@@ -1,4 +1,4 @@
-"""hw_profiles.offline: the script runs for real, with a pretended trtexec."""
+"""hw_profiles.remote.offline: the script runs for real, with a pretended trtexec."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 import pytest
 
-from hw_profiles import chains, offline, profile
+from hw_profiles import chains, profile
+from hw_profiles.remote import offline
 from nas.errors import NasctlError
 
 TRTEXEC = """#!{python}

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hw_profiles import calibrate, transfer
 from hw_profiles.device import Device
 from hw_profiles.latency import Interval, LatencyTable
 from hw_profiles.latency import transfer_intervals as between_devices
+from hw_profiles.models import calibrate, transfer
+from hw_profiles.models.structure import describe
+from hw_profiles.models.transfer import Adapted, Sources
 from hw_profiles.profile import Fit, Ops, Samples
-from hw_profiles.structure import describe
-from hw_profiles.transfer import Adapted, Sources
 
 NINETY = 1.645  # standard deviations of a normal distribution on either side
 

@@ -26,8 +26,8 @@ from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, PositiveFloat
 from scipy.spatial import cKDTree
 
-from hw_profiles import boost
-from hw_profiles.boost import Array, Forest, Growth, Index, Stored
+from hw_profiles.models import boost
+from hw_profiles.models.boost import Array, Forest, Growth, Index, Stored
 from hw_profiles.op import Op
 from nas.errors import NasctlError, unknown
 

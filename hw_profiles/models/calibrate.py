@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from hw_profiles.additive import Hyper, Process
 from hw_profiles.device import Device
 from hw_profiles.latency import FAMILIES, FAMILY, LEAST, Array, Interval, LatencyTable, Terms
 from hw_profiles.latency import transfer_intervals as transfer
+from hw_profiles.models.additive import Hyper, Process
 from hw_profiles.op import Op
 from nas.errors import NasctlError
 

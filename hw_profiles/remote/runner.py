@@ -1,15 +1,17 @@
 """Measures a bundle of models on the machine it is started on: a board, over ssh.
 
-`hw_profiles/remote.py` sends this file with what it imports and calls it in the bundle's folder:
+`hw_profiles/remote/over_ssh.py` sends this file with what it imports and calls it in the bundle's
+folder, as `python3 -m hw_profiles.remote.runner`:
 
-    python3 -m hw_profiles.runner check RUNTIME    is all there that measuring takes?
-    python3 -m hw_profiles.runner run ID OFFSET    measure on, apart from the connection, and print
-                                                   result lines from OFFSET bytes on until it ends
-    python3 -m hw_profiles.runner stop             end measuring
+    check RUNTIME    is all there that measuring takes?
+    run ID OFFSET    measure on, apart from the connection, and print result lines from OFFSET
+                     bytes on until it ends
+    stop             end measuring
 
-Models are measured in groups. A group's results are one line of `results.jsonl`, written and synced
-when the group is finished: what is lost with the power is at most the group at hand. Every line
-carries a checksum; a line that fails it counts as not there, and its group is measured again.
+Models are measured in groups, each in a process of its own. A group's results are one line of
+`results.jsonl`, written and synced when the group is finished: what is lost with the power is at
+most the group at hand. Every line carries a checksum; a line that fails it counts as not there, and
+its group is measured again.
 
 Needs Python 3.8, its standard library and the runtime with its numpy, nothing else.
 """
