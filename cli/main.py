@@ -25,6 +25,7 @@ app = typer.Typer(
     epilog=EPILOG,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # plain help: the decorated one takes as long to load as all else
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (search, export, report, profile, ingest, bench, devices, spaces, doctor):
