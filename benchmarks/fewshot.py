@@ -110,22 +110,22 @@ def main(argv: list[str] | None = None) -> int:
             if not names:
                 continue
             scores = judged(data, target, {name: every[name] for name in names}, 0)
-            for way, values in scores.items():
-                found.setdefault(way, []).append(values)
+            for way, one in scores.items():
+                found.setdefault(way, []).append(one)
             rows.append([data.family.name, target, *(one["within_10"] for one in scores.values())])
             print(contract.table(("space", "device", *scores), rows[-1:]), flush=True)
     print()
     summary: list[list[object]] = []
-    for way, values in found.items():
+    for way, each in found.items():
         row: list[object] = [way]
         for name in ("spearman", "within_10", "mape", "covered"):
-            every_one = [one[name] for one in values if name in one]
-            if not every_one:
+            values = [one[name] for one in each if name in one]
+            if not values:
                 continue
-            worst = max(every_one) if name == "mape" else min(every_one)
-            outcome.figures[f"{way}.{name}"] = float(np.mean(every_one))
+            worst = max(values) if name == "mape" else min(values)
+            outcome.figures[f"{way}.{name}"] = float(np.mean(values))
             outcome.figures[f"{way}.{name}.worst"] = worst
-            row += [float(np.mean(every_one)), worst]
+            row += [float(np.mean(values)), worst]
         summary.append(row + [""] * (9 - len(row)))
     header = ["predicted by", "rho", "worst", "in 10 %", "worst", "MAPE %", "worst"]
     print(contract.table([*header, "covered %", "worst"], summary))

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import multiprocessing
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -50,7 +51,7 @@ class Size:
     limit_s: float  # per network and session
 
 
-FULL = Size(240, 300, 60, (40, 60), 3, 1.5)
+FULL = Size(240, 300, 60, (40, 30), 3, 1.8)
 QUICK = Size(24, 0, 8, (0, 0), 2, 0.08)
 
 
@@ -111,12 +112,8 @@ def blocks(ops: Ops) -> list[Ops]:
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def session(size: Size, number: int) -> list[tuple[str, float, bool]]:
-    """(name of the network, ms, in doubt) of everything that session measures; 0 makes the tables.
-
-    Runs in a process of its own.
-    """
-    found = sets(size)
+def networks_of(found: dict[str, Set], number: int) -> dict[str, Ops]:
+    """What a session measures, by digest: 0 makes the tables, the others are the truth."""
     if number == 0:
         wanted = [ops for known in found.values() for ops in known.fitted]
         wanted += [
@@ -124,28 +121,46 @@ def session(size: Size, number: int) -> list[tuple[str, float, bool]]:
         ]
     else:
         wanted = [ops for known in found.values() for ops in known.held_out]
-    wanted = list({profile.digest(ops): ops for ops in wanted}.values())
+    return {profile.digest(ops): ops for ops in wanted}
+
+
+def session(
+    size: Size, number: int, names: Sequence[str], pace_ms: float
+) -> tuple[list[tuple[str, float, bool]], float]:
+    """(name of the network, ms, in doubt) of those named, and the machine's pace, of which
+    `pace_ms` is what earlier sessions saw. Runs in a process of its own."""
+    known = networks_of(sets(size), number)
+    wanted = [known[name] for name in names]
     plan = measure.Plan(rounds=12, time_limit_s=size.limit_s * len(wanted))
-    timings = measure.measure_ops(wanted, rng=np.random.default_rng(number), plan=plan)
-    return [
+    pace = measure.Pace(pace_ms)
+    timings = measure.measure_ops(wanted, rng=np.random.default_rng(number), plan=plan, pace=pace)
+    told = [
         (profile.digest(ops), timing.median_ms, bool(timing.noisy))
         for ops, timing in zip(wanted, timings, strict=True)
     ]
+    return told, pace.ms
 
 
 def sessions(size: Size, rows: contract.Rows) -> list[Timed]:
-    """Every session by network; those on disk are not repeated."""
-    done = []
+    """Every session by network; what is on disk is not repeated."""
+    done: list[Timed] = []
+    found, pace_ms = sets(size), math.inf
     for number in range(1 + size.sessions):
-        key = {"session": number, **asdict(size), "version": 1}
-        if rows.get(key) is None:
+        timed: Timed = {}
+        part = 0
+        while (row := rows.get({"session": number, "part": part})) is not None:
+            timed |= {name: (ms, doubt) for name, ms, doubt in row["timings"]}
+            pace_ms = min(pace_ms, row.get("pace_ms", math.inf))
+            part += 1
+        if missing := [name for name in networks_of(found, number) if name not in timed]:
             spawn = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                result = pool.submit(session, size, number).result()
-            rows.add(key, {"timings": result, "machine": contract.machine()})
-        row = rows.get(key)
-        assert row is not None
-        done.append({name: (ms, doubt) for name, ms, doubt in row["timings"]})
+                result, pace_ms = pool.submit(session, size, number, missing, pace_ms).result()
+            key = {"session": number, "part": part}
+            value = {"timings": result, "pace_ms": pace_ms, "machine": contract.machine()}
+            rows.add(key, value)
+            timed |= {name: (ms, doubt) for name, ms, doubt in result}
+        done.append(timed)
     return done
 
 
@@ -167,7 +182,8 @@ def part(outcome: contract.Outcome, quick: bool) -> None:
     size = QUICK if quick else FULL
     folder = Path(mkdtemp()) if quick else contract.RESULTS
     made, *truths = sessions(size, contract.Rows(folder / "latency_local.rows.jsonl"))
-    doubt = [value[1] for value in made.values()]
+    wanted = networks_of(sets(size), 0)
+    doubt = [made[name][1] for name in wanted]
     outcome.figures[PREFIX + "in_doubt"] = float(np.mean(doubt))
     print(f"\nthis machine: {np.mean(doubt):.0%} of {len(doubt)} timings of the table in doubt")
     found = sets(size)
@@ -239,7 +255,9 @@ def judged(
     )
     sure = (timed[:, :, 1] == 0).sum(1) >= max(1, len(evidence.truths) - 1)
     kept = [ops for ops, sure_ in zip(known.held_out, sure, strict=True) if sure_]
-    each, true = timed[sure, :, 0], np.median(timed[sure, :, 0], axis=1)
+    # what the protocol itself doubts is no truth
+    each = np.where(timed[sure, :, 1] > 0, np.nan, timed[sure, :, 0])
+    true = np.nanmedian(each, axis=1)
     macs = np.array([op.macs(ops) for ops in kept], float)
     outcome.figures[f"{PREFIX}{name}.held_out"] = len(kept)
     if len(kept) < 5:
@@ -270,12 +288,16 @@ def ways(name: str, kept: Sequence[Ops], macs: Array, evidence: Evidence) -> dic
 
 
 def repeated(each: Array, macs: Array) -> Array:
-    """What one session says of the median of the others: `each` [networks, sessions]."""
-    if each.shape[1] < 2:
-        return np.full(len(FIGURES), np.nan)
-    others = (np.median(np.delete(each, at, 1), axis=1) for at in range(each.shape[1]))
-    scores = [score(each[:, at], other, macs) for at, other in enumerate(others)]
-    return np.mean(scores, axis=0)
+    """What one session says of the median of the others: `each` [networks, sessions], NaN where
+    a timing was in doubt."""
+    scores = []
+    for at in range(each.shape[1]):
+        others = np.delete(each, at, 1)
+        both = ~np.isnan(each[:, at]) & ~np.isnan(others).all(axis=1)
+        if both.sum() >= 5:
+            middle = np.nanmedian(others[both], axis=1)
+            scores.append(score(each[both, at], middle, macs[both]))
+    return np.mean(scores, axis=0) if scores else np.full(len(FIGURES), np.nan)
 
 
 FIGURES = ("mape", "within_5", "within_10", "worst", "tau", "tau_band")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from nas.errors import UsageError
 
 if TYPE_CHECKING:
     from hw_profiles.device import Device
-    from hw_profiles.measure import Setting
+    from hw_profiles.measure import Pace, Setting
     from hw_profiles.profile import Group, Measure
 
 LOCAL, FILES = "local", "files:"
@@ -42,8 +41,8 @@ def files(on: str) -> Path | None:
     return Path(folder)
 
 
-def backend(on: str, setting: Setting, seed: int, folder: Path) -> Measure:
-    """What measures networks in groups, at `on`."""
+def backend(on: str, setting: Setting, seed: int, folder: Path, pace: Pace) -> Measure:
+    """What measures networks in groups, at `on`; `pace` is this machine's."""
     from functools import partial
 
     import numpy as np
@@ -59,14 +58,11 @@ def backend(on: str, setting: Setting, seed: int, folder: Path) -> Measure:
     if (carried := files(on)) is not None:
         return partial(offline.measured, carried)
     if on == LOCAL:
-        rng, paces = np.random.default_rng((seed, 9)), [math.inf]
+        rng = np.random.default_rng((seed, 9))
 
         def here(networks: Any) -> Group:
-            session = measure.fresh_session(
-                networks, setting, rng=rng, plan=plan, pace_ms=min(paces)
-            )
-            paces.append(session.pace_ms)
-            return Group(session.timings, session.reference_ms)
+            session = measure.fresh_session(networks, setting, rng=rng, plan=plan, pace=pace)
+            return Group(session.timings, session.reference_ms, session.pace_ms)
 
         return here
     target = ssh.parse(on)

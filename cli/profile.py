@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -66,7 +67,8 @@ def command(
     The same command goes on where it was interrupted, without measuring anything twice.
     """
     from hw_profiles import device as devices
-    from hw_profiles.measure import Setting
+    from hw_profiles.measure import Pace, Setting
+    from hw_profiles.profile import Timings
 
     board = devices.load(hw)
     changed = {"runtime": runtime or board.runtime, "precision": precision or board.precision}
@@ -102,8 +104,10 @@ def command(
     path = folder / _file(board, validate)
     if validate:
         path.unlink(missing_ok=True)  # a validation is of its own time
-    measure = measuring.backend(on, setting, seed, folder)
-    timings = _measured(path, header, plan, measure, seconds, again=carried is None)
+    timings = Timings(path, header)
+    known = table.provenance.get("pace_ms", math.inf) if table else timings.pace_ms
+    measure = measuring.backend(on, setting, seed, folder, Pace(float(known)))
+    _measure(timings, plan, measure, seconds, again=carried is None)
     if table is not None:
         return _validate(table, timings, plan, json)
     return _write(timings, plan, board, folder, header, lent, json)
@@ -249,19 +253,10 @@ def _estimate(plan: Plan, on: str, seconds: float) -> float:
     return min(seconds, LOCAL_NETWORK_S * len(plan.order()))
 
 
-def _measured(
-    path: Path,
-    header: dict[str, Any],
-    plan: Plan,
-    measure: Measure,
-    seconds: float,
-    *,
-    again: bool,
-) -> Timings:
-    """The timings of the plan's networks; `again`: those in doubt are worth another try."""
-    from hw_profiles.profile import Timings
-
-    timings = Timings(path, header)
+def _measure(
+    timings: Timings, plan: Plan, measure: Measure, seconds: float, *, again: bool
+) -> None:
+    """Time the plan's networks; `again`: those in doubt are worth another try."""
     order, began = plan.order(), time.monotonic()
     with console.bar("measuring", len(order)) as update:
 
@@ -278,7 +273,6 @@ def _measured(
             timings.measure(missing, measure, enough=enough, progress=tell)
             if not again:
                 break
-    return timings
 
 
 def _write(

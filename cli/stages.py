@@ -121,11 +121,13 @@ def _profile(job: Job) -> None:
     ends = np.stack([job.space.smallest, job.space.largest])
     rows = np.concatenate([ends, job.space.sample(rng, PROFILED - 2)])
     networks = [job.space.ops(job.space.decode(row)) for row in rows]
+    pace = measure.Pace()
     with console.bar(f"measuring {job.device.name}", 1.0) as update:
         timings = measure.measure_ops(
             networks,
             rng=rng,
             plan=measure.Plan(time_limit_s=60),
+            pace=pace,
             progress=lambda share: update(share, ""),
         )
     both = list(zip(networks, timings, strict=True))
@@ -136,7 +138,8 @@ def _profile(job: Job) -> None:
         clean = [(ops, timing.median_ms) for ops, timing in both]
     origin = f"{len(clean)} random networks of the space, run in ONNX Runtime on this machine"
     table = calibrate.fit(clean, job.device, space=job.spec.space, source_text=origin)
-    table = table.model_copy(update={"includes": f"{len(clean)} whole networks measured{doubt}"})
+    said = {"includes": f"{len(clean)} whole networks measured{doubt}"}
+    table = table.model_copy(update={**said, "provenance": {"pace_ms": pace.ms}})
     job.run.write_text(TABLE, table.model_dump_json(indent=1) + "\n")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hw_profiles.latency import Estimate
-from hw_profiles.measure import FRESH, Plan, Setting, Timing, fresh_session
+from hw_profiles.measure import FRESH, Pace, Plan, Setting, Timing, fresh_session
 from hw_profiles.runtimes import Session, onnxruntime
 from nas import file
 from nas.errors import NasctlError, ParityFailed
@@ -63,13 +63,22 @@ def outputs(path: Path, images: np.ndarray, *, batch: int = 256, threads: int = 
 
 
 def latency(
-    path: Path, *, rng: np.random.Generator, setting: Setting = Setting(), plan: Plan = Plan()
+    path: Path,
+    *,
+    rng: np.random.Generator,
+    setting: Setting = Setting(),
+    plan: Plan = Plan(),
+    pace: Pace | None = None,
 ) -> Timing:
     """Time the file on this machine, batch 1, by the protocol that latency tables are made with.
 
     The middle one of several fresh processes: see `measure.fresh_session`.
     """
-    timings = [fresh_session([path], setting, rng=rng, plan=plan).timings[0] for _ in range(FRESH)]
+    sessions = (
+        fresh_session([path], setting, rng=rng, plan=plan, pace=pace or Pace())
+        for _ in range(FRESH)
+    )
+    timings = [session.timings[0] for session in sessions]
     return sorted(timings, key=lambda timing: timing.median_ms)[len(timings) // 2]
 
 

@@ -17,7 +17,9 @@ from hw_profiles import op
 from hw_profiles.op import Op, Tape, Wire
 
 SIZES = (8, 12, 16, 24, 32, 32, 48, 64, 96)
+ACTS = ("relu", "relu", "hswish", "silu")
 BASES = (4, 8, 8, 16, 16, 24, 32, 48)  # channels of the first stage
+STEPS = (1, 4, *[8] * 8, 16, 16)  # of channels; odd ones are slow, and rare in what people build
 MACS = (0.2e6, 40e6)  # what takes from some ten microseconds to some ten milliseconds
 
 
@@ -53,7 +55,7 @@ class _Block:
 
 def _network(rng: np.random.Generator) -> list[Op]:
     size, base = int(rng.choice(SIZES)), int(rng.choice(BASES))
-    act = str(rng.choice(("relu", "hswish", "silu")))
+    act = str(rng.choice(ACTS))
     block = _BLOCKS[int(rng.integers(len(_BLOCKS)))]
     tape = Tape(channels=int(rng.choice((1, 3, 3, 3))), size=size)
     kernel, stride = int(rng.choice((3, 3, 5, 7))), 2 if size >= 48 else 1
@@ -74,8 +76,8 @@ def _network(rng: np.random.Generator) -> list[Op]:
 
 
 def _near(rng: np.random.Generator, channels: float) -> int:
-    """A number of channels within a factor of 1.5, most often a multiple of 8."""
-    step = int(rng.choice((1, 4, 8, 8, 8, 16)))
+    """A number of channels within a factor of 1.5, mostly a multiple of 8."""
+    step = int(rng.choice(STEPS))
     return max(step, round(channels * 2 ** rng.uniform(-0.6, 0.6) / step) * step)
 
 
@@ -137,6 +139,7 @@ def _shortcut(b: _Block, x: Wire) -> Wire:
 
 _BLOCKS: tuple[Callable[[_Block, Wire], Wire], ...] = (
     _plain,
+    _residual,
     _residual,
     _inverted,
     _inverted,

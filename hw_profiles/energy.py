@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, ValidationError
 
 from hw_profiles import device as devices
 from hw_profiles.device import Device
-from hw_profiles.latency import FAMILIES, FAMILY, Array, Interval, first_problem, transfer_intervals
+from hw_profiles.families import COARSE, shares
+from hw_profiles.latency import Array, Interval, first_problem, transfer_intervals
 from hw_profiles.models import calibrate
 from hw_profiles.models.calibrate import Design, Ridge
 from hw_profiles.op import Op
@@ -66,14 +67,13 @@ class EnergyTable(BaseModel):
 
     def columns(self, op: Op) -> Array:
         """This operator's millijoules [1]; additive over operators."""
-        terms = self.terms.get(FAMILY.get(op.kind, ""))
-        if terms is None:
+        (share,) = shares(op, devices.ITEMSIZE[self.precision])
+        if (terms := self.terms.get(share.family)) is None:
             raise NasctlError(
                 f"no energy for operator '{op.kind}'", where=f"energy table of {self.device}"
             )
-        gmacs = op.macs * 1e-9
-        megabytes = op.bytes(devices.ITEMSIZE[self.precision]) * 1e-6
-        return np.array([terms.mj_per_op + terms.mj_per_gmac * gmacs + terms.mj_per_mb * megabytes])
+        mj = terms.mj_per_op + terms.mj_per_gmac * share.gmacs + terms.mj_per_mb * share.mb
+        return np.array([mj])
 
     def combine(self, columns: Array, space: str) -> tuple[Array, Array, Array]:
         """(value, low, high) in mJ of networks whose summed columns are `columns[..., 1]`."""
@@ -151,7 +151,7 @@ def fit(samples: Samples, device: Device, *, space: str, origin: str, licence: s
         constant_mj=constant,
         terms={
             family: EnergyTerms(mj_per_op=a, mj_per_gmac=b, mj_per_mb=c)
-            for family in FAMILIES
+            for family in COARSE
             if owners[family]
             for a, b, c in [map(float, fitted[family])]
         },

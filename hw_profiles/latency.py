@@ -2,7 +2,7 @@
 
 A network costs a constant plus the sum over its operators of
 
-    overhead + MACs / throughput + bytes / bandwidth        (one set of terms per family of kinds)
+    overhead + MACs / throughput + bytes / bandwidth        (one set of terms per family)
 
 unless an operator was measured itself. Times are for the device, runtime, precision and batch in
 the table's header. An interval is where 90 % of the measured / predicted ratios fell on networks
@@ -25,6 +25,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     PrivateAttr,
@@ -35,7 +36,9 @@ from pydantic import (
 )
 
 from hw_profiles import device as devices
+from hw_profiles import families
 from hw_profiles.device import Device
+from hw_profiles.families import Share
 from hw_profiles.models.additive import Additive
 from hw_profiles.models.interpolate import Model as Kernels
 from hw_profiles.op import Op, to_row
@@ -44,19 +47,6 @@ from nas.errors import NasctlError
 Source = Literal["measured", "calibrated", "interpolated", "analytic"]
 Array = NDArray[np.float64]
 SOURCES: tuple[Source, ...] = ("measured", "calibrated", "interpolated", "analytic")
-FAMILY = {
-    "conv": "conv",
-    "dwconv": "dwconv",
-    "linear": "linear",
-    "avgpool": "pool",
-    "maxpool": "pool",
-    "gap": "pool",
-    "add": "join",
-    "mul": "join",
-    "concat": "join",
-    "act": "act",
-}
-FAMILIES = tuple(dict.fromkeys(FAMILY.values()))
 INTERVALS_FILE = "intervals.json"
 LEAST = 0.05  # no correction takes more than 95 % of an operator's time away
 
@@ -106,10 +96,10 @@ class Terms(BaseModel):
     roofline: bool = False  # compute and memory overlap: the slower of the two counts
     note: str = ""
 
-    def ms(self, op: Op, itemsize: int) -> float:
-        compute = op.macs * 1e-9 * self.ms_per_gmac
-        memory = op.bytes(itemsize) * 1e-6 * self.ms_per_mb
-        return self.overhead_ms + (max(compute, memory) if self.roofline else compute + memory)
+    def ms(self, share: Share) -> float:
+        compute, memory = share.gmacs * self.ms_per_gmac, share.mb * self.ms_per_mb
+        both = max(compute, memory) if self.roofline else compute + memory
+        return share.ops * self.overhead_ms + both
 
 
 class LatencyTable(BaseModel):
@@ -129,6 +119,7 @@ class LatencyTable(BaseModel):
     provenance: dict[str, str | int | float] = {}
     fitted_on: tuple[str, ...] = ()  # spaces of the networks that were measured; () is analytic
     fitted_kinds: tuple[str, ...] = ()  # kinds of operator in them; terms of others are analytic
+    tile: NonNegativeInt = 0  # of output channels, with the finer families; 0: by kind
     constant_ms: NonNegativeFloat = 0.0
     intervals: dict[str, Interval]
     terms: dict[str, Terms]
@@ -191,15 +182,15 @@ class LatencyTable(BaseModel):
                 self._between[op] = float(self.kernels.predict([op])[0][0])
             row[SOURCES.index("interpolated")] = self._between[op]
             return row
-        terms = self.terms.get(FAMILY.get(op.kind, ""))
-        if terms is None:
+        parts = families.shares(op, devices.ITEMSIZE[self.precision], self.tile)
+        if missing := [share.family for share in parts if share.family not in self.terms]:
             raise NasctlError(
-                f"no latency for operator '{op.kind}'",
+                f"no latency for operator '{op.kind}' ({missing[0]})",
                 where=f"latency table of {self.device}",
-                allowed=[kind for kind, family in FAMILY.items() if family in self.terms],
+                allowed=self.terms,
             )
         source: Source = "calibrated" if op.kind in self.fitted_kinds else "analytic"
-        ms = terms.ms(op, devices.ITEMSIZE[self.precision])
+        ms = sum(self.terms[share.family].ms(share) for share in parts)
         if self.learned is not None and source == "calibrated":
             ms *= max(LEAST, 1 + float(self.learned.correction([op])[0]))
             source = source if op in self.learned else "interpolated"
@@ -323,7 +314,7 @@ def analytic(device: Device) -> LatencyTable:
         runtime=device.runtime,
         precision=device.precision,
         origin="analytic: datasheet roofline of peak and bandwidth, no overhead; never measured",
-        terms=dict.fromkeys(FAMILIES, floor),
+        terms=dict.fromkeys(families.COARSE, floor),
         intervals={"analytic": transfer_intervals()["roofline"]},
     )
 
@@ -346,6 +337,7 @@ def scaled(known: LatencyTable, relative: Device, device: Device) -> LatencyTabl
         origin=f"analytic: overheads fitted on {relative.name}, rates scaled by the datasheets of "
         f"the two; {device.name} itself was never measured. {relative.name}: {known.origin}",
         licence=known.licence,
+        tile=known.tile,
         constant_ms=known.constant_ms,
         terms=terms,
         intervals={"analytic": transfer_intervals()["relative"]},

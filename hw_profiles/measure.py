@@ -63,12 +63,22 @@ class Setting:
     batch: int = 1
 
 
+@dataclass
+class Pace:
+    """The fastest that the reference was seen in one setting on this machine. Sessions that are
+    given the same one are held to it, and lower it: one that somebody else's work slows down from
+    beginning to end knows so by nothing else."""
+
+    ms: float = math.inf
+
+
 def measure_ops(
     networks: Sequence[Sequence[Op]],
     *,
     rng: np.random.Generator,
     setting: Setting = Setting(),
     plan: Plan = Plan(),
+    pace: Pace | None = None,
     progress: Progress | None = None,
 ) -> list[Timing]:
     """Time whole op lists as networks on this machine; results in their order.
@@ -82,11 +92,10 @@ def measure_ops(
     groups = np.array_split(order, min(len(order), max(FRESH, -(-len(order) // GROUP))))
     plan = replace(plan, time_limit_s=plan.time_limit_s / len(groups))
     timings: dict[int, Timing] = {}
-    pace_ms = math.inf
+    pace = pace or Pace()
     for number, group in enumerate(groups):
         wanted = [networks[at] for at in group]
-        session = fresh_session(wanted, setting, rng=rng, plan=plan, pace_ms=pace_ms)
-        pace_ms = min(pace_ms, session.pace_ms)
+        session = fresh_session(wanted, setting, rng=rng, plan=plan, pace=pace)
         timings.update(zip(group.tolist(), session.timings, strict=True))
         if progress:
             progress((number + 1) / len(groups))
@@ -99,19 +108,22 @@ def fresh_session(
     *,
     rng: np.random.Generator,
     plan: Plan,
-    pace_ms: float = math.inf,
+    pace: Pace | None = None,
 ) -> protocol.Session:
     """Time op lists as networks, or model files, in one session in a process of its own.
 
     Where a process happens to lie in memory makes all that it runs some per cent faster or slower
-    (2 to 7 % here), for as long as it lives: several processes average that, one never does.
-    `pace_ms`: the reference's in other processes, of which this one's may therefore differ.
+    (2 to 7 % here), for as long as it lives: several processes average that, one never does. So
+    this one's pace may differ by as much from that of others.
     """
     fresh = multiprocessing.get_context("spawn")
     seed = int(rng.integers(2**63))
     with ProcessPoolExecutor(1, mp_context=fresh) as pool:
-        known = pace_ms * (1 + protocol.PROCESSES_DIFFER)
-        return pool.submit(_session, list(networks), setting, seed, plan, known).result()
+        known = math.inf if pace is None else pace.ms * (1 + protocol.PROCESSES_DIFFER)
+        session = pool.submit(_session, list(networks), setting, seed, plan, known).result()
+    if pace is not None:
+        pace.ms = min(pace.ms, session.pace_ms)
+    return session
 
 
 def _session(

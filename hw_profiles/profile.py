@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ class Group:
 
     timings: Sequence[Timing]
     reference_ms: Sequence[float]  # the reference's quiet rounds
+    pace_ms: float | None = None  # the fastest it was seen, where that is known
 
 
 Measure = Callable[[Sequence[Ops]], Group]
@@ -68,6 +70,7 @@ class Timings:
         self.path = path
         self.found: dict[str, Timing] = {}
         self.reference_ms: list[float] = []
+        self.pace_ms = math.inf
         if not path.exists():
             lines.append(path, {"header": header})
             return
@@ -94,6 +97,7 @@ class Timings:
     def _add(self, row: Mapping[str, Any]) -> None:
         self.found |= {name: Timing(**values) for name, values in row["timings"].items()}
         self.reference_ms += row["reference_ms"]
+        self.pace_ms = min(self.pace_ms, row.get("pace_ms") or math.inf)
 
     @property
     def noise(self) -> float:
@@ -139,6 +143,7 @@ class Timings:
                     name: asdict(timing) for name, timing in zip(names, result.timings, strict=True)
                 },
                 "reference_ms": list(result.reference_ms[:KEPT]),
+                "pace_ms": result.pace_ms,
             }
             lines.append(self.path, row)
             self._add(row)
@@ -207,6 +212,7 @@ def table(
         networks, measured = zip(*held_out, strict=True)
         errors = validate(fitted, networks, measured, plan.space or CHAINS)
     said = {"noise": timings.noise, **provenance}
+    said |= {"pace_ms": timings.pace_ms} if math.isfinite(timings.pace_ms) else {}
     said |= {f"held_out_{name}": value for name, value in asdict(errors).items()} if errors else {}
     held_for = {
         "provenance": said,

@@ -31,7 +31,8 @@ Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 ACTS = ("", "relu", "hswish", "hsigmoid", "silu")
 #: length scales to choose from, in the units of `features` (doublings of a dimension)
-LENGTHS = (0.7, 1.5, 3.0)
+LENGTHS = (1.5, 3.0, 6.0)
+TAIL = 2.0  # how far channels that fill no vector are from those that do
 ROUGH = 0.3  # length of the rough part, as a share of the smooth part's
 MOST = 240  # networks that the hyper-parameters are chosen on
 
@@ -81,7 +82,7 @@ def features(ops: Sequence[Op]) -> tuple[Array, NDArray[Any]]:
     other."""
     rows, groups = [], []
     for op in ops:
-        tails = [float(c % tile > 0) for c in (op.c_in, op.c_out) for tile in (8, 16)]
+        tails = [TAIL * (c % tile > 0) for c in (op.c_in, op.c_out) for tile in (4, 8, 16)]
         rows.append(
             [
                 np.log2(op.c_in),

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from hw_profiles.device import Device
-from hw_profiles.latency import FAMILIES, FAMILY, LEAST, Array, Interval, LatencyTable, Terms
+from hw_profiles.families import COARSE, FAMILIES, shares
+from hw_profiles.latency import LEAST, Array, Interval, LatencyTable, Terms
 from hw_profiles.latency import transfer_intervals as transfer
 from hw_profiles.models.additive import Hyper, Process
 from hw_profiles.op import Op
@@ -37,6 +38,12 @@ STAND_INS = {
     "pool": ("join", "conv"),
     "join": ("pool", "conv"),
     "act": ("join", "pool"),
+    "pointwise": ("conv", "linear"),
+    "grouped": ("conv", "pointwise"),
+    "ragged": ("dwconv", "conv"),
+    "gap": ("pool", "join"),
+    "mul": ("join", "pool"),
+    "epilogue": ("act", "join"),
 }
 
 
@@ -78,15 +85,15 @@ class Design:
     floor: Array  # 3: what the datasheet says that one operator, GMAC and MB cost at least
 
     @classmethod
-    def of(cls, networks: Sequence[Sequence[Op]], device: Device) -> Design:
+    def of(cls, networks: Sequence[Sequence[Op]], device: Device, tile: int = 0) -> Design:
         features = np.zeros((len(networks), len(FAMILIES), 3))
-        rows: dict[Op, tuple[int, Array]] = {}
+        rows: dict[Op, list[tuple[int, Array]]] = {}
         for at, ops in enumerate(networks):
             for op in ops:
                 if op not in rows:
-                    rows[op] = _row(op, device.itemsize)
-                family, row = rows[op]
-                features[at, family] += row
+                    rows[op] = _rows(op, device.itemsize, tile)
+                for family, row in rows[op]:
+                    features[at, family] += row
         compute = 1e3 / device.peak if device.peak else 0.0
         memory = 1 / device.bandwidth_gb_per_s if device.bandwidth_gb_per_s else 0.0
         return cls(features, np.array([0.0, compute, memory]))
@@ -105,11 +112,11 @@ class Design:
         return Design(self.features[chosen], self.floor)
 
 
-def _row(op: Op, itemsize: int) -> tuple[int, Array]:
-    if op.kind not in FAMILY:
-        raise NasctlError(f"cannot fit operator '{op.kind}'", allowed=FAMILY)
-    row = np.array([1.0, op.macs * 1e-9, op.bytes(itemsize) * 1e-6])
-    return FAMILIES.index(FAMILY[op.kind]), row
+def _rows(op: Op, itemsize: int, tile: int) -> list[tuple[int, Array]]:
+    return [
+        (FAMILIES.index(family), np.array(amounts))
+        for family, *amounts in shares(op, itemsize, tile)
+    ]
 
 
 def solve(design: Design, times: Array, ridge: Ridge) -> tuple[float, dict[str, Array]]:
@@ -195,12 +202,12 @@ class Wholes:
     each: Design  # of every operator alone
 
     @classmethod
-    def of(cls, networks: Sequence[Sequence[Op]], device: Device) -> Wholes:
+    def of(cls, networks: Sequence[Sequence[Op]], device: Device, tile: int) -> Wholes:
         at = {op: n for n, op in enumerate(dict.fromkeys(op for ops in networks for op in ops))}
         counts = np.zeros((len(networks), len(at)))
         for row, ops in enumerate(networks):
             np.add.at(counts[row], [at[op] for op in ops], 1.0)
-        return cls(counts, tuple(at), Design.of([[op] for op in at], device))
+        return cls(counts, tuple(at), Design.of([[op] for op in at], device, tile))
 
     def design(self) -> Design:
         return Design(np.einsum("nu,uft->nft", self.counts, self.each.features), self.each.floor)
@@ -229,7 +236,9 @@ def fit(
         )
     if not (np.isfinite(times) & (times > 0)).all():
         raise NasctlError("every measured latency must be positive", where=device.name)
-    wholes = Wholes.of(networks, device)
+    many = space == CHAINS or len(chains) >= MIN_NETWORKS
+    tile = device.tile if many else 0  # of one space's networks the finer terms would be guesses
+    wholes = Wholes.of(networks, device, tile)
     design = wholes.design()
     constant, fitted = solve(design, times, ridge)
     expected = predict(design, constant, fitted)
@@ -252,9 +261,10 @@ def fit(
         precision=device.precision,
         origin=source_text,
         fitted_on=(space,),
+        tile=tile,
         fitted_kinds=tuple(sorted({op.kind for ops in distinct for op in ops})),
         constant_ms=constant,
-        terms=_terms(design, fitted),
+        terms=_terms(design, fitted, FAMILIES if tile else COARSE),
         learned=process.fit(hyper, times / expected - 1),
         intervals={
             "same": same,
@@ -285,10 +295,10 @@ def _held_out(
     return ratios, folds
 
 
-def _terms(design: Design, fitted: dict[str, Array]) -> dict[str, Terms]:
+def _terms(design: Design, fitted: dict[str, Array], names: Sequence[str]) -> dict[str, Terms]:
     owners = design.owners()
     terms = {}
-    for family in FAMILIES:
+    for family in names:
         overhead, compute, memory = (float(value) for value in fitted[family])
         if not (owners[family] or compute or memory):
             continue  # no datasheet and no stand-in: an unknown operator, which is an error
