@@ -3,8 +3,8 @@
 
 Kernels become elastic first, then depths, then widths; each phase starts from the weights of the
 last one and every network learns from labels and from the largest network as it was before
-shrinking. Before widths shrink, the channels inside each block are sorted by importance, so that a prefix keeps the
-most important ones; small kernels get learned transforms of large ones.
+shrinking. Before widths shrink, the channels inside each block are sorted by importance, so that a
+prefix keeps the most important ones; small kernels get learned transforms of large ones.
 
 Ours: phases of equal length; the teacher predicts in eval mode; resolutions are elastic from the
 start; the widths of stages are elastic too (the paper's are fixed), unsorted, because residual sums

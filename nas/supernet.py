@@ -232,8 +232,9 @@ def _batch(task: Task, recipe: Recipe, step: int, device: torch.device) -> _Batc
     generator = _generator(recipe, step, AUGMENT)
     images = augment(images, generator, flip=task.flip, pad=task.pad)
     if recipe.operations:
-        how = {"operations": recipe.operations, "magnitude": recipe.magnitude}
-        images = randaugment(images, generator, **how)
+        images = randaugment(
+            images, generator, operations=recipe.operations, magnitude=recipe.magnitude
+        )
     if recipe.cutout:
         images = cutout(images, generator, share=recipe.cutout)
     x = task.normalise(images).contiguous(memory_format=torch.channels_last)
