@@ -3,8 +3,9 @@
 Parts, in order of importance (`--parts` chooses): `step` (cost of a step beside its four networks
 alone and a set-active implementation), `children` (accuracy inside the supernet, extracted, trained
 alone for the same images and for the same compute, without and with distillation from the
-supernet's largest, best of three learning rates), `ablations` (one switch per row, a quarter of the
-length) and `ranks` (supernet's order of networks against their order alone).
+supernet's largest), `ablations` (one switch per row, a quarter of the length), `ranks` (supernet's
+order of networks against their order alone) and `rates` (the networks alone with two more learning
+rates; the table takes the best of what there is).
 
 Rows go to benchmarks/results/supernet.rows.jsonl as they finish; the same command goes on where it
 was stopped, in the middle of a training if need be. Learning rates are chosen on validation
@@ -29,16 +30,16 @@ from nas import space, supernet, tasks
 from nas.elastic import Network
 from nas.space import Genes
 
-PARTS = ("step", "children", "ablations", "ranks")
+PARTS = ("step", "children", "ablations", "ranks", "rates")
 NETWORKS = 5
-RATES = (0.2, 0.1, 0.4)  # the recipe's own first: rows of the others come last
+RATES = (0.2, 0.1, 0.4)  # the recipe's own first
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = contract.parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--size", type=int, default=16, help="pixels, so that minutes suffice")
-    parser.add_argument("--epochs", type=float, default=5.0, help="of the supernet")
+    parser.add_argument("--epochs", type=float, default=4.0, help="of the supernet")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="for unfinished trainings; kept between runs")
@@ -55,12 +56,15 @@ def main(argv: list[str] | None = None) -> int:
         return outcome.skip("NASCTL_DATA/cifar10 is absent")
     experiments = quick() if arguments.quick else full(arguments, str(folder))
     for experiment in experiments:
-        if "children" in rest:
+        if {"children", "rates"} & set(rest):
             children(experiment)
     for part, module in (("ablations", supernet_ablations), ("ranks", supernet_ranks)):
         if part in rest:
             module.run(experiments[0], outcome)
-    if "children" in rest:
+    for experiment in experiments:
+        if "rates" in rest:
+            other_rates(experiment)
+    if {"children", "rates"} & set(rest):
         report(experiments, outcome)
     return outcome.finish(arguments.save)
 
@@ -92,7 +96,7 @@ def quick() -> list[Experiment]:
 
 
 def children(experiment: Experiment) -> None:
-    """All rows of one seed, the most telling first."""
+    """The rows of one seed and the first learning rate, the most telling first."""
     net = experiment.supernet()
     networks = across(experiment, NETWORKS)
     for at, genes in enumerate(networks):
@@ -105,6 +109,12 @@ def children(experiment: Experiment) -> None:
     for at, genes in enumerate(networks):
         steps = same_compute(experiment, genes, len(networks))
         _alone(experiment, at, genes, "same compute", RATES[0], steps=steps)
+
+
+def other_rates(experiment: Experiment) -> None:
+    """Only for those that saw the same images: `same compute` keeps the first rate."""
+    networks = across(experiment, NETWORKS)
+    teacher = experiment.child(experiment.supernet(), experiment.space.largest)
     for how, taught_by in (("alone", None), ("distilled", teacher)):
         for rate in RATES[1:]:
             for at, genes in enumerate(networks):
@@ -169,8 +179,8 @@ def report(experiments: Sequence[Experiment], outcome: contract.Outcome) -> None
     child, single, taught = (mean[:, hows.index(how)] for how in hows[1:4])
     gaps = np.stack([child - single, child - taught], 1)
     macs = [row["macs"] / 1e6 for row in tables[0]]
-    rows = [[f"{m:.2f}", *(f"{v:.2f}" for v in [*a, *b])]
-            for m, a, b in zip(macs, mean, gaps, strict=True)]  # fmt: skip
+    cells = np.concatenate([mean, gaps], 1)
+    rows = [[f"{m:.2f}", *(f"{v:.2f}" for v in row)] for m, row in zip(macs, cells, strict=True)]
     print(contract.table(header, rows))
     described(every, hows, outcome)
 
@@ -182,7 +192,7 @@ def table_of(experiment: Experiment) -> list[dict[str, Any]]:
         name = {**experiment.key, "part": "children", "network": at}
         found: dict[str, Any] = {}
         for how in ("inside", "extracted"):
-            row = experiment.rows.done[contract.Rows._name({**name, "how": how})]
+            row = experiment.rows.get({**name, "how": how}) or {}
             found |= {how: row["test_accuracy"], "macs": row["macs"]}
         for how in ("alone", "distilled", "same compute"):
             tried = [experiment.rows.get({**name, "how": how, "lr": rate}) for rate in RATES]

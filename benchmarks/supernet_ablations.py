@@ -109,8 +109,8 @@ def _single_path(experiment: Experiment) -> Archs:
 
 
 def _progressive(experiment: Experiment, state: Path) -> Network:
-    """The largest alone for as many steps, then shrunk for half as many: about the same compute, for
-    the largest costs half a sandwich step."""
+    """The largest alone for as many steps, then shrunk for half as many: about the same compute,
+    for the largest costs half a sandwich step."""
     net = experiment.build(experiment.space.largest)
     archs, recipe = supernet.alone(net), experiment.recipe
     finish(supernet.train(net, archs, experiment.task, recipe, resume=state))

@@ -155,6 +155,7 @@ class ActiveResNet(nn.Module):
         self.depths = [len(mids) for mids in arch.mids]
         for stage, width, mids in zip(self.stages, arch.widths, arch.mids, strict=True):
             for block, mid in zip(stage.children(), mids, strict=False):
+                assert isinstance(block, ActiveBlock)
                 block.set_active(width, mid)
 
     def forward(self, x: Tensor) -> Tensor:

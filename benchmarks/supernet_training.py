@@ -130,8 +130,8 @@ def across(experiment: Experiment, n: int) -> list[Genes]:
     found = experiment.space
     pool = found.sample(np.random.default_rng(0), CHOICES)
     macs = np.array([experiment.macs(row) for row in pool], float)
-    ends = [experiment.macs(row) for row in (found.smallest, found.largest)]
-    wanted = np.geomspace(*ends, n)[1:-1]
+    least, most = (experiment.macs(row) for row in (found.smallest, found.largest))
+    wanted = np.geomspace(least, most, n)[1:-1]
     between = [pool[np.abs(np.log(macs / value)).argmin()] for value in wanted]
     return [found.smallest, *between, found.largest]
 
@@ -188,5 +188,5 @@ def inside(net: Network, arch: Any, calibration: Tensor) -> Inside:
 
 def shortened(task: Task, n: int) -> Task:
     """The first `n` images of each split, for a quick run."""
-    splits = {k: Split(s.images[:n], s.labels[:n]) for k, s in task.splits.items()}
-    return Task(task.name, task.classes, **splits, flip=task.flip, pad=task.pad)
+    train, val, test = (Split(s.images[:n], s.labels[:n]) for s in task.splits.values())
+    return Task(task.name, task.classes, train, val, test, flip=task.flip, pad=task.pad)
