@@ -3,7 +3,7 @@
 Parts, in order of importance (`--parts` chooses): `step` (cost of a step beside its four networks
 alone and a set-active implementation), `children` (accuracy inside the supernet, extracted, trained
 alone for the same images and for the same compute, without and with distillation from the
-supernet's largest), `ablations` (one switch per row, a quarter of the length), `ranks` (supernet's
+supernet's largest), `ablations` (one switch per row, a fifth of the length), `ranks` (supernet's
 order of networks against their order alone) and `rates` (the networks alone with two more learning
 rates; the table takes the best of what there is).
 

@@ -1,4 +1,4 @@
-"""Part `ablations` of the supernet benchmark: one switch per row, all of a quarter of the length.
+"""Part `ablations` of the supernet benchmark: one switch per row, all of a fifth of the length.
 
 One seed and short runs: differences of less than about a point are noise. Judged on validation
 images, extracted and re-calibrated, over the same networks as part `children`.
@@ -22,7 +22,7 @@ from nas.elastic import BatchNorm2d, Network
 from nas.recipe import Recipe
 from nas.sampling import Archs
 
-SHORT = 0.25  # of the experiment's steps
+SHORT = 0.2  # of the experiment's steps
 NETWORKS = 5
 PLAIN = "as shipped"
 SWITCHES: dict[str, dict[str, Any]] = {
