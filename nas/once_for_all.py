@@ -133,17 +133,15 @@ def sort_channels_(net: nn.Module, served: Sequence[nn.Module] = ()) -> None:
     `served` are smaller networks that already work: channels move only within the bands between
     their widths, so that each still gets the same set of channels.
     """
-    for name, block in net.named_modules():
-        if not isinstance(block, Residual):
-            continue
-        smaller = [other.get_submodule(name) for other in served if _has(other, name)]
-        theirs = [block.middles() for block in smaller if isinstance(block, Residual)]
+    blocks = [_blocks(other) for other in served]
+    for name, block in _blocks(net).items():
+        theirs = [other[name].middles() for other in blocks if name in other]
         for at, middle in enumerate(block.middles()):
             _sort(middle, {_channels(middles[at]) for middles in theirs})
 
 
-def _has(net: nn.Module, name: str) -> bool:
-    return name in dict(net.named_modules())
+def _blocks(net: nn.Module) -> dict[str, Residual]:
+    return {name: block for name, block in net.named_modules() if isinstance(block, Residual)}
 
 
 def _channels(middle: Middle) -> int:

@@ -10,14 +10,14 @@ from torch import nn
 from nas import checkpoint, supernet
 from nas import once_for_all as ofa
 from nas import space as spaces
-from nas.elastic import BatchNorm2d, DepthwiseConv2d, Residual, extract
+from nas.elastic import BatchNorm2d, DepthwiseConv2d, extract
 from nas.errors import NasctlError
 from nas.recipe import Recipe
 
-RESNET = spaces.load("resnet", channels=1, classes=4, size=8, width=0.5)
+RESNET = spaces.load("resnet", channels=1, classes=4, size=8, width=0.3)
 MOBILE = spaces.load("mobilenet", channels=1, classes=4, size=8, width=0.2)
 BOTH = pytest.mark.parametrize("space", [RESNET, MOBILE], ids=["resnet", "mobilenet"])
-RECIPE = Recipe(steps=10, batch=32, lr=0.02)
+RECIPE = Recipe(steps=10, batch=16, lr=0.02)
 
 
 def shaken(space, seed=0):
@@ -40,10 +40,6 @@ def inputs(arch, n=4):
     )
 
 
-def blocks(net):
-    return {name: m for name, m in net.named_modules() if isinstance(m, Residual)}
-
-
 def importances(middle):
     return middle.reader.abs().transpose(0, 1).flatten(1).sum(1)
 
@@ -55,11 +51,8 @@ def test_sorting_leaves_the_largest_network_as_it_was(space, training):
     x = inputs(net.arch)
     before = copy.deepcopy(net)
     ofa.sort_channels_(net)
-    changed = [
-        name
-        for name, tensor in net.state_dict().items()
-        if not torch.equal(tensor, before.state_dict()[name])
-    ]
+    old = before.state_dict()
+    changed = [name for name, new in net.state_dict().items() if not torch.equal(new, old[name])]
     assert changed, "nothing moved, so nothing is shown"
     with torch.no_grad():
         a, b = net.train(training)(x), before.train(training)(x)
@@ -70,8 +63,9 @@ def test_sorting_leaves_the_largest_network_as_it_was(space, training):
 def test_sorting_puts_the_most_important_channels_first(space):
     net = shaken(space)
     ofa.sort_channels_(net)
-    assert len(blocks(net)) > 2
-    for block in blocks(net).values():
+    found = ofa._blocks(net)
+    assert len(found) > 2
+    for block in found.values():
         for middle in block.middles()[-1:]:  # a gate is sorted before its readers are reordered
             assert (importances(middle).diff() <= 1e-9).all()
 
@@ -188,7 +182,7 @@ def test_a_phase_runs_only_what_it_allows(space):
 def trained_largest(task):
     torch.manual_seed(0)
     net = RESNET.build(RESNET.decode(RESNET.largest))
-    for _ in supernet.train(net, supernet.alone(net), task, Recipe(steps=15, batch=32, lr=0.1)):
+    for _ in supernet.train(net, supernet.alone(net), task, Recipe(steps=15, batch=16, lr=0.1)):
         pass
     teacher = supernet.child(net, RESNET, RESNET.largest, supernet.calibration_images(task))
     return net, teacher
@@ -205,8 +199,9 @@ def test_shrinking_goes_on_where_it_was_stopped(tiny, tmp_path):
     half.close()
     rest = list(ofa.shrink(again, RESNET, tiny, RECIPE, teacher, folder=tmp_path))
     assert [step.step for step in rest] == [7, 8, 9, 10]
-    for name, tensor in net.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
+    wanted = net.state_dict()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
 
 
 def test_shrinking_makes_small_networks_work(tiny):
@@ -218,7 +213,7 @@ def test_shrinking_makes_small_networks_work(tiny):
         return supernet.evaluate(child, tiny, tiny.val, 8).cross_entropy
 
     before = smallest()
-    for _ in ofa.shrink(net, RESNET, tiny, Recipe(steps=30, batch=32, lr=0.05), teacher):
+    for _ in ofa.shrink(net, RESNET, tiny, Recipe(steps=30, batch=16, lr=0.05), teacher):
         pass
     assert smallest() < 0.7 * before
 
