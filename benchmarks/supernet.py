@@ -29,6 +29,7 @@ from benchmarks.supernet_training import Experiment, across, alone, inside, shor
 from nas import space, supernet, tasks
 from nas.elastic import Network
 from nas.space import Genes
+from nas.supernet import Course
 
 PARTS = ("step", "children", "ablations", "ranks", "rates")
 NETWORKS = 5
@@ -102,13 +103,14 @@ def children(experiment: Experiment) -> None:
     for at, genes in enumerate(networks):
         _cut_out(experiment, net, at, genes)
     teacher = experiment.child(net, experiment.space.largest)
-    for at, genes in enumerate(networks):
-        _alone(experiment, at, genes, "alone", RATES[0])
-    for at, genes in enumerate(networks):
-        _alone(experiment, at, genes, "distilled", RATES[0], teacher=teacher)
+    labels = Course(experiment.task, experiment.recipe)
+    for how, course in (("alone", labels), ("distilled", replace(labels, teacher=teacher))):
+        for at, genes in enumerate(networks):
+            _alone(experiment, at, genes, how, course)
     for at, genes in enumerate(networks):
         steps = same_compute(experiment, genes, len(networks))
-        _alone(experiment, at, genes, "same compute", RATES[0], steps=steps)
+        course = replace(labels, recipe=replace(experiment.recipe, steps=steps))
+        _alone(experiment, at, genes, "same compute", course)
 
 
 def other_rates(experiment: Experiment) -> None:
@@ -117,8 +119,9 @@ def other_rates(experiment: Experiment) -> None:
     teacher = experiment.child(experiment.supernet(), experiment.space.largest)
     for how, taught_by in (("alone", None), ("distilled", teacher)):
         for rate in RATES[1:]:
+            course = Course(experiment.task, replace(experiment.recipe, lr=rate), taught_by)
             for at, genes in enumerate(networks):
-                _alone(experiment, at, genes, how, rate, teacher=taught_by)
+                _alone(experiment, at, genes, how, course)
 
 
 def same_compute(experiment: Experiment, genes: Genes, networks: int) -> int:
@@ -146,24 +149,14 @@ def _cut_out(experiment: Experiment, net: Network, at: int, genes: Genes) -> Non
     experiment.row({"part": "children", "network": at, "how": "inside"}, within)
 
 
-def _alone(
-    experiment: Experiment,
-    at: int,
-    genes: Genes,
-    how: str,
-    rate: float,
-    *,
-    steps: int | None = None,
-    teacher: Network | None = None,
-) -> None:
-    recipe = replace(experiment.recipe, lr=rate, steps=steps or experiment.steps)
-
+def _alone(experiment: Experiment, at: int, genes: Genes, how: str, course: Course) -> None:
     def work(state: Path) -> dict[str, Any]:
-        net = alone(experiment, genes, recipe, state, teacher)
+        net = alone(experiment, genes, course, state)
         judged = experiment.judged(net, net.arch.resolution)
-        return {**judged, "images": recipe.steps * recipe.batch}
+        return {**judged, "images": course.recipe.steps * course.recipe.batch}
 
-    experiment.row({"part": "children", "network": at, "how": how, "lr": rate}, work)
+    name = {"part": "children", "network": at, "how": how, "lr": course.recipe.lr}
+    experiment.row(name, work)
 
 
 # ---- the table -----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from nas import once_for_all, supernet
 from nas.elastic import BatchNorm2d, Network
 from nas.recipe import Recipe
 from nas.sampling import Archs
+from nas.supernet import Course
 
 SHORT = 0.2  # of the experiment's steps
 NETWORKS = 5
@@ -117,11 +118,8 @@ def _progressive(experiment: Experiment, state: Path) -> Network:
     teacher = experiment.calibrated(copy.deepcopy(net))
     shrinking = replace(recipe, steps=max(5, recipe.steps // 2), lr=recipe.lr / 2)
     folder = state.with_suffix("")
-    finish(
-        once_for_all.shrink(
-            net, experiment.space, experiment.task, shrinking, teacher, folder=folder
-        )
-    )
+    course = Course(experiment.task, shrinking, teacher)
+    finish(once_for_all.shrink(net, experiment.space, course, folder=folder))
     return net
 
 

@@ -18,6 +18,7 @@ from benchmarks import contract
 from benchmarks.supernet_training import Experiment, alone, in_bands
 from nas.elastic import Network
 from nas.space import Genes
+from nas.supernet import Course
 
 BANDS, EACH = 3, 7
 SEEDS = 2
@@ -48,7 +49,7 @@ def _row(
         own = replace(experiment, seed=seed, steps=max(1, round(SHORT * experiment.steps)))
 
         def trained(state: Path, own: Experiment = own) -> dict[str, Any]:
-            single = alone(own, genes, own.recipe, state, None)
+            single = alone(own, genes, Course(own.task, own.recipe), state)
             return own.judged(single, single.arch.resolution, test=False)
 
         row = experiment.row({**name, "how": "alone", "of": seed}, trained)

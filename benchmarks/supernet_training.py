@@ -26,7 +26,7 @@ from nas.elastic import Network, channels_last, resize
 from nas.judge import BATCH_EVAL
 from nas.recipe import Recipe
 from nas.space import Genes, SearchSpace
-from nas.supernet import Step
+from nas.supernet import Course, Step
 from nas.tasks import Split, Task
 
 CHOICES = 500  # random networks among which those of wanted sizes are looked for
@@ -115,13 +115,10 @@ def finish(steps: Iterable[Step]) -> None:
         pass
 
 
-def alone(
-    experiment: Experiment, genes: Genes, recipe: Recipe, state: Path, teacher: Network | None
-) -> Network:
+def alone(experiment: Experiment, genes: Genes, course: Course, state: Path) -> Network:
     """The network of `genes` trained from scratch by itself, in eval mode."""
     net = experiment.build(genes)
-    archs = supernet.alone(net)
-    finish(supernet.train(net, archs, experiment.task, recipe, teacher=teacher, resume=state))
+    finish(supernet.taught(net, supernet.alone(net), course, resume=state))
     return experiment.calibrated(net)
 
 

@@ -23,18 +23,16 @@ SLOTS = {"momentum": "momentum_buffer", "ema": "ema"}
 
 def save(
     path: Path,
-    net: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    state: Mapping[str, Tensor],
     step: int,
     fingerprint: str,
     *,
-    extra: Mapping[str, Tensor] | None = None,
+    safe: Mapping[str, Tensor] | None = None,
     notes: str = "",
 ) -> None:
-    """Write weights, momentum and `step`, and what else belongs to the same moment; raises
-    NasctlError when the disk refuses."""
-    tensors = state(net, optimiser)
-    tensors.update({f"extra.{name}": tensor for name, tensor in (extra or {}).items()})
+    """Write a `state` (see below) after `step` steps, and with it an earlier one that may be
+    returned to; raises NasctlError when the disk refuses."""
+    tensors = {**state, **{f"safe.{name}": tensor for name, tensor in (safe or {}).items()}}
     meta = {"step": str(step), "fingerprint": _digest(fingerprint)}
     write(path, tensors, {**meta, "notes": notes} if notes else meta)
 
@@ -54,12 +52,12 @@ def load(path: Path, net: nn.Module, optimiser: torch.optim.Optimizer, fingerpri
     return int(meta["step"])
 
 
-def extra(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The `extra` tensors and the notes of a saved state; nothing if there is no file."""
+def safe(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The earlier state and the notes in a saved one; nothing if there is no file."""
     if not path.exists():
         return {}, ""
     tensors, meta = read(path)
-    found = {k.removeprefix("extra."): t for k, t in tensors.items() if k.startswith("extra.")}
+    found = {k.removeprefix("safe."): t for k, t in tensors.items() if k.startswith("safe.")}
     return found, meta.get("notes", "")
 
 

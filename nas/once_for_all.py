@@ -28,8 +28,7 @@ from nas.elastic import DepthwiseConv2d, Middle, Network, Residual
 from nas.recipe import Recipe
 from nas.sampling import Archs
 from nas.space import Genes, SearchSpace
-from nas.supernet import Step, train
-from nas.tasks import Task
+from nas.supernet import Course, Step, taught
 
 #: kinds of genes in the order in which they are released, and how much of their range by then
 PHASES = (("kernel", 1.0), ("depth", 0.5), ("depth", 1.0), ("width", 0.5), ("width", 1.0))
@@ -39,19 +38,18 @@ FREE = "resolution"  # elastic from the start
 def shrink(
     net: Network,
     space: SearchSpace,
-    task: Task,
-    recipe: Recipe,
-    teacher: Network,
+    course: Course,
     *,
     folder: Path | None = None,
 ) -> Generator[Step, None, None]:
-    """Train `net`, a trained largest network of `space`, phase by phase; `recipe.steps` in all.
+    """Train `net`, a trained largest network of `space`, phase by phase: the recipe's steps in all.
 
-    `teacher` is that largest network extracted and re-calibrated, in eval mode. With `folder` each
-    phase keeps its state there and the same call goes on where it was stopped.
+    The course's teacher is that largest network extracted and re-calibrated, in eval mode. With
+    `folder` each phase keeps its state there and the same call goes on where it was stopped.
     """
+    assert course.teacher is not None
     add_kernel_transforms_(net)
-    lowest = phases(space)
+    recipe, lowest = course.recipe, phases(space)
     plain = replace(recipe, dropout=0.0, drop_connect=0.0)  # nobody here learns from labels alone
     shares = np.diff(np.linspace(0, recipe.steps, len(lowest) + 1).astype(int)).tolist()
     before = 0
@@ -62,7 +60,7 @@ def shrink(
         own = replace(plain, steps=steps, start=f"{recipe.start} phase {at} of {len(lowest)}")
         resume = folder / f"shrink{at}.safetensors" if folder else None
         archs = released(space, own, floor, at)
-        run = train(net, archs, task, own, teacher=teacher, resume=resume)
+        run = taught(net, archs, replace(course, recipe=own), resume=resume)
         with closing(run):
             for step in run:
                 yield replace(step, step=before + step.step, steps=recipe.steps)

@@ -17,31 +17,29 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Generator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas import checkpoint
 from nas.collapse import MAX_HALVINGS, Watch
-from nas.data.augment import augment
-from nas.data.randaugment import cutout, randaugment
-from nas.distillation import Lesson
-from nas.elastic import Network, Noise, resize
+from nas.elastic import Network
 from nas.errors import NasctlError
+from nas.gradients import Course, batch_indices, gradients
 from nas.judge import Score, calibrate, calibration_images, child, device_of, evaluate
 from nas.recipe import Recipe
-from nas.sampling import Archs, Contest, alone, sandwich
-from nas.tasks import Split, Task
+from nas.sampling import Archs, alone, sandwich
+from nas.tasks import Task
 
 # one name for training and judging, which callers do in turn
 __all__ = [
     "Archs",
+    "Course",
     "Recipe",
     "Score",
     "Step",
@@ -52,11 +50,11 @@ __all__ = [
     "child",
     "evaluate",
     "sandwich",
+    "taught",
     "train",
 ]
 
 SAFE_EVERY = 100  # steps between the states that a collapse can return to
-AUGMENT, NOISE = 0, 1  # streams of a step's random numbers
 
 
 @dataclass(frozen=True)
@@ -69,132 +67,149 @@ class Step:
     halvings: int = 0  # how often a collapse has halved the learning rate
 
 
-def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
-    """The images of one step: epochs are private permutations of (seed, epoch), read in order."""
-    batch = min(batch, n)
-    epoch, at = divmod(step, n // batch)
-    order = np.random.default_rng((seed, 1, epoch)).permutation(n)
-    return torch.from_numpy(order[at * batch : (at + 1) * batch])
-
-
-@dataclass
-class _Progress:
-    """Where a training is, beside its weights and momentum: saved and resumed with them."""
-
-    done: int = 0
-    watch: Watch = field(default_factory=Watch)
-    safe_step: int = -1  # none yet
-    safe: dict[str, Tensor] = field(default_factory=dict)
-
-
 def train(
     net: nn.Module,
     archs: Archs,
     task: Task,
     recipe: Recipe,
     *,
-    teacher: Network | None = None,
     resume: Path | None = None,
     save_every_s: float = 20.0,
 ) -> Generator[Step, None, None]:
     """Train `net` in place, yielding after each step. `archs(step)` are the architectures it runs
-    (or a Contest for one): the first learns from the labels, the others from the first. With a
-    frozen `teacher` (called as it is: put it in eval mode) all learn from labels and from it.
+    (or a Contest for one): the first learns from the labels, the others from the first.
 
     With `resume`, the state is saved to that file every `save_every_s` seconds and when the caller
     closes the generator, and a state found there is continued.
 
-    A collapse (the loss is not finite, or back at chance for 20 steps) returns to a state of at
-    most 100 steps earlier, or the last sound one, with half the learning rate; after
-    MAX_HALVINGS of these, NasctlError. Also NasctlError if the file belongs to another recipe or a
-    batch does not fit the device's memory.
+    A collapse (the loss is not finite, or back at chance for 20 steps) returns to the last sound
+    state, kept every SAFE_EVERY steps, with half the learning rate. Raises NasctlError after
+    MAX_HALVINGS of these, if the file belongs to another recipe, or if a batch does not fit the
+    device's memory.
     """
-    net.train()
-    optimiser = _optimiser(net, recipe)
-    taught_by = "" if teacher is None else f" {_digest(teacher)}"
-    fingerprint = f"{recipe} {task.fingerprint}{taught_by}"
-    now = _loaded(resume, net, optimiser, fingerprint) if resume else _Progress()
-    task = _placed(task, device_of(net))
-    chance = math.log(task.n_classes) if task.loss is F.cross_entropy else math.inf
+    return taught(net, archs, Course(task, recipe), resume=resume, save_every_s=save_every_s)
 
-    def save() -> None:
-        if resume:
-            notes = json.dumps({"watch": asdict(now.watch), "safe_step": now.safe_step})
-            done, safe = now.done, now.safe
-            checkpoint.save(resume, net, optimiser, done, fingerprint, extra=safe, notes=notes)
 
+def taught(
+    net: nn.Module,
+    archs: Archs,
+    course: Course,
+    *,
+    resume: Path | None = None,
+    save_every_s: float = 20.0,
+) -> Generator[Step, None, None]:
+    """`train`, where the course may have a frozen teacher: all networks then learn from labels and
+    from it. It is called as it is, so put it in eval mode."""
+    run = _Training(net, course, resume)
+    run.load()
     saved_at = time.monotonic()
-    while now.done < recipe.steps:
-        losses = _gradients_that_fit(net, archs(now.done), teacher, task, recipe, now.done)
-        now.watch = now.watch.after(losses, chance)
-        if now.watch.collapsed:
-            _roll_back(now, net, optimiser, recipe)
-        else:
-            if now.done % SAFE_EVERY == 0 and now.watch.calm:
-                # before the update: these weights are known to give a finite loss
-                state = checkpoint.state(net, optimiser)
-                now.safe = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
-                now.safe_step = now.done
-            _update(net, optimiser, recipe, now)
-            now.done += 1
-        due = now.done == recipe.steps or time.monotonic() - saved_at > save_every_s
+    while run.done < course.recipe.steps:
+        losses = run.step(archs(run.done))
+        due = run.done == course.recipe.steps or time.monotonic() - saved_at > save_every_s
         if due:
-            save()
+            run.save()
             saved_at = time.monotonic()
         try:
-            yield Step(now.done, recipe.steps, losses, now.watch.halvings)
+            yield Step(run.done, course.recipe.steps, losses, run.watch.halvings)
         except GeneratorExit:
             # The caller stops between two steps, where weights and momentum agree. (An interrupt
             # inside a step is not caught: the file of the last save stands.)
             if not due:
-                save()
+                run.save()
             raise
 
 
-def _loaded(
-    resume: Path, net: nn.Module, optimiser: torch.optim.Optimizer, fingerprint: str
-) -> _Progress:
-    done = checkpoint.load(resume, net, optimiser, fingerprint)
-    safe, notes = checkpoint.extra(resume)
-    if not notes:
-        return _Progress(done)
-    said = json.loads(notes)
-    return _Progress(done, Watch(**said["watch"]), said["safe_step"], safe)
+@dataclass
+class _Training:
+    """A training between two steps: what a state file holds, and what it takes to go on."""
+
+    net: nn.Module
+    course: Course
+    path: Path | None
+    done: int = 0
+    watch: Watch = field(default_factory=Watch)
+    safe_step: int = -1  # none yet
+    safe: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.net.train()
+        self.optimiser = _optimiser(self.net, self.course.recipe)
+        self.fingerprint = _fingerprint(self.course)
+        task = self.course.task
+        level = math.log(task.n_classes) if task.loss is F.cross_entropy else math.inf
+        self.chance = level  # of the loss; other losses than cross-entropy have none
+        self.course = self.course.on(device_of(self.net))
+
+    def step(self, archs: Sequence[Any]) -> tuple[float, ...]:
+        """One step forward, or after a collapse the return to a sound state."""
+        losses = gradients(self.net, archs, self.course, self.done)
+        self.watch = self.watch.after(losses, self.chance)
+        if self.watch.collapsed:
+            self._roll_back()
+            return losses
+        if self.done % SAFE_EVERY == 0 and self.watch.calm:
+            # before the update: these weights are known to give a finite loss
+            state = checkpoint.state(self.net, self.optimiser)
+            self.safe = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+            self.safe_step = self.done
+        recipe = self.course.recipe
+        rate = recipe.lr_at(self.done) / 2**self.watch.halvings
+        _update(self.net, self.optimiser, rate, recipe.clip_norm)
+        if recipe.ema:
+            _average(self.net, self.optimiser, recipe, self.done)
+        self.done += 1
+        return losses
+
+    def _roll_back(self) -> None:
+        self.optimiser.zero_grad(set_to_none=True)
+        halvings = self.watch.halvings
+        if self.safe_step < 0 or halvings == MAX_HALVINGS:
+            why = "the loss is back at chance" if self.watch.finite else "the loss is not finite"
+            also = f", and was so at 1/{2**halvings} of the rate" if halvings else ""
+            raise NasctlError(
+                f"training diverged at step {self.done + 1}: {why}{also}",
+                where="--lr",
+                next=f"Try --lr {self.course.recipe.lr / 2**halvings / 3:.2g}.",
+            )
+        checkpoint.restore(self.safe, self.net, self.optimiser, Path("the last sound state"))
+        self.done, self.watch = self.safe_step, self.watch.rolled_back()
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        notes = json.dumps({"watch": asdict(self.watch), "safe_step": self.safe_step})
+        checkpoint.save(
+            self.path,
+            checkpoint.state(self.net, self.optimiser),
+            self.done,
+            self.fingerprint,
+            safe=self.safe,
+            notes=notes,
+        )
+
+    def load(self) -> None:
+        if self.path is None:
+            return
+        self.done = checkpoint.load(self.path, self.net, self.optimiser, self.fingerprint)
+        self.safe, notes = checkpoint.safe(self.path)
+        if notes:
+            said = json.loads(notes)
+            self.watch, self.safe_step = Watch(**said["watch"]), said["safe_step"]
 
 
-def _digest(teacher: nn.Module) -> str:
+def _fingerprint(course: Course) -> str:
+    said = f"{course.recipe} {course.task.fingerprint}"
+    return said if course.teacher is None else f"{said} {_digest(course.teacher)}"
+
+
+def _digest(teacher: Network) -> str:
     digest = hashlib.sha256()
     for tensor in teacher.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
-def _placed(task: Task, device: torch.device) -> Task:
-    """With the training images on the device, if they take at most half of its free memory."""
-    images, labels = task.train.images, task.train.labels
-    if device.type != "cuda" or images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return task
-    return replace(task, train=Split(images.to(device), labels.to(device)))
-
-
-def _roll_back(
-    now: _Progress, net: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe
-) -> None:
-    optimiser.zero_grad(set_to_none=True)
-    halvings = now.watch.halvings
-    if now.safe_step < 0 or halvings == MAX_HALVINGS:
-        why = "the loss is back at chance" if now.watch.finite else "the loss is not finite"
-        also = f", and was so at 1/{2**halvings} of the rate" if halvings else ""
-        raise NasctlError(
-            f"training diverged at step {now.done + 1}: {why}{also}",
-            where="--lr",
-            next=f"Try --lr {recipe.lr / 2**halvings / 3:.2g}.",
-        )
-    checkpoint.restore(now.safe, net, optimiser, Path("the last sound state"))
-    now.done, now.watch = now.safe_step, now.watch.rolled_back()
-
-
-# ---- one step ------------------------------------------------------------------------------------
+# ---- the update ----------------------------------------------------------------------------------
 
 
 def _optimiser(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -211,102 +226,14 @@ def _optimiser(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     )
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """A step's normalised, augmented images, and the same at other resolutions."""
-
-    images: Tensor
-    labels: Tensor
-    resized: dict[int, Tensor] = field(default_factory=dict)
-
-    def at(self, resolution: int) -> Tensor:
-        if resolution not in self.resized:
-            self.resized[resolution] = resize(self.images, resolution)
-        return self.resized[resolution]
-
-
-def _batch(task: Task, recipe: Recipe, step: int, device: torch.device) -> _Batch:
-    at = batch_indices(len(task.train), recipe.batch, step, recipe.seed)
-    at = at.to(task.train.images.device)
-    images, labels = task.train.images[at].to(device), task.train.labels[at].to(device)
-    generator = _generator(recipe, step, AUGMENT)
-    images = augment(images, generator, flip=task.flip, pad=task.pad)
-    if recipe.operations:
-        images = randaugment(
-            images, generator, operations=recipe.operations, magnitude=recipe.magnitude
-        )
-    if recipe.cutout:
-        images = cutout(images, generator, share=recipe.cutout)
-    x = task.normalise(images).contiguous(memory_format=torch.channels_last)
-    return _Batch(x, labels)
-
-
-def _generator(recipe: Recipe, step: int, stream: int) -> torch.Generator:
-    return torch.Generator().manual_seed(recipe.seed * 1_000_003 + step + (stream << 48))
-
-
-def _gradients(
-    net: nn.Module,
-    archs: list[Any],
-    teacher: Network | None,
-    task: Task,
-    recipe: Recipe,
-    step: int,
-) -> tuple[float, ...]:
-    """Adds the gradient of the networks' mean loss; returns each one's loss."""
-    device = device_of(net)
-    batch = _batch(task, recipe, step, device)
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16)
-    taught: Tensor | None = None
-    if teacher is not None:
-        with precision, torch.no_grad():
-            taught = teacher(batch.at(teacher.arch.resolution)).float()
-    lesson = Lesson(task, recipe, batch.labels, taught)
-    largest: Tensor | None = None
-    losses: list[Tensor] = []
-    for entry in archs:
-        with precision:
-            arch = _winner(net, entry, batch, task) if isinstance(entry, Contest) else entry
-            noise = _noise(recipe, step) if largest is None else None
-            logits = _logits(net, batch, arch, noise).float()
-        loss = lesson.loss(logits, largest)
-        if largest is None:
-            largest = logits.detach()
-        (loss / len(archs)).backward()
-        losses.append(loss.detach())
-    return tuple(torch.stack(losses).tolist())  # one wait for the device
-
-
-def _noise(recipe: Recipe, step: int) -> Noise | None:
-    if not (recipe.dropout or recipe.drop_connect):
-        return None
-    return Noise(recipe.dropout, recipe.drop_connect, _generator(recipe, step, NOISE))
-
-
-def _logits(net: nn.Module, batch: _Batch, arch: Any, noise: Noise | None) -> Tensor:
-    x = batch.at(arch.resolution)
-    return net(x, arch) if noise is None else net(x, arch, noise)
-
-
-@torch.no_grad()
-def _winner(net: nn.Module, contest: Contest, batch: _Batch, task: Task) -> Any:
-    rated = [
-        float(task.loss(_logits(net, batch, arch, None).float(), batch.labels))
-        for arch in contest.archs
-    ]
-    return contest.archs[int(np.argmax(rated) if contest.worst else np.argmin(rated))]
-
-
 def _update(
-    net: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe, now: _Progress
+    net: nn.Module, optimiser: torch.optim.Optimizer, rate: float, clip_norm: float
 ) -> None:
     for group in optimiser.param_groups:
-        group["lr"] = recipe.lr_at(now.done) / 2**now.watch.halvings
-    nn.utils.clip_grad_norm_(net.parameters(), recipe.clip_norm)
+        group["lr"] = rate
+    nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    if recipe.ema:
-        _average(net, optimiser, recipe, now.done)
 
 
 @torch.no_grad()
@@ -318,33 +245,3 @@ def _average(net: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe, s
         average.lerp_(parameter, 1 - decay)
         if step + 1 == recipe.steps:
             parameter.copy_(average)
-
-
-def _gradients_that_fit(
-    net: nn.Module,
-    archs: list[Any],
-    teacher: Network | None,
-    task: Task,
-    recipe: Recipe,
-    step: int,
-) -> tuple[float, ...]:
-    """`_gradients`; a lack of device memory becomes one line that says which batch would fit."""
-    try:
-        return _gradients(net, archs, teacher, task, recipe, step)
-    except torch.OutOfMemoryError as error:
-        full = str(error)  # the traceback holds the step's tensors: let go of it before probing
-    batch = recipe.batch // 2
-    while batch >= 2:
-        net.zero_grad(set_to_none=True)
-        try:
-            _gradients(net, archs, teacher, task, replace(recipe, batch=batch), step)
-        except torch.OutOfMemoryError:
-            batch //= 2
-        else:
-            break
-    fits = f"--batch {batch} fits." if batch >= 2 else "Not even a batch of 2 fits."
-    raise NasctlError(
-        f"the device's memory does not hold a batch of {recipe.batch} ({full.splitlines()[0]})",
-        where="--batch",
-        next=fits,
-    )

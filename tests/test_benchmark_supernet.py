@@ -69,7 +69,8 @@ def test_same_compute_shares_the_supernets_out(experiment):
 
 def test_a_row_goes_on_in_the_middle_of_its_training(experiment, tmp_path):
     genes, recipe = experiment.space.smallest, Recipe(steps=6, batch=32)
-    whole = alone(experiment, genes, recipe, tmp_path / "whole", None)
+    course = supernet.Course(experiment.task, recipe)
+    whole = alone(experiment, genes, course, tmp_path / "whole")
 
     def killed(state):
         net = experiment.build(genes)
@@ -86,7 +87,7 @@ def test_a_row_goes_on_in_the_middle_of_its_training(experiment, tmp_path):
     found = []
 
     def work(state):
-        found.append(alone(experiment, genes, recipe, state, None))
+        found.append(alone(experiment, genes, course, state))
         return {"score": 1.0}
 
     assert experiment.row({"network": 0}, work)["score"] == 1.0

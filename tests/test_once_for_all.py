@@ -13,6 +13,7 @@ from nas import space as spaces
 from nas.elastic import BatchNorm2d, DepthwiseConv2d, extract
 from nas.errors import NasctlError
 from nas.recipe import Recipe
+from nas.supernet import Course
 
 RESNET = spaces.load("resnet", channels=1, classes=4, size=8, width=0.3)
 MOBILE = spaces.load("mobilenet", channels=1, classes=4, size=8, width=0.2)
@@ -191,13 +192,13 @@ def trained_largest(task):
 def test_shrinking_goes_on_where_it_was_stopped(tiny, tmp_path):
     net, teacher = trained_largest(tiny)
     stopped, again = copy.deepcopy(net), copy.deepcopy(net)
-    steps = list(ofa.shrink(net, RESNET, tiny, RECIPE, teacher))
+    steps = list(ofa.shrink(net, RESNET, Course(tiny, RECIPE, teacher)))
     assert [step.step for step in steps] == list(range(1, 11))
-    half = ofa.shrink(stopped, RESNET, tiny, RECIPE, teacher, folder=tmp_path)
+    half = ofa.shrink(stopped, RESNET, Course(tiny, RECIPE, teacher), folder=tmp_path)
     for _ in range(6):
         next(half)
     half.close()
-    rest = list(ofa.shrink(again, RESNET, tiny, RECIPE, teacher, folder=tmp_path))
+    rest = list(ofa.shrink(again, RESNET, Course(tiny, RECIPE, teacher), folder=tmp_path))
     assert [step.step for step in rest] == [7, 8, 9, 10]
     wanted = net.state_dict()
     for name, tensor in again.state_dict().items():
@@ -213,14 +214,15 @@ def test_shrinking_makes_small_networks_work(tiny):
         return supernet.evaluate(child, tiny, tiny.val, 8).cross_entropy
 
     before = smallest()
-    for _ in ofa.shrink(net, RESNET, tiny, Recipe(steps=30, batch=16, lr=0.05), teacher):
+    course = Course(tiny, Recipe(steps=30, batch=16, lr=0.05), teacher)
+    for _ in ofa.shrink(net, RESNET, course):
         pass
     assert smallest() < 0.7 * before
 
 
 def test_the_teacher_is_part_of_what_a_state_belongs_to(tiny, tmp_path):
     net, teacher = trained_largest(tiny)
-    list(ofa.shrink(copy.deepcopy(net), RESNET, tiny, RECIPE, teacher, folder=tmp_path))
+    list(ofa.shrink(copy.deepcopy(net), RESNET, Course(tiny, RECIPE, teacher), folder=tmp_path))
     nn.init.zeros_(teacher.head.weight)
     with pytest.raises(NasctlError, match="another recipe or other data"):
-        next(ofa.shrink(net, RESNET, tiny, RECIPE, teacher, folder=tmp_path))
+        next(ofa.shrink(net, RESNET, Course(tiny, RECIPE, teacher), folder=tmp_path))
