@@ -92,7 +92,7 @@ def test_the_first_of_a_step_teaches_even_where_all_are_the_largest(tiny, monkey
 
 @pytest.mark.parametrize("loss", ["alpha", "labels"])
 def test_every_loss_trains(loss, tiny):
-    _, steps = trained(tiny, Recipe(steps=20, batch=32, loss=loss))
+    _, steps = trained(tiny, Recipe(steps=15, batch=16, loss=loss))
     assert steps[-1].losses[0] < 0.7 * steps[0].losses[0]
 
 
@@ -189,11 +189,11 @@ def test_an_average_survives_a_stop(stop, tiny, tmp_path):
 
 
 def test_bfloat16_trains_and_keeps_full_weights(tiny):
-    net, steps = trained(tiny, Recipe(steps=12, batch=32, lr=0.1, bf16=True))
-    full, wanted = trained(tiny, Recipe(steps=12, batch=32, lr=0.1))
+    net, steps = trained(tiny, Recipe(steps=8, batch=16, lr=0.1, bf16=True))
+    full, wanted = trained(tiny, Recipe(steps=8, batch=16, lr=0.1))
     assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
     assert not same_weights(net, full)
-    assert steps[-1].losses[0] == pytest.approx(wanted[-1].losses[0], abs=0.15)
+    assert steps[-1].losses[0] == pytest.approx(wanted[-1].losses[0], abs=0.2)
 
 
 # ---- resolution and memory -----------------------------------------------------------------------
