@@ -6,6 +6,7 @@ One file, replaced atomically, so weights and momentum can never come from diffe
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -16,17 +17,24 @@ from torch import Tensor, nn
 from nas import file
 from nas.errors import NasctlError
 
+#: what an optimiser's state is called here -> in the optimiser
+SLOTS = {"momentum": "momentum_buffer", "ema": "ema"}
+
 
 def save(
-    path: Path, net: nn.Module, optimiser: torch.optim.Optimizer, step: int, fingerprint: str
+    path: Path,
+    state: Mapping[str, Tensor],
+    step: int,
+    fingerprint: str,
+    *,
+    safe: Mapping[str, Tensor] | None = None,
+    notes: str = "",
 ) -> None:
-    """Write weights, momentum and `step`; raises NasctlError when the disk refuses."""
-    tensors = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
-    for name, parameter in net.named_parameters():
-        momentum = optimiser.state.get(parameter, {}).get("momentum_buffer")
-        if momentum is not None:
-            tensors[f"momentum.{name}"] = momentum
-    write(path, tensors, {"step": str(step), "fingerprint": _digest(fingerprint)})
+    """Write a `state` (see below) after `step` steps, and with it an earlier one that may be
+    returned to; raises NasctlError when the disk refuses."""
+    tensors = {**state, **{f"safe.{name}": tensor for name, tensor in (safe or {}).items()}}
+    meta = {"step": str(step), "fingerprint": _digest(fingerprint)}
+    write(path, tensors, {**meta, "notes": notes} if notes else meta)
 
 
 def load(path: Path, net: nn.Module, optimiser: torch.optim.Optimizer, fingerprint: str) -> int:
@@ -40,14 +48,40 @@ def load(path: Path, net: nn.Module, optimiser: torch.optim.Optimizer, fingerpri
             where=str(path),
             next="Use --force to train again, or another --run.",
         )
-    state = {name[4:]: t for name, t in tensors.items() if name.startswith("net.")}
-    fill(net, state, path)
-    for name, parameter in net.named_parameters():
-        if f"momentum.{name}" in tensors:
-            # empty_like keeps the parameter's memory format, on which bit-equal resuming depends
-            buffer = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])
-            optimiser.state[parameter]["momentum_buffer"] = buffer
+    restore(tensors, net, optimiser, path)
     return int(meta["step"])
+
+
+def safe(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The earlier state and the notes in a saved one; nothing if there is no file."""
+    if not path.exists():
+        return {}, ""
+    tensors, meta = read(path)
+    found = {k.removeprefix("safe."): t for k, t in tensors.items() if k.startswith("safe.")}
+    return found, meta.get("notes", "")
+
+
+def state(net: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything that a step changes, by name; the tensors themselves, not copies."""
+    tensors = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+    for name, parameter in net.named_parameters():
+        for ours, theirs in SLOTS.items():
+            if (value := optimiser.state.get(parameter, {}).get(theirs)) is not None:
+                tensors[f"{ours}.{name}"] = value
+    return tensors
+
+
+def restore(
+    tensors: Mapping[str, Tensor], net: nn.Module, optimiser: torch.optim.Optimizer, path: Path
+) -> None:
+    """The inverse of `state`, with copies; `path` is blamed for a tensor that does not fit."""
+    fill(net, {name[4:]: t for name, t in tensors.items() if name.startswith("net.")}, path)
+    for name, parameter in net.named_parameters():
+        for ours, theirs in SLOTS.items():
+            optimiser.state[parameter].pop(theirs, None)
+            if (value := tensors.get(f"{ours}.{name}")) is not None:
+                # empty_like keeps the memory format, on which bit-equal resuming depends
+                optimiser.state[parameter][theirs] = torch.empty_like(parameter).copy_(value)
 
 
 def fill(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -61,6 +95,12 @@ def fill(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
                 next="The file was written for another space or task.",
             )
         tensor.copy_(state[name])
+    if more := sorted(set(state) - set(net.state_dict())):
+        raise NasctlError(
+            f"tensor {more[0]}: the network has none of that name",
+            where=str(path),
+            next="The file was written for another space or kind of training.",
+        )
 
 
 def write(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:

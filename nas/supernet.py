@@ -1,140 +1,215 @@
 """Train one weight-sharing network whose every sub-network works: sandwich rule with in-place
 distillation (BigNAS, arXiv 2003.11142, section 3.1; universally slimmable networks, 1903.05134).
 
-Each step runs the largest, the smallest and `n_random` random networks on the same images. The
-largest learns from labels; the others learn only its softened prediction of the same step. The four
-gradients are averaged (several published codes sum them: divide their learning rates by four) and
-the optimiser steps once, so weight decay acts once, as the largest network's.
+Each step runs the largest, the smallest and `n_random` other networks on the same images, each at
+its own resolution. The largest learns from labels and is regularised; the others learn only its
+prediction of the same step (`nas.distillation`). The four gradients are averaged (several published
+codes sum them: divide their learning rates by four) and the optimiser steps once, so weight decay
+acts once, as the largest network's.
 
 Everything random is a function of (seed, step), never of a generator's history, so a run continues
-from a checkpoint exactly as if it had not stopped.
+from a checkpoint exactly as if it had not stopped. The device is the network's own.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas import checkpoint
-from nas.data.augment import augment
-from nas.elastic import N, Network, channels_last, extract, recalibrate, resize
+from nas.collapse import MAX_HALVINGS, Watch
+from nas.elastic import Network
 from nas.errors import NasctlError
-from nas.space import Genes, SearchSpace
-from nas.tasks import Split, Task
+from nas.gradients import Course, batch_indices, gradients
+from nas.judge import Score, calibrate, calibration_images, child, device_of, evaluate
+from nas.recipe import Recipe
+from nas.sampling import Archs, alone, sandwich
+from nas.tasks import Task
 
-BATCH_EVAL = 256
+# one name for training and judging, which callers do in turn
+__all__ = [
+    "Archs",
+    "Course",
+    "Recipe",
+    "Score",
+    "Step",
+    "alone",
+    "batch_indices",
+    "calibrate",
+    "calibration_images",
+    "child",
+    "evaluate",
+    "sandwich",
+    "taught",
+    "train",
+]
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train; the defaults suit small images and minutes, not days."""
-
-    steps: int
-    batch: int = 128
-    lr: float = 0.2  # peak, Nesterov SGD on the mean of the networks' losses
-    momentum: float = 0.9
-    weight_decay: float = 5e-4  # not on norms and biases
-    label_smoothing: float = 0.1
-    warmup: float = 0.1  # share of the steps
-    clip_norm: float = 2.0
-    n_random: int = 2
-    seed: int = 0
-    start: str = ""  # names the initial weights, where they are not the seed's
-
-    def lr_at(self, step: int) -> float:
-        """Linear warm-up, then linear to zero: with few epochs a floor only costs accuracy."""
-        warm = max(1, round(self.warmup * self.steps))
-        if step < warm:
-            return self.lr * (step + 1) / warm
-        return self.lr * (self.steps - step) / max(1, self.steps - warm)
+SAFE_EVERY = 100  # steps between the states that a collapse can return to
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a training step reports."""
+    """What a training step reports. After a collapse `step` is where the training returned to."""
 
     step: int  # steps done so far
     steps: int
     losses: tuple[float, ...]  # of each network, in the order of the step's architectures
-
-
-def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
-    """The images of one step: epochs are private permutations of (seed, epoch), read in order."""
-    batch = min(batch, n)
-    epoch, at = divmod(step, n // batch)
-    order = np.random.default_rng((seed, 1, epoch)).permutation(n)
-    return torch.from_numpy(order[at * batch : (at + 1) * batch])
-
-
-def sandwich(space: SearchSpace, recipe: Recipe) -> Callable[[int], list[Any]]:
-    """The architectures of a step: the largest first (it teaches), then the smallest, then random
-    ones."""
-
-    def archs(step: int) -> list[Any]:
-        rng = np.random.default_rng((recipe.seed, 2, step))
-        rows = [space.largest, space.smallest, *space.sample(rng, recipe.n_random)]
-        return [space.decode(row) for row in rows]
-
-    return archs
-
-
-def alone(net: Network) -> Callable[[int], list[Any]]:
-    """For `train`: every step runs `net` itself, and only that."""
-    return lambda step: [net.arch]
+    halvings: int = 0  # how often a collapse has halved the learning rate
 
 
 def train(
     net: nn.Module,
-    archs: Callable[[int], list[Any]],
+    archs: Archs,
     task: Task,
     recipe: Recipe,
     *,
     resume: Path | None = None,
     save_every_s: float = 20.0,
 ) -> Generator[Step, None, None]:
-    """Train `net` in place, yielding after each step. `archs(step)` are the architectures it runs:
-    the first learns from the labels, the others from the first.
+    """Train `net` in place, yielding after each step. `archs(step)` are the architectures it runs
+    (or a Contest for one): the first learns from the labels, the others from the first.
 
     With `resume`, the state is saved to that file every `save_every_s` seconds and when the caller
     closes the generator, and a state found there is continued.
 
-    Raises NasctlError if the loss stops being finite, or the file belongs to another recipe.
+    A collapse (the loss is not finite, or back at chance for 20 steps) returns to the last sound
+    state, kept every SAFE_EVERY steps, with half the learning rate. Raises NasctlError after
+    MAX_HALVINGS of these, if the file belongs to another recipe, or if a batch does not fit the
+    device's memory.
     """
-    net.train()
-    optimiser = _optimiser(net, recipe)
-    fingerprint = f"{recipe} {task.fingerprint}"
-    done = checkpoint.load(resume, net, optimiser, fingerprint) if resume else 0
+    return taught(net, archs, Course(task, recipe), resume=resume, save_every_s=save_every_s)
+
+
+def taught(
+    net: nn.Module,
+    archs: Archs,
+    course: Course,
+    *,
+    resume: Path | None = None,
+    save_every_s: float = 20.0,
+) -> Generator[Step, None, None]:
+    """`train`, where the course may have a frozen teacher: all networks then learn from labels and
+    from it. It is called as it is, so put it in eval mode."""
+    run = _Training(net, course, resume)
+    run.load()
     saved_at = time.monotonic()
-    while done < recipe.steps:
-        losses = _step(net, optimiser, archs(done), task, recipe, done)
-        done += 1
-        if not all(map(math.isfinite, losses)):
-            raise NasctlError(
-                f"training diverged at step {done}: the loss is not finite",
-                where="--lr",
-                next=f"Try --lr {recipe.lr / 3:.2g}.",
-            )
-        due = done == recipe.steps or time.monotonic() - saved_at > save_every_s
-        if resume and due:
-            checkpoint.save(resume, net, optimiser, done, fingerprint)
+    while run.done < course.recipe.steps:
+        losses = run.step(archs(run.done))
+        due = run.done == course.recipe.steps or time.monotonic() - saved_at > save_every_s
+        if due:
+            run.save()
             saved_at = time.monotonic()
         try:
-            yield Step(done, recipe.steps, losses)
+            yield Step(run.done, course.recipe.steps, losses, run.watch.halvings)
         except GeneratorExit:
             # The caller stops between two steps, where weights and momentum agree. (An interrupt
             # inside a step is not caught: the file of the last save stands.)
-            if resume and not due:
-                checkpoint.save(resume, net, optimiser, done, fingerprint)
+            if not due:
+                run.save()
             raise
+
+
+@dataclass
+class _Training:
+    """A training between two steps: what a state file holds, and what it takes to go on."""
+
+    net: nn.Module
+    course: Course
+    path: Path | None
+    done: int = 0
+    watch: Watch = field(default_factory=Watch)
+    safe_step: int = -1  # none yet
+    safe: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.net.train()
+        self.optimiser = _optimiser(self.net, self.course.recipe)
+        self.fingerprint = _fingerprint(self.course)
+        task = self.course.task
+        level = math.log(task.n_classes) if task.loss is F.cross_entropy else math.inf
+        self.chance = level  # of the loss; other losses than cross-entropy have none
+        self.course = self.course.on(device_of(self.net))
+
+    def step(self, archs: Sequence[Any]) -> tuple[float, ...]:
+        """One step forward, or after a collapse the return to a sound state."""
+        losses = gradients(self.net, archs, self.course, self.done)
+        self.watch = self.watch.after(losses, self.chance)
+        if self.watch.collapsed:
+            self._roll_back()
+            return losses
+        if self.done % SAFE_EVERY == 0 and self.watch.calm:
+            # before the update: these weights are known to give a finite loss
+            state = checkpoint.state(self.net, self.optimiser)
+            self.safe = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+            self.safe_step = self.done
+        recipe = self.course.recipe
+        rate = recipe.lr_at(self.done) / 2**self.watch.halvings
+        _update(self.net, self.optimiser, rate, recipe.clip_norm)
+        if recipe.ema:
+            _average(self.net, self.optimiser, recipe, self.done)
+        self.done += 1
+        return losses
+
+    def _roll_back(self) -> None:
+        self.optimiser.zero_grad(set_to_none=True)
+        halvings = self.watch.halvings
+        if self.safe_step < 0 or halvings == MAX_HALVINGS:
+            why = "the loss is back at chance" if self.watch.finite else "the loss is not finite"
+            also = f", and was so at 1/{2**halvings} of the rate" if halvings else ""
+            raise NasctlError(
+                f"training diverged at step {self.done + 1}: {why}{also}",
+                where="--lr",
+                next=f"Try --lr {self.course.recipe.lr / 2**halvings / 3:.2g}.",
+            )
+        checkpoint.restore(self.safe, self.net, self.optimiser, Path("the last sound state"))
+        self.done, self.watch = self.safe_step, self.watch.rolled_back()
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        notes = json.dumps({"watch": asdict(self.watch), "safe_step": self.safe_step})
+        checkpoint.save(
+            self.path,
+            checkpoint.state(self.net, self.optimiser),
+            self.done,
+            self.fingerprint,
+            safe=self.safe,
+            notes=notes,
+        )
+
+    def load(self) -> None:
+        if self.path is None:
+            return
+        self.done = checkpoint.load(self.path, self.net, self.optimiser, self.fingerprint)
+        self.safe, notes = checkpoint.safe(self.path)
+        if notes:
+            said = json.loads(notes)
+            self.watch, self.safe_step = Watch(**said["watch"]), said["safe_step"]
+
+
+def _fingerprint(course: Course) -> str:
+    said = f"{course.recipe} {course.task.fingerprint}"
+    return said if course.teacher is None else f"{said} {_digest(course.teacher)}"
+
+
+def _digest(teacher: Network) -> str:
+    digest = hashlib.sha256()
+    for tensor in teacher.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+# ---- the update ----------------------------------------------------------------------------------
 
 
 def _optimiser(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -151,82 +226,22 @@ def _optimiser(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     )
 
 
-def _step(
-    net: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    archs: list[Any],
-    task: Task,
-    recipe: Recipe,
-    step: int,
-) -> tuple[float, ...]:
-    at = batch_indices(len(task.train), recipe.batch, step, recipe.seed)
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    images = augment(task.train.images[at], generator, flip=task.flip, pad=task.pad)
-    x = task.normalise(images).contiguous(memory_format=torch.channels_last)
-    target: Tensor | None = None
-    losses: list[float] = []
-    for arch in archs:
-        logits = net(resize(x, arch.resolution), arch)
-        if target is None:
-            loss = _label_loss(task, logits, task.train.labels[at], recipe.label_smoothing)
-            target = logits.detach().softmax(1)
-        else:
-            loss = F.cross_entropy(logits, target)
-        (loss / len(archs)).backward()
-        losses.append(loss.item())
+def _update(
+    net: nn.Module, optimiser: torch.optim.Optimizer, rate: float, clip_norm: float
+) -> None:
     for group in optimiser.param_groups:
-        group["lr"] = recipe.lr_at(step)
-    nn.utils.clip_grad_norm_(net.parameters(), recipe.clip_norm)
+        group["lr"] = rate
+    nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return tuple(losses)
-
-
-def _label_loss(task: Task, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    if task.loss is F.cross_entropy:  # smoothing is defined for it alone
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    return task.loss(logits, labels)
-
-
-# ---- judging sub-networks ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Score:
-    """A sub-network on held-out images. The loss ranks: accuracy ties on small sets."""
-
-    cross_entropy: float  # or the task's own loss
-    accuracy: float  # or the task's own metric
-
-
-def child(net: nn.Module, space: SearchSpace, genes: Genes, calibration: Tensor) -> Network:
-    """The stand-alone network of `genes`, batch-norm statistics re-calibrated, in eval mode.
-
-    `calibration`: normalised images [N, C, H, W] at the task's size.
-    """
-    arch = space.decode(genes)
-    small = channels_last(extract(net, space.build(arch)))
-    return calibrate(small, calibration, arch.resolution)
-
-
-def calibrate(net: N, calibration: Tensor, resolution: int) -> N:
-    """`net` in eval mode with the batch-norm statistics of the calibration images."""
-    return recalibrate(net, torch.split(resize(calibration, resolution), BATCH_EVAL))
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, task: Task, split: Split, resolution: int) -> Score:
-    """Cross-entropy (nats) and the task's metric of an eval-mode network on a split."""
-    logits = []
-    for images in torch.split(split.images, BATCH_EVAL):
-        x = task.normalise(images).contiguous(memory_format=torch.channels_last)
-        logits.append(net(resize(x, resolution)))
-    every = torch.cat(logits)
-    return Score(float(task.loss(every, split.labels)), float(task.metric(every, split.labels)))
-
-
-def calibration_images(task: Task, n: int = 1024) -> Tensor:
-    """Normalised, unaugmented training images, drawn once: the same for every sub-network."""
-    order = np.random.default_rng(0).permutation(len(task.train))[:n]
-    x = task.normalise(task.train.images[torch.from_numpy(order)])
-    return x.contiguous(memory_format=torch.channels_last)
+def _average(net: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe, step: int) -> None:
+    """Keep the moving average of the weights; after the last step it becomes the weights."""
+    decay = min(recipe.ema, (1 + step) / (10 + step))  # else the start would weigh on short runs
+    for parameter in net.parameters():
+        average = optimiser.state[parameter].setdefault("ema", parameter.detach().clone())
+        average.lerp_(parameter, 1 - decay)
+        if step + 1 == recipe.steps:
+            parameter.copy_(average)
