@@ -43,6 +43,8 @@ MEMORY = Quantity(
     {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30},
     "a number with kB, MB, GB, KiB, MiB or GiB, as in 8MB",
 )
+#: the unit that a budget is counted in, as people type it
+TYPED = {"macs": "MACs", "params": "params", "memory": "B"}
 
 
 def parse(text: str | None, quantity: Quantity, where: str) -> float | None:
@@ -64,13 +66,9 @@ def show(name: str, value: float) -> str:
     """A budget or a cost in the unit that reads best."""
     if name == "latency":
         return console.format_ms(value)
-    unit = {"macs": "MACs", "params": "parameters", "memory": "B"}[name]
-    for prefix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= scale:
-            return f"{value / scale:.4g} {prefix}{'' if name == 'params' else unit}" + (
-                " parameters" if name == "params" else ""
-            )
-    return f"{value:g} {unit}"
+    scales = {1e9: "G", 1e6: "M", 1e3: "k"}
+    scale = next((scale for scale in scales if value >= scale), 1.0)
+    return f"{value / scale:.4g} {scales.get(scale, '')}{TYPED[name]}"
 
 
 def stated(spec: Spec) -> dict[str, float] | None:
@@ -151,10 +149,9 @@ def _infeasible(
             where=where,
             next=f"Ask for {math.ceil(needs * 1e4) / 1e4:g}ms, {smaller}.",
         )
-    unit = {"macs": "MACs", "params": "params", "memory": "B"}[limit.name]
     return BudgetInfeasible(
-        f"no network of the space '{space}' fits {show(limit.name, limit.most)}: the smallest found "
-        f"needs {show(limit.name, needs)}, {arch}",
+        f"no network of the space '{space}' fits {show(limit.name, limit.most)}: the smallest "
+        f"found needs {show(limit.name, needs)}, {arch}",
         where=where,
-        next=f"Ask for {math.ceil(needs)}{unit}, {smaller}.",
+        next=f"Ask for {math.ceil(needs)}{TYPED[limit.name]}, {smaller}.",
     )

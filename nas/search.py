@@ -47,7 +47,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Limit:
-    """A hard budget: no network may be proposed whose `cost(genes [N, G]) -> [N]` exceeds `most`."""
+    """A hard budget: no network is proposed whose `cost(genes [N, G]) -> [N]` is above `most`."""
 
     name: str  # latency, macs, params or memory: its flag without the dashes
     most: float

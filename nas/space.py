@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nas.elastic import Network
 
 Genes = NDArray[np.int64]  # [N, G] or [G], indices into each gene's options
-#: (which genes [K], strides [K], values [combinations, ...]): row of a combination = genes @ strides
+#: (which genes [K], strides [K], values [combinations, ...]); a combination's row: genes @ strides
 Table = tuple[list[int], NDArray[np.int64], NDArray[np.float64]]
 
 

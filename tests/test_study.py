@@ -21,6 +21,7 @@ from optuna.trial import TrialState
 from nas import search, study
 from nas.errors import NasctlError
 from nas.search import Candidate
+from nas.strategies import evolution
 
 SPACE = toy.Space(n=2, options=6)
 
@@ -34,7 +35,7 @@ def quickly(monkeypatch):
 
 def run(path, evaluations, **options):
     opened = study.open_study(path, "same", **options)
-    return list(search.search(toy.problem(SPACE), opened, evaluations))
+    return list(search.search(toy.problem(SPACE), opened, evaluations, evolution.propose))
 
 
 @pytest.fixture
@@ -200,13 +201,15 @@ import sys
 from pathlib import Path
 import toy
 from nas import search, study
+from nas.strategies import evolution
 
 url, evaluations = sys.argv[1], int(sys.argv[2])
 search.POOL = 300
 opened = study.open_study(Path("unused"), "same", storage=url)
 print("ready", flush=True)
 sys.stdin.readline()
-for candidate in search.search(toy.problem(toy.Space(n=2, options=6)), opened, evaluations):
+problem = toy.problem(toy.Space(n=2, options=6))
+for candidate in search.search(problem, opened, evaluations, evolution.propose):
     print(candidate.slot, flush=True)
 """
 

@@ -7,7 +7,8 @@ none: it costs time and looks like knowledge. Such a one is refused (`Verdict.ac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -15,7 +16,7 @@ from scipy import stats
 from nas.predictors import ensemble
 from nas.predictors.ensemble import Fit, Predict
 from nas.predictors.ridge import Array, Features
-from nas.search import Candidate
+from nas.search import GENERATION, Candidate
 from nas.space import SearchSpace
 
 FOLDS = 5
@@ -46,13 +47,12 @@ class Verdict:
         return self.ensemble.spearman > max(self.macs.spearman, self.params.spearman)
 
     def __str__(self) -> str:
-        """One line for people."""
-        best, macs, params = self.ensemble, self.macs, self.params
+        """For people."""
+        ours, macs, params = self.ensemble, self.macs, self.params
         return (
-            f"accuracy predictor {'used' if self.accepted else 'refused, as it is no better'}: "
-            f"rank correlation {best.spearman:.2f} (MACs {macs.spearman:.2f}, parameters "
-            f"{params.spearman:.2f}), mean error {best.mae:.3g} ({macs.mae:.3g}, "
-            f"{params.mae:.3g}) nats, {self.folds}-fold on {self.n} networks"
+            f"rank correlation on held-out evaluations {ours.spearman:.2f} (MACs "
+            f"{macs.spearman:.2f}, parameters {params.spearman:.2f}), mean error {ours.mae:.3g} "
+            f"({macs.mae:.3g}, {params.mae:.3g}) nats; {self.n} networks in {self.folds} folds"
         )
 
 
@@ -73,6 +73,20 @@ def judge(space: SearchSpace, history: Sequence[Candidate], seed: int) -> Verdic
         )
     ]
     return Verdict(len(history), FOLDS, *found)
+
+
+def record(space: SearchSpace, candidates: Sequence[Candidate], seed: int) -> dict[str, Any] | None:
+    """For a report: the verdict on a whole search, and in how many of its generations the
+    predictor was used rather than refused; None where no generation followed the first."""
+    ends = range(GENERATION, len(candidates), GENERATION)
+    verdicts = [judge(space, candidates[:end], seed) for end in ends]
+    final = judge(space, candidates, seed)
+    if not verdicts or final is None:
+        return None
+    used = sum(verdict is not None and verdict.accepted for verdict in verdicts)
+    refused = "" if used == len(verdicts) else ", refused in the others as no better than counting"
+    text = f"accuracy predictor used in {used} of {len(verdicts)} generations{refused}: {final}"
+    return {"used": used, "generations": len(verdicts), **asdict(final), "text": text}
 
 
 def held_out(fit: Fit, features: Features, targets: Array, fold: Array) -> Array:

@@ -1,4 +1,4 @@
-"""NSGA-II (Deb et al., IEEE Trans. Evolutionary Computation 6(2), 2002) on (latency, cross-entropy).
+"""NSGA-II (Deb et al., IEEE Trans. Evol. Computation 6(2), 2002) on (latency, cross-entropy).
 
 The population survives by non-dominated rank and, within the last rank that fits, by crowding
 distance; parents win binary tournaments in the same order; children are uniform crossovers with
