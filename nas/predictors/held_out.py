@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from nas.predictors import ensemble
@@ -64,15 +65,17 @@ def judge(space: SearchSpace, history: Sequence[Candidate], seed: int) -> Verdic
     truth = np.array([c.cross_entropy for c in history])
     fold = np.random.default_rng((seed, 15)).permutation(len(history)) % FOLDS
     log_costs = np.log(space.costs(genes))
-    found = [
-        _quality(held_out(fit, features, truth, fold), truth)
-        for fit, features in (
-            (ensemble.fit, space.encode(genes)),
-            (_line, log_costs[:, :1]),
-            (_line, log_costs[:, 1:]),
-        )
-    ]
-    return Verdict(len(history), FOLDS, *found)
+
+    def quality(fit: Fit, features: Features) -> Quality:
+        return _quality(held_out(fit, features, truth, fold), truth)
+
+    return Verdict(
+        len(history),
+        FOLDS,
+        ensemble=quality(ensemble.fit, space.encode(genes)),
+        macs=quality(_line, log_costs[:, :1]),
+        params=quality(_line, log_costs[:, 1:]),
+    )
 
 
 def record(space: SearchSpace, candidates: Sequence[Candidate], seed: int) -> dict[str, Any] | None:
@@ -89,7 +92,7 @@ def record(space: SearchSpace, candidates: Sequence[Candidate], seed: int) -> di
     return {"used": used, "generations": len(verdicts), **asdict(final), "text": text}
 
 
-def held_out(fit: Fit, features: Features, targets: Array, fold: Array) -> Array:
+def held_out(fit: Fit, features: Features, targets: Array, fold: NDArray[np.int64]) -> Array:
     """Predictions [N], each by a fit to the other folds; `fold` [N] numbers them from 0."""
     predicted = np.empty(len(targets))
     for at in np.unique(fold):
