@@ -261,15 +261,18 @@ def test_nsga2_replays_its_populations():
     assert len(population) == nsga2.POPULATION
 
 
-def test_evolution_lets_the_old_die_however_good_and_the_front_live():
+def test_the_archive_keeps_the_best_of_each_band():
     rng = np.random.default_rng(0)
-    old = [candidate(at, 5.0, 0.1 + at / 1e3) for at in range(GENERATION)]
-    young = [candidate(at, 6.0, 1.0 + at / 100) for at in range(16, 16 + evolution.POPULATION)]
-    parents = evolution.winners([*old, *young], rng)[:, 0]
-    assert parents.min() >= len(old)
-    # the best of 16 out of 64: a rank of 3 on average, a rank of 20 once in 300
-    assert (parents - len(old)).mean() < 4.5 and np.quantile(parents - len(old), 0.99) < 25
-    assert set(evolution.members([*old, *young], rng)[:, 0].tolist()) == {0}
+    history = [candidate(at, *rng.uniform(1, 16, 2)) for at in range(200)]
+    kept = evolution.archive(history)
+    assert len(kept) == evolution.BANDS
+    latencies = np.log([c.latency_ms for c in history])
+    width = np.ptp(latencies) / evolution.BANDS
+    bands = np.minimum((latencies - latencies.min()) // width, evolution.BANDS - 1)
+    for member in kept:
+        rivals = [c for c in history if bands[c.slot] == bands[member.slot]]
+        assert member.cross_entropy == min(c.cross_entropy for c in rivals)
+    assert evolution.archive(history[:1]) == history[:1]
 
 
 def test_a_predictor_that_knows_nothing_is_refused_and_the_search_goes_on():

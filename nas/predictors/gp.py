@@ -41,7 +41,8 @@ class Fitted:
         k = _kernel(features.astype(np.float32), self.rows, self.length)
         explained = ((k @ self.root.astype(np.float32)) ** 2).sum(axis=1, dtype=np.float64)
         variance = self.amplitude * (1 + self.noise - np.minimum(explained, 1.0))
-        return self.bias + k @ self.weights, np.sqrt(variance)
+        mean = self.bias + (k @ self.weights.astype(np.float32)).astype(np.float64)
+        return mean, np.sqrt(variance)
 
 
 def fit(features: Features, targets: Array) -> Fitted:

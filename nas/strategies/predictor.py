@@ -35,17 +35,20 @@ def propose(problem: Problem, generation: int, history: Sequence[Candidate]) -> 
 def _pool(
     problem: Problem, rng: np.random.Generator, history: Sequence[Candidate]
 ) -> tuple[Genes, Array]:
-    """New candidates and their latencies: random ones, the ends of the space, relatives of the
+    """New candidates and their latencies: the ends of the space, random ones, relatives of the
     front."""
     space = problem.space
-    rows, latency = random_rows(problem, rng, history, POOL)
-    relatives = [space.smallest[None], space.largest[None]]
+    parts = [space.smallest[None], space.largest[None], space.sample(rng, POOL)]
     if history:
         every = np.array([c.genes for c in history])
         at = pareto.front(np.array([(c.latency_ms, c.cross_entropy) for c in history]))
         a, b = (every[rng.choice(at, POOL // 2)] for _ in range(2))
-        relatives += [space.mutate(a, rng), space.crossover(a, b, rng)]
-    return problem.fresh(np.concatenate([rows, *relatives]), history)
+        parts += [space.mutate(a, rng), space.crossover(a, b, rng)]
+    rows, latency = problem.fresh(np.concatenate(parts), history)
+    if len(rows) < POOL // 20:  # tight budgets, or a space that is nearly exhausted
+        more, _ = random_rows(problem, rng, history, POOL)
+        rows, latency = problem.fresh(np.concatenate([rows, more]), history)
+    return rows, latency
 
 
 def _promise(problem: Problem, pool: Genes, history: Sequence[Candidate]) -> Array | None:
