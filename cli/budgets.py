@@ -125,10 +125,10 @@ def check(job: Job, table: LatencyTable, problem: Problem) -> None:
     costs = {b.name: float(b.cost(nearest[None])[0]) for b in problem.budgets}
     if any(costs[limit.name] > limit.most for limit in problem.budgets):
         asked = ", ".join(show(limit.name, limit.most) for limit in problem.budgets)
-        needs = ", ".join(show(name, value) for name, value in costs.items())
+        has = ", ".join(show(name, value) for name, value in costs.items())
         raise BudgetInfeasible(
             f"no network of the space '{job.spec.space}' was found inside {asked} together: the "
-            f"nearest has {needs}, {job.space.decode(nearest)}",
+            f"nearest has {has}, {job.space.decode(nearest)}",
             where=", ".join(f"--{limit.name}" for limit in problem.budgets),
             next="Each fits alone: raise one of them.",
         )
