@@ -52,8 +52,9 @@ def hypervolume(points: Points, reference: tuple[float, float]) -> float:
 def ranks(points: Points) -> NDArray[np.int64]:
     """Non-dominated rank of each point [N]: 0 for those that nobody dominates, 1 for those that
     only rank 0 dominates, and so on. Equal points share a rank. O(N^2) memory."""
-    no_worse = (points[:, None] <= points[None]).all(axis=2)  # [i, j]: i is no worse than j
-    dominates: NDArray[np.bool_] = no_worse & ~no_worse.T
+    # [i, j]: i is no worse than j
+    no_worse: NDArray[np.bool_] = np.all(points[:, None] <= points[None], axis=2)
+    dominates = no_worse & ~no_worse.T
     rank = np.full(len(points), -1, np.int64)
     left = np.ones(len(points), bool)
     for level in range(len(points)):
