@@ -7,7 +7,6 @@ inputs is skipped; every stage goes on where it was interrupted.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -18,18 +17,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from cli import console
+from cli import budgets, console
 from deploy import verify
 from hw_profiles import latency as latencies
 from hw_profiles import measure, op
 from hw_profiles.device import Device
 from hw_profiles.latency import LatencyTable
 from hw_profiles.models import calibrate
-from nas import checkpoint, file, search, space, supernet
+from nas import checkpoint, file, search, space, strategies, supernet
 from nas import run as runs
 from nas import study as studies
 from nas.elastic import Network, channels_last
-from nas.errors import BudgetInfeasible, NasctlError, UsageError
+from nas.errors import NasctlError, UsageError
 from nas.run import Run, Spec
 from nas.search import Candidate, Problem
 from nas.space import Genes, SearchSpace
@@ -151,18 +150,9 @@ def make_problem(job: Job, table: LatencyTable, evaluate: Callable[[Genes], Any]
         value, _, high = table.combine(columns(genes), job.spec.space)
         return value, high
 
-    problem = Problem(job.space, latency, evaluate, job.spec.latency_ms, job.spec.seed)
-    if job.spec.latency_ms is not None:
-        genes, value, high = search.fastest(problem)
-        if high > job.spec.latency_ms:
-            raise BudgetInfeasible(
-                f"no network of the space '{job.spec.space}' fits {job.spec.latency_ms:g} ms on "
-                f"{job.device.name}: the fastest found needs {console.format_ms(high)} "
-                f"(upper end; estimate {console.format_ms(value)}, {table.source}), "
-                f"{job.space.decode(genes)}",
-                where="--latency",
-                next=f"Ask for {math.ceil(high * 1e4) / 1e4:g}ms, or a smaller --width or --size.",
-            )
+    spec, limits = job.spec, budgets.limits(job)
+    problem = Problem(job.space, latency, evaluate, spec.latency_ms, spec.seed, limits)
+    budgets.check(job, table, problem)
     return problem
 
 
@@ -283,7 +273,8 @@ def supernet_path(job: Job) -> Path:
 def search_key(job: Job, table: LatencyTable) -> str:
     """What a search's results depend on: weights, data, latencies, budget and seed."""
     weights = file.sha256(supernet_path(job))
-    settings = job.spec.digest("space", "width", "latency_ms", "seed")
+    limits = ("latency_ms", "macs", "params", "memory_bytes")
+    settings = job.spec.digest("space", "width", "seed", "strategy", *limits)
     return runs.digest([weights, job.task.fingerprint, table.model_dump(mode="json"), settings])
 
 
@@ -293,16 +284,16 @@ def searched(job: Job, problem: Problem, table: LatencyTable) -> list[Candidate]
     study = studies.open_study(
         job.run.path(JOURNAL), key, storage=spec.storage, name=spec.study_name
     )
+    propose = strategies.load(spec.strategy)
     found: list[Candidate] = []
 
     def work() -> None:
         where = spec.storage or str(job.run.path(JOURNAL))
         with console.bar("searching", spec.evaluations) as update, studies.reachable(where):
-            for candidate in search.search(problem, study, spec.evaluations):
+            for candidate in search.search(problem, study, spec.evaluations, propose):
                 found.append(candidate)
                 best = min(found, key=lambda c: c.cross_entropy)
                 update(len(found), f"best cross-entropy {best.cross_entropy:.4f}")
-        studies.settle(study)
         every = studies.candidates(study)  # other workers' too
         front = [search.as_dict(c, job.space) for c in search.front(every)]
         job.run.write_json(FRONT, front)

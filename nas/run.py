@@ -38,7 +38,11 @@ class Spec(BaseModel):
     space: str = "resnet"
     width: float | None = Field(None, gt=0, le=4)  # None: the space's own default
     hw: str = "cpu"
-    latency_ms: float | None = Field(None, gt=0)  # None: the knee of the front
+    latency_ms: float | None = Field(None, gt=0)  # no budget at all: the knee of the front
+    macs: float | None = Field(None, gt=0)
+    params: float | None = Field(None, gt=0)
+    memory_bytes: float | None = Field(None, gt=0)  # of activations at the peak, batch 1
+    strategy: str = "predictor"
     epochs: float = Field(..., gt=0)
     batch: int = Field(128, ge=2)
     lr: float = Field(0.2, gt=0)
@@ -68,7 +72,7 @@ def make_spec(fields: Mapping[str, Any]) -> Spec:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "spec"
-        flag = "--" + name.removesuffix("_ms").replace("_", "-")
+        flag = "--" + name.removesuffix("_ms").removesuffix("_bytes").replace("_", "-")
         allowed = ", ".join(sorted(Spec.model_fields)) if first["type"] == "extra_forbidden" else ""
         raise UsageError(
             f"{first['msg']} (got {first['input']!r})", where=flag, allowed=allowed
@@ -124,6 +128,9 @@ class Run:
                 self.path(name).unlink(missing_ok=True)
         manifest = self.manifest()
         before, now = manifest.get("spec"), spec.model_dump()
+        if before is not None:  # by an earlier version, perhaps, which had fewer fields
+            defaults = {name: field.get_default() for name, field in Spec.model_fields.items()}
+            before = {**defaults, **before}
         if before is not None and before != now:
             changed = [
                 f"{k} {before.get(k)!r} there, {now[k]!r} here"
