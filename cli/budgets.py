@@ -43,8 +43,13 @@ MEMORY = Quantity(
     {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30},
     "a number with kB, MB, GB, KiB, MiB or GiB, as in 8MB",
 )
+ENERGY = Quantity(
+    "an energy",
+    {"mj": 1, "uj": 1e-3, "j": 1e3},
+    "a number with uJ, mJ or J, as in 40mJ",
+)
 #: the unit that a budget is counted in, as people type it
-TYPED = {"macs": "MACs", "params": "params", "memory": "B"}
+TYPED = {"macs": "MACs", "params": "params", "memory": "B", "energy": "mJ"}
 
 
 def parse(text: str | None, quantity: Quantity, where: str) -> float | None:
@@ -66,6 +71,8 @@ def show(name: str, value: float) -> str:
     """A budget or a cost in the unit that reads best."""
     if name == "latency":
         return console.format_ms(value)
+    if name == "energy":
+        return f"{value:.4g} mJ"
     scales = {1e9: "G", 1e6: "M", 1e3: "k"}
     scale = next((scale for scale in scales if value >= scale), 1.0)
     return f"{value / scale:.4g} {scales.get(scale, '')}{TYPED[name]}"
@@ -78,6 +85,7 @@ def stated(spec: Spec) -> dict[str, float] | None:
         "macs": spec.macs,
         "params": spec.params,
         "activation_bytes": spec.memory_bytes,
+        "energy_mj": spec.energy_mj,
     }
     return {name: most for name, most in asked.items() if most is not None} or None
 
@@ -86,12 +94,13 @@ def goal(budget: Mapping[str, float] | None) -> str:
     """The budgets of a report on one line."""
     if not budget:
         return "no budget: the front's knee"
-    names = {"latency_ms": "latency", "activation_bytes": "memory"}
+    names = {"latency_ms": "latency", "activation_bytes": "memory", "energy_mj": "energy"}
     return "budget " + ", ".join(show(names.get(k, k), most) for k, most in budget.items())
 
 
 def limits(job: Job) -> tuple[Limit, ...]:
     """The budgets besides latency, as costs of whole arrays of networks."""
+    from hw_profiles import energy
     from nas.search import Limit
 
     spec, space, itemsize = job.spec, job.space, job.device.itemsize
@@ -102,10 +111,19 @@ def limits(job: Job) -> tuple[Limit, ...]:
     def memory(genes: Genes) -> Any:
         return space.peak_elements(genes) * itemsize
 
+    joules = None
+    if spec.energy_mj is not None:
+        table = energy.required(job.device)
+        columns = space.fold(table.columns)
+
+        def joules(genes: Genes) -> Any:
+            return table.combine(columns(genes), spec.space)[2]  # the upper end
+
     asked = (
         ("macs", spec.macs, column(0)),
         ("params", spec.params, column(1)),
         ("memory", spec.memory_bytes, memory),
+        ("energy", spec.energy_mj, joules),
     )
     return tuple(Limit(name, most, cost) for name, most, cost in asked if most is not None)
 

@@ -49,6 +49,9 @@ def command(
     batch: Annotated[int | None, typer.Option(help="Images per step. [128]")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     evaluations: Annotated[int | None, typer.Option(help="Networks to evaluate. [128]")] = None,
+    energy: Annotated[
+        str | None, typer.Option(help="Budget per call, as 40mJ; where energies were measured.")
+    ] = None,
     strategy: Annotated[
         str | None,
         typer.Option(help="predictor, coarse-to-fine, evolution, nsga2 or random. [predictor]"),
@@ -90,6 +93,7 @@ def command(
         "macs": budgets.parse(macs, budgets.MACS, "--macs"),
         "params": budgets.parse(params, budgets.PARAMS, "--params"),
         "memory_bytes": budgets.parse(memory, budgets.MEMORY, "--memory"),
+        "energy_mj": budgets.parse(energy, budgets.ENERGY, "--energy"),
         "finetune": finetune,
         "seed": seed,
         "threads": threads,

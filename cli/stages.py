@@ -273,7 +273,7 @@ def supernet_path(job: Job) -> Path:
 def search_key(job: Job, table: LatencyTable) -> str:
     """What a search's results depend on: weights, data, latencies, budget and seed."""
     weights = file.sha256(supernet_path(job))
-    limits = ("latency_ms", "macs", "params", "memory_bytes")
+    limits = ("latency_ms", "macs", "params", "memory_bytes", "energy_mj")
     settings = job.spec.digest("space", "width", "seed", "strategy", *limits)
     return runs.digest([weights, job.task.fingerprint, table.model_dump(mode="json"), settings])
 

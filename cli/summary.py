@@ -32,6 +32,12 @@ def summarise(content: dict[str, Any], folder: Path, seconds: float) -> None:
             f"measured on the exported file: median {ms(measured['median_ms'])}, "
             f"p95 {ms(measured['p95_ms'])} ({measured['runtime']}{doubt})"
         )
+    if joules := chosen.get("energy"):
+        say(
+            f"{joules['value_mj']:.3g} mJ per call ({joules['source']}; interval "
+            f"{joules['low_mj']:.3g} to {joules['high_mj']:.3g} mJ)",
+            "energy",
+        )
     for note in content["not_measured"]:
         say(f"not measured, or weaker than it looks: {note}")
     say(

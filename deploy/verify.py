@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hw_profiles.energy import EnergyEstimate
 from hw_profiles.latency import Estimate
 from hw_profiles.measure import FRESH, Pace, Plan, Setting, Timing, fresh_session
 from hw_profiles.runtimes import Session, onnxruntime
@@ -128,6 +129,7 @@ class Chosen:
     torch_test_accuracy: float | None = None  # of the network before export
     test_accuracy: float | None = None  # of the exported file
     predicted: Estimate | None = None
+    energy: EnergyEstimate | None = None  # where somebody measured energies of the device
     measured: Measured | None = None
     file: Mapping[str, str | int] | None = None
     parity_error: float | None = None

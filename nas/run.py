@@ -42,6 +42,7 @@ class Spec(BaseModel):
     macs: float | None = Field(None, gt=0)
     params: float | None = Field(None, gt=0)
     memory_bytes: float | None = Field(None, gt=0)  # of activations at the peak, batch 1
+    energy_mj: float | None = Field(None, gt=0)  # per call
     strategy: str = "predictor"
     epochs: float = Field(..., gt=0)
     batch: int = Field(128, ge=2)
@@ -72,7 +73,9 @@ def make_spec(fields: Mapping[str, Any]) -> Spec:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "spec"
-        flag = "--" + name.removesuffix("_ms").removesuffix("_bytes").replace("_", "-")
+        flag = "--" + name.removesuffix("_ms").removesuffix("_bytes").removesuffix("_mj").replace(
+            "_", "-"
+        )
         allowed = ", ".join(sorted(Spec.model_fields)) if first["type"] == "extra_forbidden" else ""
         raise UsageError(
             f"{first['msg']} (got {first['input']!r})", where=flag, allowed=allowed
