@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli import console, stages
+from cli import console, stages, training
 from cli.stages import Job, Judge
 from deploy import onnx, report, verify
 from hw_profiles import measure, op
@@ -181,12 +181,12 @@ def _finetuned(
     score. It goes on where it was interrupted."""
     recipe = job.recipe
     steps = max(1, round(job.spec.finetune * len(job.task.train) / recipe.batch))
-    start = digest([candidate.genes, file.sha256(stages.supernet_path(job))])
+    start = digest([candidate.genes, file.sha256(job.supernet_path)])
     rate, seed = recipe.lr * FINETUNE_LR, recipe.seed + 1
     recipe = replace(recipe, steps=steps, lr=rate, seed=seed, start=start)
     state = job.run.path(FINETUNE)
     steps_of = supernet.train(net, supernet.alone(net), job.task, recipe, resume=state)
-    stages.follow(steps_of, steps, "fine-tuning the chosen one")
+    training.follow(steps_of, steps, "fine-tuning the chosen one")
     supernet.calibrate(net, judge.calibration, net.arch.resolution)
     score = judge.score(net, net.arch.resolution)
     if score.cross_entropy > candidate.cross_entropy:

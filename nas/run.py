@@ -26,6 +26,8 @@ from nas.errors import NasctlError, UsageError
 MANIFEST = "run.json"
 #: what stages keep in order to go on: removed when a run starts over
 STATES = ("training.safetensors", "finetune.safetensors", "study.journal")
+#: the fields of a spec that a supernet's training reads: all that `nasctl train` has
+TRAINING = ("data", "space", "width", "size", "epochs", "batch", "lr", "seed", "threads")
 
 
 class Spec(BaseModel):
@@ -96,8 +98,12 @@ class Run:
         return self.folder / name
 
     @contextlib.contextmanager
-    def locked(self, spec: Spec | None = None, *, force: bool = False) -> Iterator[Run]:
-        """Make the directory if need be, take its lock and check that it belongs to `spec`.
+    def locked(
+        self, spec: Spec | None = None, *, fields: Sequence[str] = (), force: bool = False
+    ) -> Iterator[Run]:
+        """Make the directory if need be, take its lock and check that it belongs to `spec`: to
+        those `fields` of it, where some are named, so that a search can go on in the directory of
+        a training.
 
         Raises NasctlError if another process works in it or it holds another spec's run; `force`
         starts over in it, whatever it holds.
@@ -115,28 +121,29 @@ class Run:
                     "another process is at work in this run directory", where=str(self.folder)
                 ) from error
             if spec is not None:
-                self._claim(spec, force)
+                self._claim(spec.model_dump(include=set(fields) or None), force)
             yield self
 
-    def _claim(self, spec: Spec, force: bool) -> None:
+    def _claim(self, now: dict[str, Any], force: bool) -> None:
         if force:
             for name in (MANIFEST, *STATES):
                 self.path(name).unlink(missing_ok=True)
         manifest = self.manifest()
-        before, now = manifest.get("spec"), spec.model_dump()
-        if before is not None and before != now:
-            changed = [
-                f"{k} {before.get(k)!r} there, {now[k]!r} here"
-                for k in now
-                if before.get(k) != now[k]
-            ]
+        before = manifest.get("spec", {})
+        changed = [
+            f"{k} {before[k]!r} there, {now[k]!r} here"
+            for k in now.keys() & before.keys()
+            if before[k] != now[k]
+        ]
+        if changed:
             raise UsageError(
-                f"{self.folder} holds a run with another spec: {'; '.join(changed)}",
+                f"{self.folder} holds a run with another spec: {'; '.join(sorted(changed))}",
                 where="--run",
                 next="Use another --run (--supernet keeps this one's), or --force to start over.",
             )
-        if before != now:
-            self.write_json(MANIFEST, {"stages": {}, **manifest, "spec": now})
+        merged = {**before, **now}
+        if before != merged:
+            self.write_json(MANIFEST, {"stages": {}, **manifest, "spec": merged})
 
     def manifest(self) -> dict[str, Any]:
         """`run.json`, or nothing if there is none yet; raises NasctlError if it is damaged."""
@@ -144,7 +151,9 @@ class Run:
         if not path.exists():
             return {}
         manifest = self.read_json(MANIFEST)
-        if not isinstance(manifest, dict) or not {"spec", "stages"} <= manifest.keys():
+        if not isinstance(manifest, dict) or not all(
+            isinstance(manifest.get(name), dict) for name in ("spec", "stages")
+        ):
             raise NasctlError("not a run's manifest", where=str(path))
         return manifest
 

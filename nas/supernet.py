@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas import checkpoint
+from nas import checkpoint, parallel
 from nas.data.augment import augment
 from nas.elastic import N, Network, channels_last, extract, recalibrate, resize
 from nas.errors import NasctlError
@@ -49,6 +49,9 @@ class Recipe:
     n_random: int = 2
     seed: int = 0
     start: str = ""  # names the initial weights, where they are not the seed's
+    #: micro-batches per process and step. As the number of processes, no part of what identifies a
+    #: training: a state may be continued with another
+    accumulate: int = field(default=1, repr=False)
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then linear to zero: with few epochs a floor only costs accuracy."""
@@ -105,10 +108,14 @@ def train(
     the first learns from the labels, the others from the first.
 
     With `resume`, the state is saved to that file every `save_every_s` seconds and when the caller
-    closes the generator, and a state found there is continued.
+    closes the generator, and a state found there is continued. In a torch process group, every
+    process trains its shards of each step (`nas.parallel`) and the first alone reads and writes the
+    file; all of them have to take the same steps and close at the same one.
 
-    Raises NasctlError if the loss stops being finite, or the file belongs to another recipe.
+    Raises NasctlError if the loss stops being finite, the file belongs to another recipe, or
+    another process is gone.
     """
+    workers = parallel.workers()
     net.train()
     optimiser = _optimiser(net, recipe)
     fingerprint = f"{recipe} {task.fingerprint}"
@@ -124,7 +131,7 @@ def train(
                 next=f"Try --lr {recipe.lr / 3:.2g}.",
             )
         due = done == recipe.steps or time.monotonic() - saved_at > save_every_s
-        if resume and due:
+        if resume and due and workers.first:
             checkpoint.save(resume, net, optimiser, done, fingerprint)
             saved_at = time.monotonic()
         try:
@@ -132,7 +139,7 @@ def train(
         except GeneratorExit:
             # The caller stops between two steps, where weights and momentum agree. (An interrupt
             # inside a step is not caught: the file of the last save stands.)
-            if resume and not due:
+            if resume and not due and workers.first:
                 checkpoint.save(resume, net, optimiser, done, fingerprint)
             raise
 
@@ -159,27 +166,39 @@ def _step(
     recipe: Recipe,
     step: int,
 ) -> tuple[float, ...]:
-    at = batch_indices(len(task.train), recipe.batch, step, recipe.seed)
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    images = augment(task.train.images[at], generator, flip=task.flip, pad=task.pad)
-    x = task.normalise(images).contiguous(memory_format=torch.channels_last)
-    target: Tensor | None = None
-    losses: list[float] = []
-    for arch in archs:
-        logits = net(resize(x, arch.resolution), arch)
-        if target is None:
-            loss = _label_loss(task, logits, task.train.labels[at], recipe.label_smoothing)
-            target = logits.detach().softmax(1)
-        else:
-            loss = F.cross_entropy(logits, target)
-        (loss / len(archs)).backward()
-        losses.append(loss.item())
+    rows = batch_indices(len(task.train), recipe.batch, step, recipe.seed)
+    workers = parallel.workers()
+    losses = torch.zeros(len(archs), device=next(net.parameters()).device)
+    for shard, part in workers.shards(len(rows), recipe.accumulate):
+        at = rows[part]
+        weight = len(at) / len(rows)
+        x = _inputs(task, recipe, at, step, shard)
+        target: Tensor | None = None
+        for place, arch in enumerate(archs):
+            logits = net(resize(x, arch.resolution), arch)
+            if target is None:
+                loss = _label_loss(task, logits, task.train.labels[at], recipe.label_smoothing)
+                target = logits.detach().softmax(1)
+            else:
+                loss = F.cross_entropy(logits, target)
+            (weight * loss / len(archs)).backward()
+            losses[place] += weight * loss.detach()
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    workers.sum_([*gradients, losses])
     for group in optimiser.param_groups:
         group["lr"] = recipe.lr_at(step)
     nn.utils.clip_grad_norm_(net.parameters(), recipe.clip_norm)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return tuple(losses)
+    return tuple(losses.tolist())
+
+
+def _inputs(task: Task, recipe: Recipe, at: Tensor, step: int, shard: int) -> Tensor:
+    """A shard's augmented images, drawn from (seed, step, shard)."""
+    seed = recipe.seed * 1_000_003 + step + (shard << 40)  # beyond any number of steps
+    generator = torch.Generator().manual_seed(seed)
+    images = augment(task.train.images[at], generator, flip=task.flip, pad=task.pad)
+    return task.normalise(images).contiguous(memory_format=torch.channels_last)
 
 
 def _label_loss(task: Task, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
