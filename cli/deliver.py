@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli import console, stages, training
+from cli import child, console, stages, training
 from cli.stages import Job, Judge
+from cli.training import ARCH
 from deploy import onnx, report, verify
 from hw_profiles import measure, op
 from hw_profiles.latency import LatencyTable
@@ -33,7 +34,7 @@ MODEL, WEIGHTS, REPORT, PAGE = (
     "report.json",
     "report.html",
 )
-MEASURED, ARCH, FINETUNE = "measured.json", "arch.json", "finetune.safetensors"
+MEASURED, FINETUNE = "measured.json", "finetune.safetensors"
 FINETUNE_LR = 0.5  # of the supernet's peak learning rate
 STAGES = ("profile", "train", "search")  # before this one; what it does itself is in its own time
 MARGIN = 1.02  # a file is measured twice, each time to about 2 %
@@ -55,7 +56,8 @@ def deliver(
     if job.spec.finetune:
         net, candidate = _finetuned(job, judge, net, candidate)
     delivery = _export(job, net, candidate, job.run.path(MODEL))
-    checkpoint.write(job.run.path(WEIGHTS), net.state_dict(), {})
+    described = child.describe(job, np.array(candidate.genes))
+    checkpoint.write_described(job.run.path(WEIGHTS), net, described)
     seconds = time.monotonic() - began
     found = replace(
         _report(job, table, delivery, extracted, seconds),

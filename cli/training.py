@@ -23,6 +23,7 @@ from nas.supernet import Recipe, Step
 from nas.tasks import Task
 
 SUPERNET, STATE = "supernet.safetensors", "training.safetensors"
+ARCH = "arch.json"  # the network that a search chose
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,8 @@ def _step(
 
 def _inputs(task: Task, recipe: Recipe, at: Tensor, step: int, shard: int) -> Tensor:
     """A shard's augmented images, drawn from (seed, step, shard)."""
-    seed = recipe.seed * 1_000_003 + step + (shard << 40)  # beyond any number of steps
+    # torch seeds from the low 32 bits; multiples of this (2^32 over the golden ratio) lie far apart
+    seed = recipe.seed * 1_000_003 + step + shard * 0x9E3779B1
     generator = torch.Generator().manual_seed(seed)
     images = augment(task.train.images[at], generator, flip=task.flip, pad=task.pad)
     return task.normalise(images).contiguous(memory_format=torch.channels_last)
