@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from nas.errors import NasctlError, UsageError
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]  # it is, at run time
 
     from nas.parallel import Workers
 

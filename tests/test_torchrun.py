@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
 TRAIN = [sys.executable, "-m", "cli.main", "train", "--width", "0.25", "--threads", "2"]
 TRAIN += ["--batch", "64", "--run", "run"]
-LONG = [*TRAIN, "--epochs", "150"]
+LONG = [sys.executable, "-m", "tests.often", *TRAIN[3:], "--epochs", "30"]
 LIMIT_S = 300
 
 
@@ -32,7 +32,8 @@ def environment():
 
 
 def launched(n, words):
-    return [*LAUNCH, "--nproc-per-node", str(n), *words] if n > 1 else list(words)
+    # without the "--", torchrun takes --run for an abbreviation of an option of its own
+    return [*LAUNCH, "--nproc-per-node", str(n), "--", *words] if n > 1 else list(words)
 
 
 def finish(n, words, folder):
@@ -143,6 +144,7 @@ class Started:
         """(exit code, our own lines of error)."""
         code = self.process.wait(timeout=LIMIT_S)
         self.reader.join()
+        self.process.stderr.close()
         said = "".join(self.lines)
         assert f"{ROOT / 'cli'}" not in said and "cli/main.py" not in said, said  # no traceback
         return code, [line for line in self.lines if line.startswith("nasctl: ")]
