@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -57,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     header = ["way", "median ms per step", "spread (p90 / p10)"]
     rows = [[way, figures[f"{way}_ms"], figures[f"{way}_spread"]] for way in ("one", "sum", "ddp")]
     print(contract.table(header, rows))
+    print(
+        f"the sum alone {figures['sum_alone_ms']:.2f} ms, one word {figures['word_alone_ms']:.2f} ms"
+    )
     outcome.figures.update(figures, processes=arguments.processes)
     same = figures["gradient_difference"]
     outcome.aim("gradient difference, sum against one process", "<= 1e-5", same, same <= 1e-5)
@@ -106,11 +109,22 @@ def measured(name: str, workers: Workers, repeats: int) -> dict[str, float]:
             differences.append(difference(found["sum"], found["one"]))
             differences.append(difference(found["ddp"], found["one"]))
     figures = {"gradient_difference": max(differences, default=0.0)}
+    figures["sum_alone_ms"] = median_ms(lambda: workers.sum_(list(gradients(net).values())))
+    figures["word_alone_ms"] = median_ms(workers.wait)
     for way, took in seconds.items():
         ms = 1e3 * np.array(took[WARM_UP:])
         figures[f"{way}_ms"] = float(np.median(ms))
         figures[f"{way}_spread"] = float(np.quantile(ms, 0.9) / np.quantile(ms, 0.1))
     return figures
+
+
+def median_ms(work: Callable[[], None]) -> float:
+    took = []
+    for _ in range(50):
+        began = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - began)
+    return 1e3 * float(np.median(took))
 
 
 def backward(

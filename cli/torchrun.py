@@ -72,7 +72,9 @@ class Group:
             return True
         try:
             for subject in (INPUTS, START):
-                self.store.set(f"{subject}/{self.workers.rank}", f"{FAILED}{error}")
+                self.store.set(
+                    f"{subject}/{self.workers.rank}", f"{FAILED}{str(error) or 'stopped'}"
+                )
             return self.store.add(f"said/{os.environ.get('GROUP_RANK', 0)}", 1) == 1
         except RuntimeError:  # the store went with the launcher: better said twice than never
             return True
