@@ -57,9 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     header = ["way", "median ms per step", "spread (p90 / p10)"]
     rows = [[way, figures[f"{way}_ms"], figures[f"{way}_spread"]] for way in ("one", "sum", "ddp")]
     print(contract.table(header, rows))
-    print(
-        f"the sum alone {figures['sum_alone_ms']:.2f} ms, one word {figures['word_alone_ms']:.2f} ms"
-    )
+    alone = figures["sum_alone_ms"], figures["word_alone_ms"]
+    print(f"the sum alone {alone[0]:.2f} ms, one word {alone[1]:.2f} ms")
     outcome.figures.update(figures, processes=arguments.processes)
     same = figures["gradient_difference"]
     outcome.aim("gradient difference, sum against one process", "<= 1e-5", same, same <= 1e-5)
