@@ -26,44 +26,81 @@ from nas.space import SearchSpace
 FORMAT = 1  # of the description; another one cannot be compared with ours
 SAID = "nasctl"  # the description's one entry: safetensors writes several in no fixed order
 
+#: what an optimiser's state is called here -> in the optimiser
+SLOTS = {"momentum": "momentum_buffer", "ema": "ema"}
+
 
 def save(
-    path: Path, net: nn.Module, optimiser: torch.optim.Optimizer, step: int, fingerprint: str
+    path: Path,
+    net: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    step: int,
+    fingerprint: str,
+    *,
+    extra: Mapping[str, Tensor] | None = None,
+    notes: str = "",
 ) -> None:
-    """Write weights, momentum and `step`; raises NasctlError when the disk refuses."""
-    tensors = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
-    for name, parameter in net.named_parameters():
-        momentum = optimiser.state.get(parameter, {}).get("momentum_buffer")
-        if momentum is not None:
-            tensors[f"momentum.{name}"] = momentum
-    write(path, tensors, {"step": str(step), "fingerprint": _digest(fingerprint)})
+    """Write weights, momentum and `step`, and what else belongs to the same moment; raises
+    NasctlError when the disk refuses."""
+    tensors = state(net, optimiser)
+    tensors.update({f"extra.{name}": tensor for name, tensor in (extra or {}).items()})
+    meta = {"step": str(step), "fingerprint": _digest(fingerprint)}
+    write(path, tensors, {**meta, "notes": notes} if notes else meta)
 
 
 def load(path: Path, net: nn.Module, optimiser: torch.optim.Optimizer, fingerprint: str) -> int:
-    """Fill `net` and `optimiser` from `path`; return the steps done (0 if there is no file).
-
-    Of several processes only the first reads; the others get the content from it, so that they need
-    no common disk.
-    """
-    workers = parallel.workers()
-    content = workers.share(_content(path) if workers.first and path.exists() else b"")
-    if not content:
+    """Fill `net` and `optimiser` from `path`; return the steps done (0 if there is no file)."""
+    tensors, meta = _shared(path)
+    if not tensors:
         return 0
-    tensors, meta = _parse(content, path)
     if meta.get("fingerprint") != _digest(fingerprint):
         raise NasctlError(
             "the saved training state belongs to another recipe or other data",
             where=str(path),
             next="Use --force to train again, or another --run.",
         )
-    state = {name[4:]: t for name, t in tensors.items() if name.startswith("net.")}
-    fill(net, state, path)
-    for name, parameter in net.named_parameters():
-        if f"momentum.{name}" in tensors:
-            # empty_like keeps the parameter's memory format, on which bit-equal resuming depends
-            buffer = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])
-            optimiser.state[parameter]["momentum_buffer"] = buffer
+    restore(tensors, net, optimiser, path)
     return int(meta["step"])
+
+
+def extra(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The `extra` tensors and the notes of a saved state; nothing if there is no file."""
+    tensors, meta = _shared(path)
+    found = {k.removeprefix("extra."): t for k, t in tensors.items() if k.startswith("extra.")}
+    return found, meta.get("notes", "")
+
+
+def _shared(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata, on every process; nothing if there is no file.
+
+    The first process alone reads; the others get the content from it and need no common disk.
+    """
+    workers = parallel.workers()
+    content = workers.share(_content(path) if workers.first and path.exists() else b"")
+    return _parse(content, path) if content else ({}, {})
+
+
+def state(net: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything that a step changes, by name; the tensors themselves, not copies."""
+    tensors = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+    for name, parameter in net.named_parameters():
+        for ours, theirs in SLOTS.items():
+            if (value := optimiser.state.get(parameter, {}).get(theirs)) is not None:
+                tensors[f"{ours}.{name}"] = value
+    return tensors
+
+
+def restore(
+    tensors: Mapping[str, Tensor], net: nn.Module, optimiser: torch.optim.Optimizer, path: Path
+) -> None:
+    """The inverse of `state`, with copies; `path` is blamed for a tensor that does not fit."""
+    fill(net, {name[4:]: t for name, t in tensors.items() if name.startswith("net.")}, path)
+    for name, parameter in net.named_parameters():
+        for ours, theirs in SLOTS.items():
+            optimiser.state[parameter].pop(theirs, None)
+            if (value := tensors.get(f"{ours}.{name}")) is not None:
+                # empty_like keeps the memory format, on which bit-equal resuming depends
+                optimiser.state[parameter][theirs] = torch.empty_like(parameter).copy_(value)
 
 
 def fill(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -77,6 +114,12 @@ def fill(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
                 next="The file was written for another space or task.",
             )
         tensor.copy_(state[name])
+    if more := sorted(set(state) - set(net.state_dict())):
+        raise NasctlError(
+            f"tensor {more[0]}: the network has none of that name",
+            where=str(path),
+            next="The file was written for another space or kind of training.",
+        )
 
 
 def write(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:

@@ -5,13 +5,15 @@ is ordinary torch code. `extract` is the whole of sub-network extraction: the sm
 tensor shapes say which leading slice (centre crop for kernels) of each same-named tensor to copy.
 
 Sources: prefix slicing as in slimmable networks (arXiv 1812.08928) and BigNAS (arXiv 2003.11142);
-centre-cropped kernels as in Once-for-All (arXiv 1908.09791, section 3.3, without its transforms).
+centre-cropped kernels as in Once-for-All (arXiv 1908.09791, section 3.3), its learned transforms
+where `nas.once_for_all` has added them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +29,51 @@ def round_to(value: float, tile: int = 8) -> int:
 
 
 class Network(nn.Module):
-    """A space's network: built at `arch`, `net(x, smaller)` runs any arch that fits inside it."""
+    """A space's network: built at `arch`, `net(x, smaller)` runs any arch that fits inside it.
+
+    `net(x, arch, noise)` regularises this one pass; only recipes that ask for it pass a Noise.
+    """
 
     arch: Any
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Dropout and drop-connect of one forward pass: an argument, as the architecture is, so that no
+    other pass can inherit it. Both keep the expectation."""
+
+    dropout: float  # share of the classifier's input features
+    drop_connect: float  # share of images that skip the last block; less before, linearly
+    generator: torch.Generator
+
+    def features(self, x: Tensor) -> Tensor:
+        return self._kept(x, self.dropout, x.shape)
+
+    def branch(self, y: Tensor, depth: float) -> Tensor:
+        """A block's residual branch [N, ...]; `depth` is its place, up to 1 for the last."""
+        shape = torch.Size((len(y), *(1 for _ in y.shape[1:])))
+        return self._kept(y, self.drop_connect * depth, shape)
+
+    def _kept(self, x: Tensor, rate: float, shape: torch.Size) -> Tensor:
+        if rate == 0:
+            return x
+        # drawn where the generator is, so that a seed means the same on every device
+        drawn = torch.rand(shape, generator=self.generator, device=self.generator.device)
+        return x * ((drawn >= rate) / (1 - rate)).to(x)
+
+
+class Middle(NamedTuple):
+    """Channels that only live inside a block: their order is free, if all these tensors follow."""
+
+    tensors: tuple[tuple[Tensor, int], ...]  # each with its dimension that runs over the channels
+    reader: Tensor  # [out, channels, ...]: whoever reads them says how much each counts
+
+
+class Residual(nn.Module):
+    """A block that can say which of its channels may be reordered (`nas.once_for_all`)."""
+
+    def middles(self) -> list[Middle]:
+        raise NotImplementedError
 
 
 N = TypeVar("N", bound=nn.Module)
@@ -55,19 +99,35 @@ class Conv2d(nn.Conv2d):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """One filter per channel; a smaller kernel is the centre of the largest one."""
+    """One filter per channel; a smaller kernel is the centre of the next larger one, put through
+    `transforms[kernel]` [k*k, k*k] if there is such a matrix (shared by the channels)."""
 
     def __init__(self, channels: int, kernel: int, stride: int = 1) -> None:
         super().__init__(
             channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False
         )
+        self.transforms = nn.ParameterDict()
 
     def forward(self, x: Tensor, kernel: int | None = None) -> Tensor:
         channels, kernel = x.shape[1], kernel or self.kernel_size[0]
         if (channels, kernel) == (self.in_channels, self.kernel_size[0]):
             return super().forward(x)
-        weight = leading(self.weight, torch.Size((channels, 1, kernel, kernel)))
+        weight = self.filters(channels, kernel)
         return F.conv2d(x, weight, None, self.stride, kernel // 2, groups=channels)
+
+    def filters(self, channels: int, kernel: int) -> Tensor:
+        """The weight [channels, 1, kernel, kernel] that a smaller layer uses."""
+        weight = self.weight[:channels]
+        for size in self._sizes(kernel):
+            weight = leading(weight, torch.Size((channels, 1, size, size)))
+            if str(size) in self.transforms:
+                weight = (weight.flatten(1) @ self.transforms[str(size)].t()).view_as(weight)
+        return weight
+
+    def _sizes(self, kernel: int) -> Iterable[int]:
+        """One after the other where there are transforms, else at once."""
+        largest = self.kernel_size[0]
+        return range(largest - 2, kernel - 1, -2) if self.transforms else (kernel,)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -88,6 +148,12 @@ class BatchNorm2d(nn.BatchNorm2d):
             mean, var = self.running_mean[:c], self.running_var[:c]
         weight, bias = self.weight[:c], self.bias[:c]
         return F.batch_norm(x, mean, var, weight, bias, self.training, 0.0, self.eps)
+
+    def per_channel(self) -> tuple[tuple[Tensor, int], ...]:
+        """Its tensors for a `Middle`."""
+        assert self.running_mean is not None and self.running_var is not None
+        tensors = (self.weight, self.bias, self.running_mean, self.running_var)
+        return tuple((tensor, 0) for tensor in tensors)
 
 
 class Linear(nn.Linear):
@@ -133,10 +199,16 @@ def extract(supernet: nn.Module, small: N) -> N:
     """Fill `small` (built at the wanted architecture) with its slice of `supernet`; return it.
 
     Afterwards `small(x)` equals `supernet(x, arch)` to float rounding, in train and eval mode.
+    Kernel transforms are applied once, here: `small` has none.
     """
     source = supernet.state_dict()
     for name, tensor in small.state_dict().items():
         tensor.copy_(leading(source[name], tensor.shape))
+    for name, layer in small.named_modules():
+        if isinstance(layer, DepthwiseConv2d):
+            large = supernet.get_submodule(name)
+            assert isinstance(large, DepthwiseConv2d)
+            layer.weight.copy_(large.filters(layer.in_channels, layer.kernel_size[0]))
     return small.train(supernet.training)
 
 

@@ -19,7 +19,14 @@ from nas.tasks import Task
 from tests.conftest import tiny_split
 
 SPACE = spaces.load("resnet", channels=1, classes=4, size=8, width=0.25)
-RECIPE = {"steps": 6, "batch": 48, "lr": 0.05, "weight_decay": 0.0, "clip_norm": 1e9}
+RECIPE = {
+    "steps": 6,
+    "batch": 48,
+    "lr": 0.05,
+    "weight_decay": 0.0,
+    "clip_norm": 1e9,
+    "policy": "bestup",
+}
 
 
 def main(folder: Path, stop: int, accumulate: int) -> None:

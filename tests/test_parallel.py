@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from nas import parallel, supernet
 from nas import space as spaces
 from nas.errors import NasctlError, UsageError
 from nas.parallel import Workers
+from nas.sampling import Contest
 from nas.supernet import Recipe, batch_indices
 
 SPACE = spaces.load("resnet", channels=1, classes=4, size=8, width=0.25)
@@ -130,10 +132,48 @@ def test_micro_batches_report_the_mean_loss_and_unequal_ones_count_by_their_imag
 
 
 def test_shards_are_augmented_differently_and_repeatably(tiny):
-    shifted = replace(tiny, pad=2)
-    at = torch.arange(16)
-    a, b, again = (supernet._inputs(shifted, RECIPE, at, 5, shard) for shard in (0, 1, 0))
-    assert torch.equal(a, again) and not torch.equal(a, b)
+    def inputs(shard):
+        generator = supernet._generator(RECIPE, 5, shard, supernet.AUGMENT)
+        return supernet._inputs(replace(tiny, pad=2), RECIPE, torch.arange(16), generator)
+
+    assert torch.equal(inputs(0), inputs(0)) and not torch.equal(inputs(0), inputs(1))
+
+
+def test_steps_shards_and_streams_have_random_numbers_of_their_own():
+    drawn = {
+        float(torch.rand(1, generator=supernet._generator(RECIPE, step, shard, stream)))
+        for step in range(40)
+        for shard in range(16)
+        for stream in (supernet.AUGMENT, supernet.NOISE)
+    }
+    assert len(drawn) == 40 * 16 * 2
+
+
+def test_a_contest_is_decided_by_all_shards_together(tiny):
+    """Of two networks, each better on one of two shards."""
+    rows = batch_indices(len(tiny.train), 48, 0, 0)
+    recipe = replace(RECIPE, accumulate=2)
+
+    class Rated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.logits = torch.nn.Parameter(torch.zeros(1))
+            self.ran = []
+
+        def forward(self, x, arch):
+            if torch.is_grad_enabled():
+                self.ran.append(arch.name)
+            first = bool(torch.equal(x, images.split(24)[0]))
+            right = {"even": (3.0, 3.0), "uneven": (4.0, 0.0)}[arch.name][0 if first else 1]
+            labels = tiny.train.labels[rows.split(24)[0 if first else 1]]
+            return F.one_hot(labels, 4) * right + self.logits
+
+    images = tiny.normalise(tiny.train.images[rows])
+    archs = tuple(SimpleNamespace(resolution=8, name=name) for name in ("even", "uneven"))
+    for worst, winner in ((False, "even"), (True, "uneven")):
+        net = Rated()
+        next(supernet.train(net, lambda step, w=worst: [Contest(archs, w)], tiny, recipe))
+        assert net.ran == [winner, winner]
 
 
 def test_what_identifies_a_training_is_not_how_it_was_split(tiny, tmp_path):

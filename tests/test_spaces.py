@@ -156,6 +156,34 @@ def test_depth_middle_and_kernel_make_no_difference_at_initialisation(name):
         torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-12)
 
 
+@on_grey
+def test_no_pass_leaves_anything_behind_for_the_next(name):
+    space, net = load(name), supernet(load(name)).train()
+    a, b = (space.decode(row) for row in rows(space, 0))
+    noise = elastic.Noise(0.5, 0.5, torch.Generator().manual_seed(0))
+    first = net(inputs(space, a), a)
+    noisy = net(inputs(space, b), b, noise)
+    assert not torch.equal(noisy, net(inputs(space, b), b))
+    assert torch.equal(net(inputs(space, a), a), first)
+
+
+@on_grey
+def test_blocks_list_every_tensor_that_follows_their_middle_channels(name):
+    """Any order of the middle channels is the same network, seen through each list by itself."""
+    space, net = load(name), supernet(load(name))
+    arch = space.decode(space.largest)
+    before = net.eval()(inputs(space, arch))
+    generator, moved = torch.Generator().manual_seed(0), 0
+    for block in net.modules():
+        for middle in block.middles() if isinstance(block, elastic.Residual) else []:
+            order = torch.randperm(middle.reader.shape[1], generator=generator)
+            moved += 1
+            for tensor, dim in middle.tensors:
+                tensor.data.copy_(tensor.data.index_select(dim, order))
+    assert moved
+    torch.testing.assert_close(net(inputs(space, arch)), before, rtol=0, atol=1e-10)
+
+
 def plain_squeeze_excite(self, x):
     gate = torch.relu(self.reduce(x.mean((2, 3), keepdim=True)))
     return x * nn.functional.hardsigmoid(self.expand(gate))

@@ -26,7 +26,10 @@ from nas.elastic import (
     Conv2d,
     DepthwiseConv2d,
     Linear,
+    Middle,
     Network,
+    Noise,
+    Residual,
     SqueezeExcite,
     round_to,
 )
@@ -172,7 +175,7 @@ def _block_ops(tape: Tape, x: Wire, shape: BlockShape) -> Wire:
     return tape.add(y, shortcut)
 
 
-class Block(nn.Module):
+class Block(Residual):
     """x + project(se(depthwise(expand(x)))), hard-swish between, linear at the end."""
 
     def __init__(self, c_in: int, shape: BlockShape) -> None:
@@ -192,18 +195,37 @@ class Block(nn.Module):
             self.shortcut = Conv2d(c_in, width)
             self.shortcut_norm = BatchNorm2d(width)
 
-    def forward(self, x: Tensor, width: int, kernel: int) -> Tensor:
+    def forward(
+        self, x: Tensor, width: int, kernel: int, noise: Noise | None, depth: float
+    ) -> Tensor:
         y = x
         if self.shape.expand > 1:
             # read off x: the middle width follows the previous stage's, as in the paper's space
             y = F.hardswish(self.expand_norm(self.expand(y, x.shape[1] * self.shape.expand)))
         y = F.hardswish(self.depthwise_norm(self.depthwise(y, kernel)))
         y = self.project_norm(self.project(self.se(y), width))
+        if noise:
+            y = noise.branch(y, depth)
         if self.shape.stride == 2:
             x = F.avg_pool2d(x, 2)
         if self.shape.first:
             x = self.shortcut_norm(self.shortcut(x, width))
         return x + y
+
+    def middles(self) -> list[Middle]:
+        """The gate's bottleneck; and the expanded channels, where the block makes its own."""
+        reduce, expand = self.se.reduce, self.se.expand
+        assert reduce.bias is not None
+        gate = ((reduce.weight, 0), (reduce.bias, 0), (expand.weight, 1))
+        found = [Middle(gate, expand.weight)]
+        if self.shape.expand > 1:
+            assert expand.bias is not None
+            norms = (*self.expand_norm.per_channel(), *self.depthwise_norm.per_channel())
+            gate = ((reduce.weight, 1), (expand.weight, 0), (expand.bias, 0))
+            filters = ((self.expand.weight, 0), (self.depthwise.weight, 0))
+            tensors = (*filters, *norms, *gate, (self.project.weight, 1))
+            found.append(Middle(tensors, self.project.weight))
+        return found
 
 
 class MobileNet(Network):
@@ -233,13 +255,15 @@ class MobileNet(Network):
         self.last_norm = BatchNorm2d(arch.last)
         self.head = Linear(arch.last, classes)
 
-    def forward(self, x: Tensor, arch: Arch | None = None) -> Tensor:
+    def forward(self, x: Tensor, arch: Arch | None = None, noise: Noise | None = None) -> Tensor:
         arch = arch or self.arch
+        ran, blocks = 0, sum(arch.depths)
         x = F.hardswish(self.stem_norm(self.stem(x, arch.stem)))
         for stage, width, depth, kernel in zip(
             self.stages, arch.widths, arch.depths, arch.kernels, strict=True
         ):
             for block in islice(stage.children(), depth):
-                x = block(x, width, kernel)
-        x = F.hardswish(self.last_norm(self.last(x, arch.last)))
-        return self.head(x.mean((2, 3)))
+                ran += 1
+                x = block(x, width, kernel, noise, ran / blocks)
+        x = F.hardswish(self.last_norm(self.last(x, arch.last))).mean((2, 3))
+        return self.head(noise.features(x) if noise else x)

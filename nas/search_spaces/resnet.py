@@ -17,7 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hw_profiles.op import Op, Tape, Wire
-from nas.elastic import BatchNorm2d, Conv2d, Linear, Network, round_to
+from nas.elastic import (
+    BatchNorm2d,
+    Conv2d,
+    Linear,
+    Middle,
+    Network,
+    Noise,
+    Residual,
+    round_to,
+)
 from nas.space import Gene, Genes, SearchSpace
 
 STAGES = 3
@@ -107,7 +116,7 @@ def _block_ops(tape: Tape, x: Wire, width: int, mid: int, *, first: bool) -> Wir
     return tape.add(y, shortcut, act="relu")
 
 
-class Block(nn.Module):
+class Block(Residual):
     """relu(x + conv(relu(conv(x)))); the first block of a stage halves the map."""
 
     def __init__(self, c_in: int, width: int, mid: int, *, first: bool) -> None:
@@ -122,12 +131,18 @@ class Block(nn.Module):
             self.shortcut = Conv2d(c_in, width)
             self.shortcut_norm = BatchNorm2d(width)
 
-    def forward(self, x: Tensor, width: int, mid: int) -> Tensor:
+    def forward(self, x: Tensor, width: int, mid: int, noise: Noise | None, depth: float) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x, mid)))
         y = self.norm2(self.conv2(y, width))
+        if noise:
+            y = noise.branch(y, depth)
         if self.first:
             x = self.shortcut_norm(self.shortcut(F.avg_pool2d(x, 2), width))
         return F.relu(x + y)
+
+    def middles(self) -> list[Middle]:
+        tensors = ((self.conv1.weight, 0), *self.norm1.per_channel(), (self.conv2.weight, 1))
+        return [Middle(tensors, self.conv2.weight)]
 
 
 class ResNet(Network):
@@ -148,10 +163,13 @@ class ResNet(Network):
             self.stages.append(blocks)
         self.head = Linear(c, classes)
 
-    def forward(self, x: Tensor, arch: Arch | None = None) -> Tensor:
+    def forward(self, x: Tensor, arch: Arch | None = None, noise: Noise | None = None) -> Tensor:
         arch = arch or self.arch
         x = F.relu(self.stem_norm(self.stem(x)))
+        ran, blocks = 0, sum(map(len, arch.mids))
         for stage, width, mids in zip(self.stages, arch.widths, arch.mids, strict=True):
             for block, mid in zip(stage.children(), mids, strict=False):  # a short arch stops early
-                x = block(x, width, mid)
-        return self.head(x.mean((2, 3)))
+                ran += 1
+                x = block(x, width, mid, noise, ran / blocks)
+        x = x.mean((2, 3))
+        return self.head(noise.features(x) if noise else x)
