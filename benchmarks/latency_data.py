@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from benchmarks import networks
 from hw_profiles import device as devices
-from hw_profiles.calibrate import Design
 from hw_profiles.device import Device
 from hw_profiles.latency import Array
+from hw_profiles.models.calibrate import Design
 from hw_profiles.op import Op
 
 # device column -> (what kind, fp32 GMAC/s, GB/s, where from). TITAN X is left out: two different
@@ -97,7 +97,8 @@ def nb201(root: Path, limit: int | None) -> Family:
     strings, columns, _ = _nb201_tables(root)
     chosen = _sample(_without_dead_edges(strings), limit)
     ops = tuple(tuple(networks.nb201_ops(strings[at], 100)) for at in chosen)
-    return Family("nasbench201", ops, {name: times[chosen] for name, times in columns.items()})
+    columns = {name: times[chosen] for name, times in columns.items()}
+    return Family("nasbench201", ops, columns, index=np.array(chosen))
 
 
 def nb201_executed(root: Path, limit: int | None) -> Family:

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from benchmarks import contract
-from hw_profiles import interpolate
 from hw_profiles.latency import Array
+from hw_profiles.models import interpolate
 from hw_profiles.op import Op
 
 Mask = NDArray[np.bool_]

@@ -25,8 +25,9 @@ import pyarrow.parquet as parquet
 from scipy.stats import kendalltau
 
 from benchmarks import contract, networks, user_models
-from hw_profiles import calibrate, chains, device, measure, op, profile
+from hw_profiles import chains, device, measure, op, profile
 from hw_profiles.latency import Array, LatencyTable
+from hw_profiles.models import calibrate
 from hw_profiles.op import Op
 from nas import space
 

@@ -20,9 +20,9 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 
 from benchmarks import contract, latency_data
 from benchmarks.latency_unseen import METHODS, Draw, Scores, Set, Unseen, load, strangers, unlike
-from hw_profiles import predict
-from hw_profiles.calibrate import Index
 from hw_profiles.latency import Array
+from hw_profiles.models import predict
+from hw_profiles.models.calibrate import Index
 
 PREFIX = "public."
 HELP_10 = (

@@ -28,9 +28,10 @@ from scipy.stats import kendalltau
 
 from benchmarks import contract, latency_data
 from benchmarks.latency_data import Family
-from hw_profiles import calibrate, device, latency
-from hw_profiles.calibrate import Design, Index, Ridge
+from hw_profiles import device, latency
 from hw_profiles.latency import Array, Interval
+from hw_profiles.models import calibrate
+from hw_profiles.models.calibrate import Design, Index, Ridge
 
 FIT = 900
 FEW = 50

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from benchmarks.latency_data import Family, board_of
-from hw_profiles import predict, transfer
-from hw_profiles.calibrate import Index
 from hw_profiles.latency import Array
-from hw_profiles.structure import MEASURES, ROLES, describe
-from hw_profiles.transfer import Source, Sources
+from hw_profiles.models import predict, transfer
+from hw_profiles.models.calibrate import Index
+from hw_profiles.models.structure import MEASURES, ROLES, describe
+from hw_profiles.models.transfer import Source, Sources
 
 Side = NDArray[np.bool_]  # which boards are in the first group
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import console
-from cli.profile import here_or_there
+from cli.measuring import here_or_there
 from nas.errors import NasctlError
 
 if TYPE_CHECKING:
@@ -62,6 +62,14 @@ def command(
     say(f"{told['timed']}; {timing.n} rounds of {plan.inner} calls")
     if timing.noisy:
         say(f"in doubt: {timing.noisy}")
+    if (used := told.get("energy")) is not None:
+        say(
+            f"{used['mj']:.4g} mJ per call, {used['idle_mj']:.4g} mJ of it also without work "
+            f"({used['sensor']})",
+            "energy",
+        )
+    elif on == "local":
+        say("? (this machine has no power sensor that can be read)", "energy")
     return None
 
 
@@ -72,7 +80,7 @@ def _here(
 
     import numpy as np
 
-    from hw_profiles import protocol, runtimes
+    from hw_profiles import power, protocol, runtimes
     from hw_profiles.measure import ops_call, reference_ops
 
     runtime = runtimes.load_module(setting.runtime)
@@ -80,14 +88,18 @@ def _here(
         raise NasctlError(missing, where=f"runtime {setting.runtime}")
     rng, clock = np.random.default_rng(seed), runtimes.Clock()
     session = runtime.load(model, threads=setting.threads, precision=setting.precision)
+    feeds = runtimes.random_feeds(session, rng)
     found = protocol.session(
-        [clock.of(runtime.timed(session, runtimes.random_feeds(session, rng)))],
+        [clock.of(runtime.timed(session, feeds))],
         rng=random.Random(seed),
         plan=plan,
         reference=ops_call(reference_ops(), rng),
         instruments=protocol.Instruments(clock=clock),
     )
+    sensor = power.sensor()
+    used = power.per_call(lambda: runtime.run(session, feeds), sensor) if sensor else None
     return found.timings[0], {
+        "energy": asdict(used) if used else None,
         "runtime": f"{setting.runtime} {runtime.version()}",
         "precision": runtime.observed_precision(session),
         "timed": runtime.TIMED,
@@ -98,8 +110,9 @@ def _here(
 def _there(
     model: Path, setting: Setting, plan: Plan, on: str, seed: int
 ) -> tuple[Timing, dict[str, Any]]:
-    from hw_profiles import measure, remote, runtimes, ssh
-    from hw_profiles.bundle import Bundle
+    from hw_profiles import measure, runtimes
+    from hw_profiles.remote import over_ssh, ssh
+    from hw_profiles.remote.bundle import Bundle
 
     bundle = Bundle(
         {model.stem: model.read_bytes()},
@@ -112,7 +125,7 @@ def _there(
     )
     # one folder for all: after a lost connection the same command collects what the board measured
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nasctl"
-    found = remote.measure_models(ssh.parse(on), bundle, workdir=cache)
+    found = over_ssh.measure_models(ssh.parse(on), bundle, workdir=cache)
     return found.timings[model.stem], {
         "runtime": str(found.fingerprint["runtime"]),
         "precision": setting.precision or "as the file is",

@@ -19,6 +19,7 @@ from cli import (
     evaluate,
     export,
     extract,
+    ingest,
     profile,
     report,
     search,
@@ -38,10 +39,12 @@ app = typer.Typer(
     epilog=EPILOG,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # plain help: the decorated one takes as long to load as all else
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-VERBS = (search, train, extract, evaluate, export, report, profile, bench, devices, spaces, doctor)
-for verb in VERBS:
+NETWORKS = (search, train, extract, evaluate, export, report)
+DEVICES = (profile, ingest, bench, devices, spaces, doctor)
+for verb in (*NETWORKS, *DEVICES):
     app.command(verb.__name__.removeprefix("cli."))(verb.command)
 
 

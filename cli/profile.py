@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli import console
+from cli import console, measuring
 from nas.errors import NasctlError, UsageError
 
 if TYPE_CHECKING:
     from hw_profiles.device import Device
     from hw_profiles.latency import LatencyTable
     from hw_profiles.measure import Setting
-    from hw_profiles.profile import Errors, Group, Measure, Plan, Timings
+    from hw_profiles.models.transfer import Sources
+    from hw_profiles.profile import Errors, Measure, Ops, Plan, Timings
 
 MINE, CHAINS, HELD_OUT = 200, 240, 60  # networks, if the budget lasts
+POOL = 600  # networks of the space that --from may choose among, and carries over to
 LOCAL_NETWORK_S = 0.6  # what a network takes here, about: building, warming up, measuring
-GROUP_S = 60.0  # at most, for the networks of a session
 
 
 def command(
@@ -39,7 +40,16 @@ def command(
     precision: Annotated[str | None, typer.Option(help="[the device's]")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Of the processor.")] = 1,
-    on: Annotated[str, typer.Option(help="local, or ssh://[user@]host[:port].")] = "local",
+    on: Annotated[
+        str, typer.Option(help="local, ssh://[user@]host[:port], or files:FOLDER to carry there.")
+    ] = "local",
+    lenders: Annotated[
+        str | None,
+        typer.Option("--from", help="Devices whose tables help: then few networks are enough."),
+    ] = None,
+    networks: Annotated[
+        int, typer.Option(min=10, max=100, help="How many to measure with --from.")
+    ] = 30,
     budget: Annotated[str, typer.Option(help="Measuring time, as 15min.")] = "5min",
     seed: Annotated[int, typer.Option(min=0, help="Of the networks drawn.")] = 0,
     out: Annotated[
@@ -68,7 +78,8 @@ def command(
     folder = out or Path(os.environ.get("NASCTL_PROFILES", "profiles"))
     header = {**asdict(setting), "device": board.name, "on": on, "seed": seed, **_here(on)}
     header |= {"space": space or "", **{k: v for k, v in shape.items() if v is not None}}
-    plan = _plan(space, shape, seed, seconds)
+    lent = _lent(lenders, space, shape, seed, networks)
+    plan = lent.plan if lent else _plan(space, shape, seed, seconds)
     table = _table(folder, board, header) if validate else None
     if validate:
         plan = _unseen(_plan(space, shape, seed + 1000, seconds), folder / _file(board))
@@ -83,13 +94,19 @@ def command(
         if json:
             console.emit_json({**header, "estimated_seconds": _estimate(plan, on, seconds)})
         return None
+    if (carried := measuring.files(on)) is not None:
+        there = _carried(carried, plan, setting, seed)
+        if there is None:
+            return None
+        plan = there
     path = folder / _file(board, validate)
     if validate:
         path.unlink(missing_ok=True)  # a validation is of its own time
-    timings = _measured(path, header, plan, _backend(on, setting, seed, folder), seconds)
+    measure = measuring.backend(on, setting, seed, folder)
+    timings = _measured(path, header, plan, measure, seconds, again=carried is None)
     if table is not None:
         return _validate(table, timings, plan, json)
-    return _write(timings, plan, board, folder, header, json)
+    return _write(timings, plan, board, folder, header, lent, json)
 
 
 def _check(board: Device, on: str) -> None:
@@ -100,21 +117,7 @@ def _check(board: Device, on: str) -> None:
     runtimes.offered(board.precision, runtime.PRECISIONS, board.runtime)
     if on == "local" and (missing := runtime.unavailable()):
         raise NasctlError(missing, where=f"runtime {board.runtime}")
-    here_or_there(board, on)
-
-
-def here_or_there(board: Device, on: str) -> None:
-    """Refuse to file this machine's latencies under a board's name, or a board's under ours."""
-    from hw_profiles import ssh
-
-    if on != "local":
-        ssh.parse(on)  # raises for what is no address
-    if board.local != (on == "local"):
-        raise UsageError(
-            f"{board.name} is {'' if board.local else 'not '}this machine",
-            where="--on" if not board.local else "--hw",
-            allowed="ssh://[user@]host[:port]" if not board.local else "the board's device file",
-        )
+    measuring.here_or_there(board, on)
 
 
 def _file(board: Device, validate: bool = False) -> str:
@@ -128,7 +131,9 @@ def _table(folder: Path, board: Device, header: dict[str, Any]) -> LatencyTable:
     path = folder / f"{board.name}.table.json"
     table = LatencyTable.load(path)
     names = ("runtime", "precision", "threads", "batch", "on")
-    if differs := [name for name in names if table.provenance.get(name) != header[name]]:
+    if differs := [
+        name for name in names if table.provenance.get(name, header[name]) != header[name]
+    ]:
         raise NasctlError(f"was made with another {', '.join(differs)}", where=str(path))
     return table
 
@@ -174,6 +179,70 @@ def _plan(space: str | None, shape: dict[str, Any], seed: int, seconds: float) -
     return Plan(space, own[:mine], random[:others], networks[2 : 2 + HELD_OUT][:held_out])
 
 
+@dataclass(frozen=True)
+class Lent:
+    """A profile with the help of other devices' tables."""
+
+    plan: Plan
+    sources: Sources
+    pool: Sequence[Ops]  # networks of the space, most of them measured nowhere
+
+
+def _lent(
+    lenders: str | None, space: str | None, shape: dict[str, Any], seed: int, n: int
+) -> Lent | None:
+    if lenders is None:
+        return None
+    if space is None:
+        raise UsageError("--from takes the space to be searched", where="--space")
+    import numpy as np
+
+    from hw_profiles import device as devices
+    from hw_profiles import latency
+    from hw_profiles.models import fewshot, transfer
+    from hw_profiles.models.structure import describe
+    from hw_profiles.profile import MIN_HELD_OUT, Plan
+    from nas import space as spaces
+
+    tables = [latency.table(devices.load(name.strip())) for name in lenders.split(",")]
+    found = spaces.load(space, **shape)
+    rows = np.unique(found.sample(np.random.default_rng((seed, 11)), POOL), axis=0)
+    rows = np.random.default_rng((seed, 12)).permutation(rows)
+    networks = [found.ops(found.decode(row)) for row in rows]
+    held_out, pool = networks[:MIN_HELD_OUT], networks[MIN_HELD_OUT:]
+    sources = fewshot.sources(tables, pool, space, np.random.default_rng((seed, 13)))
+    chosen = transfer.choose(sources, describe(pool), n)
+    return Lent(Plan(space, [pool[at] for at in chosen], [], held_out), sources, pool)
+
+
+def _carried(folder: Path, plan: Plan, setting: Setting, seed: int) -> Plan | None:
+    """The plan's networks that came back with a time; None where the folder must travel first."""
+    import numpy as np
+
+    from hw_profiles.profile import Plan
+    from hw_profiles.remote import offline
+
+    order = plan.order()
+    came = offline.there(folder, order) if folder.is_dir() else []
+    if came:
+        console.say(f"{len(came)} of {len(order)} networks came back with a time", "files")
+        parts = (plan.mine, plan.chains, plan.held_out)
+        return Plan(plan.space, *([ops for ops in part if ops in came] for part in parts))
+    offline.write(
+        folder,
+        order,
+        batch=setting.batch,
+        precision=setting.precision or "fp32",
+        rng=np.random.default_rng((seed, 14)),
+    )
+    console.say(
+        f"copy {folder} to the board, run ./{offline.SCRIPT} in it, copy it back, and give the "
+        "same command again",
+        "files",
+    )
+    return None
+
+
 def _estimate(plan: Plan, on: str, seconds: float) -> float:
     if on != "local":
         return seconds  # nobody knows how fast the board is
@@ -181,8 +250,15 @@ def _estimate(plan: Plan, on: str, seconds: float) -> float:
 
 
 def _measured(
-    path: Path, header: dict[str, Any], plan: Plan, measure: Measure, seconds: float
+    path: Path,
+    header: dict[str, Any],
+    plan: Plan,
+    measure: Measure,
+    seconds: float,
+    *,
+    again: bool,
 ) -> Timings:
+    """The timings of the plan's networks; `again`: those in doubt are worth another try."""
     from hw_profiles.profile import Timings
 
     timings = Timings(path, header)
@@ -200,65 +276,31 @@ def _measured(
 
             tell(0.0)
             timings.measure(missing, measure, enough=enough, progress=tell)
+            if not again:
+                break
     return timings
 
 
-def _backend(on: str, setting: Setting, seed: int, folder: Path) -> Measure:
-    import numpy as np
-
-    from hw_profiles import measure, remote, ssh
-    from hw_profiles.bundle import Bundle
-    from hw_profiles.graph import onnx_graph
-    from hw_profiles.profile import Group, digest
-    from hw_profiles.protocol import Plan
-
-    plan = Plan(rounds=12, precision=0.03, time_limit_s=GROUP_S)
-    if on == "local":
-        rng, paces = np.random.default_rng((seed, 9)), [math.inf]
-
-        def here(networks: Any) -> Group:
-            session = measure.fresh_session(
-                networks, setting, rng=rng, plan=plan, pace_ms=min(paces)
-            )
-            paces.append(session.pace_ms)
-            return Group(session.timings, session.reference_ms)
-
-        return here
-    target = ssh.parse(on)
-
-    def there(networks: Any) -> Group:
-        models = {
-            digest(ops): onnx_graph(ops, batch=setting.batch).SerializeToString()
-            for ops in networks
-        }
-        bundle = Bundle(
-            models,
-            measure.reference_model(),
-            plan=plan,
-            threads=setting.threads,
-            runtime=setting.runtime,
-            # the graphs are fp32 as they are; anything else must be demanded
-            precision=None if setting.precision == "fp32" else setting.precision,
-            seed=seed,
-        )
-        found = remote.measure_models(target, bundle, workdir=folder / "remote")
-        return Group([found.timings[digest(ops)] for ops in networks], found.reference_ms)
-
-    return there
-
-
 def _write(
-    timings: Timings, plan: Plan, board: Device, folder: Path, header: dict[str, Any], json: bool
+    timings: Timings,
+    plan: Plan,
+    board: Device,
+    folder: Path,
+    header: dict[str, Any],
+    lent: Lent | None,
+    json: bool,
 ) -> None:
     from hw_profiles import device as devices
     from hw_profiles import profile
+    from hw_profiles.models import fewshot
 
     provenance = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "protocol": "medians of quiet rounds, shuffled round-robin, between calls of a reference",
         **{name: value for name, value in header.items() if value is not None},
     }
-    table, errors = profile.table(timings, plan, board, provenance)
+    fit = fewshot.fitter(lent.sources, lent.pool) if lent else profile.calibrated
+    table, errors = profile.table(timings, plan, board, provenance, fit)
     path = folder / f"{board.name}.table.json"
     table.save(path)
     console.say(f"{path}; noise floor {timings.noise:.1%}", "table")
@@ -273,7 +315,7 @@ def _write(
 
 
 def _validate(table: LatencyTable, timings: Timings, plan: Plan, json: bool) -> None:
-    from hw_profiles import profile
+    from hw_profiles import ingest, profile
 
     found = {}
     for name, networks in (("space", [*plan.mine, *plan.held_out]), ("random", plan.chains)):
@@ -282,6 +324,8 @@ def _validate(table: LatencyTable, timings: Timings, plan: Plan, json: bool) -> 
             ops, measured = zip(*samples, strict=True)
             own = plan.space if name == "space" else profile.CHAINS
             found[name] = profile.validate(table, ops, measured, own)
+            if "ingested" in table.provenance:  # somebody's word, until now
+                ingest.revalidate(table, samples, own)
     if not found:
         raise NasctlError(
             f"only {len(timings.samples(plan.order()))} networks could be measured beyond doubt",

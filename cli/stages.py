@@ -19,10 +19,11 @@ from torch import nn
 from cli import console, training
 from cli.training import STATE, SUPERNET, Training
 from deploy import verify
-from hw_profiles import calibrate, measure, op
 from hw_profiles import latency as latencies
+from hw_profiles import measure, op
 from hw_profiles.device import Device
 from hw_profiles.latency import LatencyTable
+from hw_profiles.models import calibrate
 from nas import checkpoint, file, search, space, supernet
 from nas import run as runs
 from nas import study as studies

@@ -15,9 +15,9 @@ import functools
 import hashlib
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ import numpy as np
 from scipy.stats import binom
 
 from hw_profiles.device import Device
-from hw_profiles.latency import LatencyTable, Measurement
+from hw_profiles.latency import LatencyTable, Measurement, analytic, transfer_intervals
+from hw_profiles.models import interpolate
 from hw_profiles.op import Op
 from nas.errors import NasctlError, unknown
 
@@ -77,24 +78,45 @@ class Kernels:
         """
         times = defaultdict(list)
         for kernel in self.found:
-            if not has_fused_add(kernel.op):
-                times[deployed(kernel.op)].append(kernel)
+            if not kernel.op.fuses_add:
+                times[kernel.op.deployed()].append(kernel)
         entries = {}
         for op in ops:
-            if alike := times.get(deployed(op)):
+            if alike := times.get(op.deployed()):
                 ms = [kernel.ms for kernel in alike]
                 calls = sum(kernel.n for kernel in alike)
                 entries[op] = Measurement(float(np.median(ms)), max(ms) - min(ms), calls)
         return entries
 
 
-def has_fused_add(op: Op) -> bool:
-    return op.kind in ("conv", "dwconv") and len(op.reads) > 1
+def kernel_table(kernels: Kernels, device: Device, rng: np.random.Generator) -> LatencyTable:
+    """A table of `device` from its kernels alone: timed ones as they are, sizes between them
+    interpolated, everything else as its datasheet (or its relative) says.
 
-
-def deployed(op: Op) -> Op:
-    """The operator as a runtime sees it: a batch norm is folded into weights and bias."""
-    return replace(op, norm=False, bias=op.bias or op.norm)
+    Nobody held it against a whole network, so its interval is that of tables used on a space that
+    they were not fitted on. `nasctl profile` on a few networks does better.
+    """
+    base = analytic(device)
+    single = [kernel for kernel in kernels.found if not kernel.op.fuses_add]
+    kinds = Counter(interpolate.family(kernel.op) for kernel in single)
+    enough = [
+        kernel
+        for kernel in single
+        if kinds[interpolate.family(kernel.op)] >= interpolate.MIN_KERNELS
+    ]
+    model = None
+    if enough:
+        ops, ms = [kernel.op for kernel in enough], [kernel.ms for kernel in enough]
+        model = interpolate.fit(ops, ms, rng=rng)
+    wide = transfer_intervals()[f"cross_{device.kind}"]
+    return base.model_copy(
+        update={
+            "origin": f"{len(kernels.found)} kernels timed one by one; the rest {base.origin}",
+            "measured": kernels.measured({kernel.op.deployed() for kernel in single}),
+            "kernels": model,
+            "intervals": {**base.intervals, "measured": wide, "interpolated": wide},
+        }
+    )
 
 
 # ---- nn-Meter ------------------------------------------------------------------------------------

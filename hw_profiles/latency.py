@@ -27,6 +27,7 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    PrivateAttr,
     ValidationError,
     field_serializer,
     field_validator,
@@ -34,8 +35,9 @@ from pydantic import (
 )
 
 from hw_profiles import device as devices
-from hw_profiles.additive import Additive
 from hw_profiles.device import Device
+from hw_profiles.models.additive import Additive
+from hw_profiles.models.interpolate import Model as Kernels
 from hw_profiles.op import Op, to_row
 from nas.errors import NasctlError
 
@@ -132,6 +134,8 @@ class LatencyTable(BaseModel):
     terms: dict[str, Terms]
     learned: Additive | None = None  # what the terms get wrong, operator by operator
     measured: dict[Op, Measurement] = Field(default={})
+    kernels: Kernels | None = None  # learned from operators timed one by one
+    _between: dict[Op, float] = PrivateAttr(default_factory=dict)  # what they said, for speed
 
     @field_validator("measured", mode="plain")
     @classmethod
@@ -151,6 +155,7 @@ class LatencyTable(BaseModel):
     def _every_source_has_an_interval(self) -> LatencyTable:
         needed = {"analytic"} | ({"same", "cross"} if self.fitted_on else set())
         needed |= {"measured"} if self.measured else set()
+        needed |= {"interpolated"} if self.kernels else set()
         if missing := sorted(needed - set(self.intervals)):
             raise ValueError(f"no interval for {', '.join(missing)}")
         if self.precision not in devices.ITEMSIZE:
@@ -177,8 +182,14 @@ class LatencyTable(BaseModel):
     def columns(self, op: Op) -> Array:
         """This operator's milliseconds in the column of their source; additive over operators."""
         row = np.zeros(len(SOURCES))
-        if op in self.measured:
-            row[SOURCES.index("measured")] = self.measured[op].median_ms
+        for known in (op, op.deployed()):
+            if known in self.measured:
+                row[SOURCES.index("measured")] = self.measured[known].median_ms
+                return row
+        if self.kernels is not None and self.kernels.covers(op):
+            if op not in self._between:
+                self._between[op] = float(self.kernels.predict([op])[0][0])
+            row[SOURCES.index("interpolated")] = self._between[op]
             return row
         terms = self.terms.get(FAMILY.get(op.kind, ""))
         if terms is None:
@@ -240,13 +251,13 @@ class LatencyTable(BaseModel):
             ) from error
         except (ValidationError, UnicodeDecodeError) as error:
             raise NasctlError(
-                f"damaged latency table: {_first_problem(error)}",
+                f"damaged latency table: {first_problem(error)}",
                 where=str(path),
                 next="Delete it and measure again, or restore it.",
             ) from error
 
 
-def _first_problem(error: ValidationError | UnicodeDecodeError) -> str:
+def first_problem(error: ValidationError | UnicodeDecodeError) -> str:
     if isinstance(error, UnicodeDecodeError):
         return error.reason
     first = error.errors()[0]

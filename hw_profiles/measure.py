@@ -26,7 +26,6 @@ from nas.errors import NasctlError
 #: how many networks are in memory and in turn at once
 GROUP = 48
 FRESH = 3  # processes that a set of networks is measured in, at least
-PROCESSES_DIFFER = 0.05  # relative, in how fast they run the very same
 
 
 def interleaved(
@@ -111,7 +110,7 @@ def fresh_session(
     fresh = multiprocessing.get_context("spawn")
     seed = int(rng.integers(2**63))
     with ProcessPoolExecutor(1, mp_context=fresh) as pool:
-        known = pace_ms * (1 + PROCESSES_DIFFER)
+        known = pace_ms * (1 + protocol.PROCESSES_DIFFER)
         return pool.submit(_session, list(networks), setting, seed, plan, known).result()
 
 

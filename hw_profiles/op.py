@@ -64,6 +64,15 @@ class Op:
         return self.c_in * self.c_out if self.kind == "linear" else 0
 
     @property
+    def fuses_add(self) -> bool:
+        """A convolution with a second input: a residual added in its epilogue, as kernels do."""
+        return self.kind in ("conv", "dwconv") and len(self.reads) > 1
+
+    def deployed(self) -> Op:
+        """The operator as a runtime sees it: a batch norm is folded into weights and bias."""
+        return replace(self, norm=False, bias=self.bias or self.norm)
+
+    @property
     def macs(self) -> int:
         return self.weights * self.h_out * self.w_out
 

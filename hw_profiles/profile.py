@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import kendalltau
 
-from hw_profiles import calibrate, lines
-from hw_profiles.calibrate import CHAINS as CHAINS
-from hw_profiles.calibrate import MIN_NETWORKS
+from hw_profiles import lines
 from hw_profiles.device import Device
 from hw_profiles.latency import Array, LatencyTable
 from hw_profiles.measure import FRESH, GROUP, require_quiet
+from hw_profiles.models import calibrate
+from hw_profiles.models.calibrate import CHAINS as CHAINS
+from hw_profiles.models.calibrate import MIN_NETWORKS
 from hw_profiles.op import Op, to_row
 from hw_profiles.protocol import Progress, Timing, noise
 from nas.errors import NasctlError
@@ -167,8 +168,22 @@ class Plan:
         return [ops for _, ops in sorted(placed, key=lambda pair: pair[0])]
 
 
+Samples = Sequence[tuple[Ops, float]]  # (operators of a network, its ms)
+#: (networks of a space, random networks, device, space) -> table
+Fit = Callable[[Samples, Samples, Device, str], LatencyTable]
+
+
+def calibrated(mine: Samples, chains: Samples, device: Device, space: str) -> LatencyTable:
+    """From this device's own measurements alone."""
+    return calibrate.fit(mine, device, space=space, source_text="measured", chains=chains)
+
+
 def table(
-    timings: Timings, plan: Plan, device: Device, provenance: Mapping[str, str | int | float]
+    timings: Timings,
+    plan: Plan,
+    device: Device,
+    provenance: Mapping[str, str | int | float],
+    fit: Fit = calibrated,
 ) -> tuple[LatencyTable, Errors | None]:
     """Fit on what was measured, and the errors on the networks held out (None: too few of them).
 
@@ -186,21 +201,19 @@ def table(
             next="Stop what else runs there, or give it more time: the same command goes on.",
         )
     require_quiet(timings.noise, NOISE)
-    fitted = calibrate.fit(
-        samples,
-        device,
-        space=plan.space or CHAINS,
-        source_text=f"measured: {len(mine)} networks of {plan.space or 'no space'} and "
-        f"{len(chains)} random ones; {doubtful} timings in doubt were left out",
-        chains=others,
-    )
+    fitted = fit(samples, others, device, plan.space or CHAINS)
     errors = None
     if len(held_out) >= MIN_HELD_OUT:
         networks, measured = zip(*held_out, strict=True)
         errors = validate(fitted, networks, measured, plan.space or CHAINS)
     said = {"noise": timings.noise, **provenance}
     said |= {f"held_out_{name}": value for name, value in asdict(errors).items()} if errors else {}
-    held_for = {"provenance": said, "batch": provenance.get("batch", 1)}
+    held_for = {
+        "provenance": said,
+        "batch": provenance.get("batch", 1),
+        "origin": f"{fitted.origin}: {len(mine)} networks of {plan.space or 'no space'} and "
+        f"{len(chains)} random ones; {doubtful} timings in doubt were left out",
+    }
     return fitted.model_copy(update=held_for), errors
 
 

@@ -34,6 +34,7 @@ Progress = Callable[[float], object]  # told the share that is done, from 0 to 1
 #: the quantile of the reference's calls that counts as its speed when nothing else runs
 PACE = 0.05
 CLOCKS_EVERY = 10  # rounds
+PROCESSES_DIFFER = 0.05  # relative, in how fast they run the very same
 
 #: what of the calls of a round counts, by the name that a bundle's manifest gives it
 PER_ROUND: dict[str, Callable[[Sequence[float]], float]] = {

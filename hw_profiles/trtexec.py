@@ -29,13 +29,20 @@ ACTIVATIONS = {"NONE": "", "RELU": "relu", "CLIPPED_RELU": "relu"}
 
 
 def network(path: Path) -> Measurement:
-    """GPU compute time of a whole network in ms, from `trtexec --exportTimes`.
+    """GPU compute time of a whole network in ms, from `trtexec --exportTimes` (see `times`)."""
+    every = times(path)
+    low, median, high = np.percentile(every, [25, 50, 75])
+    return Measurement(float(median), float(high - low), len(every))
+
+
+def times(path: Path) -> list[float]:
+    """GPU compute time in ms of every call, from `trtexec --exportTimes`.
 
     Raises NasctlError where the start and end of a call contradict its duration (another unit, or
     an edited file) or where a number is negative or not finite.
     """
     rows = _rows(path, read_json(path), "--exportTimes")
-    times = []
+    every = []
     for at, row in enumerate(rows):
         where = f"{path}, entry {at}"
         start, end, ms = (
@@ -46,9 +53,8 @@ def network(path: Path) -> Measurement:
             raise NasctlError(
                 f"computeMs is {ms:g}, from start to end it is {end - start:g} ms", where=where
             )
-        times.append(ms)
-    low, median, high = np.percentile(times, [25, 50, 75])
-    return Measurement(float(median), float(high - low), len(times))
+        every.append(ms)
+    return every
 
 
 def kernels(layer_info: Path, profile: Path, *, precision: str, batch: int = 1) -> Kernels:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from hw_profiles import ssh
+from hw_profiles.remote import ssh
 
 PRIVILEGE_SEPARATION = Path("/run/sshd")  # what Debian's sshd insists on when it is run by root
 

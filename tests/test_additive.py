@@ -1,11 +1,12 @@
-"""hw_profiles.additive: what a fit gets wrong, learned operator by operator from whole networks."""
+"""hw_profiles.models.additive: what a fit gets wrong, learned from whole networks."""
 
 import numpy as np
 import pytest
 
-from hw_profiles import additive, calibrate, chains
-from hw_profiles.additive import Additive, Process
+from hw_profiles import chains
 from hw_profiles.device import Device
+from hw_profiles.models import additive, calibrate
+from hw_profiles.models.additive import Additive, Process
 from hw_profiles.op import Op
 
 DEVICE = Device(

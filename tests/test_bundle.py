@@ -15,13 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from hw_profiles import remote, runner, ssh
-from hw_profiles.bundle import Bundle
 from hw_profiles.fingerprint import fingerprint
 from hw_profiles.graph import onnx_graph
 from hw_profiles.measure import reference_model
 from hw_profiles.op import Tape
 from hw_profiles.protocol import Plan
+from hw_profiles.remote import over_ssh, runner, ssh
+from hw_profiles.remote.bundle import Bundle
 from hw_profiles.runtimes import Session
 from nas.errors import NasctlError, UsageError
 
@@ -72,19 +72,23 @@ def test_the_code_that_is_sent_is_what_the_runner_imports(three):
     assert {"nas/errors.py", "hw_profiles/protocol.py", "hw_profiles/runtimes/onnxruntime.py"} <= {
         *three.code
     }
-    assert not {"hw_profiles/measure.py", "hw_profiles/remote.py", "nas/space.py"} & {*three.code}
+    assert not {"hw_profiles/measure.py", "hw_profiles/remote/over_ssh.py", "nas/space.py"} & {
+        *three.code
+    }
 
 
 def test_the_code_that_is_sent_runs_alone_without_torch_or_onnx(three, tmp_path):
     unpacked(three, tmp_path)
     program = (
-        "import sys, pathlib, hw_profiles.runner as r; code = r.measure(pathlib.Path('.'));"
-        "print(code, r.__file__, [m for m in ('torch', 'onnx', 'pydantic') if m in sys.modules])"
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'onnx', 'pydantic')));"  # barred
+        "import pathlib, hw_profiles.remote.runner as r;"
+        "print(r.measure(pathlib.Path('.')), r.__file__, 'onnxruntime' in sys.modules)"
     )
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env={}, capture_output=True, text=True
     )
-    assert run.stdout.strip() == f"0 {tmp_path}/hw_profiles/runner.py []", run.stderr
+    assert run.stdout.strip() == f"0 {tmp_path}/hw_profiles/remote/runner.py False", run.stderr
+    # a fresh process for every group: none of them is this one, where no runtime was loaded
     assert kinds(tmp_path) == ["session", "group", "group", "group", "done"]
 
 
@@ -233,10 +237,9 @@ def test_a_model_that_does_not_load_is_named_and_the_others_kept(three, tmp_path
 def test_a_runtime_with_files_of_its_own_builds_them_and_its_own_clock_counts(
     three, tmp_path, monkeypatch
 ):
-    built = []
-
     def build(model, path, *, threads, precision):
-        built.append((model.name, threads, precision))
+        with (tmp_path / "built").open("a") as file:  # by one process or another
+            file.write(f"{model.name} {threads} {precision}\n")
         path.write_bytes(b"engine")
         return path
 
@@ -254,8 +257,9 @@ def test_a_runtime_with_files_of_its_own_builds_them_and_its_own_clock_counts(
     monkeypatch.setattr(runner, "load_module", lambda name: pretended)
     folder = unpacked(replace(three, threads=2), tmp_path)
     assert runner.measure(folder) == 0
+    built = (tmp_path / "built").read_text().splitlines()
     assert len(built) == 4
-    assert built[0] == ("reference.onnx", 2, None)
+    assert built[0] == "reference.onnx 2 None"
     session, *groups, _ = records_in(folder)
     assert session["fingerprint"]["runtime"] == "onnxruntime 7"
     medians = [one["timings"][0]["median_ms"] for one in groups]
@@ -288,7 +292,7 @@ def test_files_are_held_against_their_checksums(three, tmp_path):
 # ---- what comes back -----------------------------------------------------------------------------
 
 TIMING = {"median_ms": 1.0, "spread_ms": 0.1, "p90_ms": 1.1, "p95_ms": 1.2, "p99_ms": 1.3, "n": 20}
-JOB = remote._Job(ssh.Target("board"), Bundle({"a": b""}, b""), Path("state"))
+JOB = over_ssh._Job(ssh.Target("board"), Bundle({"a": b""}, b""), Path("state"))
 
 
 def group_record(timing):

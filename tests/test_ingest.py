@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -392,3 +393,86 @@ def test_one_network_outside_is_no_proof():
     ops = [Op("conv", 16, 16, 32, 32, 3)]
     said = table().estimate(ops, "mine").value_ms
     assert ingest.revalidate(table(), [(ops, said * 2)], "mine") == 0.0
+
+
+# ---- kernels as a table --------------------------------------------------------------------------
+
+
+def timed_kernels(n=40):
+    """Convolutions of a pretended GPU: 5 us and 1 us for every MMAC."""
+    rng = np.random.default_rng(0)
+    ops = []
+    while len(ops) < n:
+        c_in, c_out, size = (int(rng.choice(c)) for c in ((16, 32, 64), (16, 32, 64), (8, 16, 32)))
+        ops.append(Op("conv", c_in, c_out, size, size, 3, act="relu", norm=True))
+    found = [Kernel(f"k{at}", one, 5e-3 + one.macs * 1e-9, 1) for at, one in enumerate(ops)]
+    return ingest.Kernels(tuple(found), ())
+
+
+def test_kernels_make_a_table_of_measured_and_interpolated_operators(tmp_path):
+    board = devices.load("jetson-orin-nano")
+    kernels = timed_kernels()
+    made = ingest.kernel_table(kernels, board, np.random.default_rng(0))
+    made.save(tmp_path / "t.json")
+    made = LatencyTable.load(tmp_path / "t.json")
+    seen = kernels.found[0].op
+    unseen = Op("conv", 48, 48, 16, 16, 3, act="relu", norm=True)
+    other = Op("gap", 64, 64, 8, 8)
+    measured, between, rest = (made.columns(one) for one in (seen, unseen, other))
+    assert measured[0] == pytest.approx(5e-3 + seen.macs * 1e-9) and not measured[1:].any()
+    assert between[2] == pytest.approx(5e-3 + unseen.macs * 1e-9, rel=0.2)
+    assert not between[[0, 1, 3]].any()
+    assert rest[3] > 0 and not rest[:3].any()  # as the datasheet says
+    estimate = made.estimate([seen, unseen, other], "resnet")
+    assert estimate.source == "analytic"
+    assert set(estimate.shares) == {"measured", "interpolated", "analytic"}
+    assert "kernels timed one by one" in made.origin
+
+
+def test_a_table_does_not_care_who_carries_the_bias(tmp_path):
+    made = ingest.kernel_table(
+        timed_kernels(), devices.load("jetson-orin-nano"), np.random.default_rng(0)
+    )
+    seen = timed_kernels().found[0].op
+    as_deployed = made.columns(seen.deployed())
+    assert (made.columns(seen) == as_deployed).all()
+
+
+def test_ingest_of_kernels(nasctl, workdir):
+    sizes = [(c, size) for c in (8, 16, 24, 32) for size in (8, 16, 28, 32)]
+    entries = {
+        f"k{at}": {
+            "config": {"HW": size, "CIN": c, "COUT": c, "KERNEL_SIZE": 3, "STRIDES": 1},
+            "latency": f"{20 + c * c * size * size * 9e-6} +- 1",
+        }
+        for at, (c, size) in enumerate(sizes)
+    }
+    saved(
+        workdir,
+        "kernels.json",
+        {"conv-bn-relu": entries, "hole": {"x": {"config": {"CIN": 1}, "latency": "1 +- 1"}}},
+    )
+    command = ("ingest", "kernels.json", "--hw", "jetson-orin-nano", "--format", "nn-meter")
+    assert "ms, us" in nasctl(*command).err
+    outcome = nasctl(*command, "--unit", "us", "--json")
+    assert outcome.code == 0, outcome.err
+    assert "16 understood" in outcome.err and "hole is not translated" in outcome.err
+    made = LatencyTable.load(workdir / "profiles/jetson-orin-nano.table.json")
+    assert len(made.measured) == len(sizes)
+    assert made.provenance["ingested"] == "nn-meter file kernels.json"
+    assert json.loads(outcome.out)["sha256"] == ingest.fingerprint(made)
+    again = nasctl(*command, "--unit", "us")
+    assert again.code == 2 and "--force" in again.err
+
+
+def test_ingest_of_a_table(nasctl, workdir):
+    path = workdir / "theirs.json"
+    table().save(path)
+    command = ("ingest", "theirs.json", "--hw", table().device)
+    wrong = nasctl(*command, "--sha256", "0" * 64)
+    assert wrong.code == 1 and "fingerprint" in wrong.err
+    assert not (workdir / "profiles").exists()
+    taken = nasctl(*command, "--sha256", ingest.fingerprint(table()))
+    assert taken.code == 0, taken.err
+    other = nasctl("ingest", "theirs.json", "--hw", "raspi4")
+    assert other.code == 1 and "measured with device" in other.err

@@ -1,4 +1,4 @@
-"""hw_profiles.interpolate on synthetic devices whose true latency is known."""
+"""hw_profiles.models.interpolate on synthetic devices whose true latency is known."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hw_profiles import boost, interpolate
-from hw_profiles.boost import Growth
-from hw_profiles.interpolate import Model
+from hw_profiles.models import boost, interpolate
+from hw_profiles.models.boost import Growth
+from hw_profiles.models.interpolate import Model
 from hw_profiles.op import Op
 from nas.errors import NasctlError
 

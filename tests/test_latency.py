@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from hw_profiles import device as devices
 from hw_profiles import latency
-from hw_profiles.calibrate import MIN_NETWORKS, Design, Ridge, fit, solve
 from hw_profiles.device import Device
 from hw_profiles.latency import SOURCES, Interval, LatencyTable, Measurement, Terms
+from hw_profiles.models.calibrate import MIN_NETWORKS, Design, Ridge, fit, solve
 from hw_profiles.op import Op, Tape
 from nas.errors import NasctlError
 
@@ -344,7 +344,7 @@ def test_own_table_wins_and_a_wrong_one_is_refused(tmp_path, monkeypatch, fitted
 
 
 def test_hw_profiles_import_without_torch():
-    code = "import sys, hw_profiles.calibrate; sys.exit('torch' in sys.modules)"
+    code = "import sys, hw_profiles.models.calibrate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

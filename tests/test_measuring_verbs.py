@@ -7,13 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hw_profiles.latency import LatencyTable
 from tests import sshd
 from tests.test_boards import write_model
 
-pytestmark = pytest.mark.slow
 PROFILE = ("profile", "--space", "resnet", "--size", "8", "--budget", "90s", "--out", "profiles")
 BOARD = ("--hw", "raspi4", "--runtime", "onnxruntime", "--on", "ssh://board")
 TIMINGS = Path("profiles/cpu.timings.jsonl")
@@ -23,6 +23,7 @@ def groups(path):
     return [json.loads(line) for line in path.read_text().splitlines()[1:]]
 
 
+@pytest.mark.slow
 def test_a_profile_killed_while_measuring_goes_on_and_repeats_nothing(workdir):
     command = [sys.executable, "-m", "cli.main", *PROFILE]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
@@ -55,8 +56,9 @@ def board(tmp_path_factory):
         yield board
 
 
+@pytest.mark.slow
 def test_bench_over_ssh(nasctl, workdir, board, monkeypatch):
-    monkeypatch.setattr("hw_profiles.ssh.parse", lambda text: board.target)
+    monkeypatch.setattr("hw_profiles.remote.ssh.parse", lambda text: board.target)
     monkeypatch.setenv("XDG_CACHE_HOME", str(workdir / "cache"))
     write_model(workdir / "model.onnx")
     outcome = nasctl("bench", "model.onnx", *BOARD, "--duration", "4s", "--json")
@@ -67,8 +69,9 @@ def test_bench_over_ssh(nasctl, workdir, board, monkeypatch):
     assert board.found == []
 
 
+@pytest.mark.slow
 def test_profile_over_ssh(nasctl, workdir, board, monkeypatch):
-    monkeypatch.setattr("hw_profiles.ssh.parse", lambda text: board.target)
+    monkeypatch.setattr("hw_profiles.remote.ssh.parse", lambda text: board.target)
     outcome = nasctl(*PROFILE, *BOARD)
     timings = workdir / "profiles/raspi4.timings.jsonl"
     assert sum(len(row["timings"]) for row in groups(timings)) >= 20
@@ -79,3 +82,68 @@ def test_profile_over_ssh(nasctl, workdir, board, monkeypatch):
         assert (table.device, table.runtime) == ("raspi4", "onnxruntime")
         assert table.provenance["on"] == "ssh://board"
     assert board.found == []
+
+
+CARRIED = (
+    "profile",
+    "--hw",
+    "jetson-tx2",
+    "--space",
+    "resnet",
+    "--size",
+    "8",
+    "--on",
+    "files:there",
+)
+
+
+def come_back(folder, noise=0.0):
+    """Writes the times that another tool would have found: so much a network's file is large."""
+    names = [path.stem for path in sorted(folder.glob("*.onnx"))]
+    rng = np.random.default_rng(0)
+    lines = ["name,median_ms"]
+    for _ in range(3):
+        for name in names:
+            ms = 0.5 + (folder / f"{name}.onnx").stat().st_size / 1e5
+            lines.append(f"{name},{ms * np.exp(noise * rng.standard_normal())}")
+    (folder / "measured.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_a_board_that_only_files_reach(nasctl, workdir):
+    first = nasctl(*CARRIED, "--budget", "1s", "--out", "profiles")
+    assert first.code == 0 and "./measure.sh" in first.err
+    assert len(list((workdir / "there").glob("*.onnx"))) == 61  # three times 20, and the reference
+    assert not (workdir / "profiles").exists()
+    come_back(workdir / "there", noise=0.003)
+    second = nasctl(*CARRIED, "--budget", "1s", "--out", "profiles", "--json")
+    assert second.code == 0, second.err
+    table = LatencyTable.load(workdir / "profiles/jetson-tx2.table.json")
+    assert table.fitted_on == ("resnet",) and table.provenance["on"] == "files:there"
+    assert json.loads(second.out)["errors"]["n"] == 20
+
+
+@pytest.mark.slow
+def test_few_networks_and_another_devices_table(nasctl, workdir):
+    command = (*CARRIED, "--from", "raspi4", "--networks", "10", "--out", "profiles")
+    assert nasctl(*command).code == 0
+    assert len(list((workdir / "there").glob("*.onnx"))) == 21  # ten, ten held out, the reference
+    come_back(workdir / "there", noise=0.003)
+    done = nasctl(*command)
+    assert done.code == 0, done.err
+    table = LatencyTable.load(workdir / "profiles/jetson-tx2.table.json")
+    assert table.origin.startswith("few-shot, with the tables of raspi4: 10 networks of resnet")
+    assert table.provenance["held_out_n"] == 10
+
+
+def test_times_that_do_not_repeat_make_no_table(nasctl, workdir):
+    nasctl(*CARRIED, "--budget", "1s", "--out", "profiles")
+    come_back(workdir / "there", noise=0.5)
+    done = nasctl(*CARRIED, "--budget", "1s", "--out", "profiles")
+    assert done.code == 1 and "beyond doubt" in done.err
+
+
+def test_help_takes_the_space_it_is_for(nasctl, workdir):
+    done = nasctl("profile", "--hw", "jetson-tx2", "--on", "files:there", "--from", "raspi4")
+    assert done.code == 2 and "--space" in done.err
+    done = nasctl("profile", "--hw", "jetson-tx2", "--on", "files:")
+    assert done.code == 2 and "files:FOLDER" in done.err

@@ -13,13 +13,13 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from hw_profiles import remote, runner, ssh
-from hw_profiles.bundle import Bundle
 from hw_profiles.graph import onnx_graph
 from hw_profiles.measure import reference_model
 from hw_profiles.op import Tape
 from hw_profiles.protocol import Plan
-from hw_profiles.remote import measure_models
+from hw_profiles.remote import over_ssh, runner, ssh
+from hw_profiles.remote.bundle import Bundle
+from hw_profiles.remote.over_ssh import measure_models
 from nas.errors import NasctlError
 from tests import sshd
 
@@ -122,7 +122,7 @@ def test_nobody_listens(board, tmp_path):
 
 
 def test_a_connection_that_breaks_is_made_again(board, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "RETRY_S", (0.05,))
+    monkeypatch.setattr(over_ssh, "RETRY_S", (0.05,))
     killed = []
 
     def kill_once(share):
@@ -149,7 +149,7 @@ def test_a_runner_that_is_killed_is_reported_and_its_finished_group_kept(board, 
     def kill_runner(share):
         if 0 < share < 1:
             (folder,) = board.found
-            os.kill(int((folder / runner.LOCK).read_text()), signal.SIGKILL)
+            os.killpg(int((folder / runner.LOCK).read_text()), signal.SIGKILL)
 
     with pytest.raises(
         NasctlError, match=r"crashed with [12] of 3 .* said: measuring group . of 3"
@@ -165,7 +165,7 @@ def test_a_runner_that_is_killed_is_reported_and_its_finished_group_kept(board, 
 
 @pytest.mark.slow
 def test_a_board_that_stays_away_goes_on_and_is_asked_again_later(board, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "RETRY_S", ())
+    monkeypatch.setattr(over_ssh, "RETRY_S", ())
 
     def kill(share):
         for client in ssh_clients() if share > 0 else []:
@@ -183,12 +183,12 @@ def test_a_board_that_stays_away_goes_on_and_is_asked_again_later(board, tmp_pat
 
 @pytest.mark.slow
 def test_a_lost_folder_is_made_anew_with_the_results_so_far(board, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "RETRY_S", ())
+    monkeypatch.setattr(over_ssh, "RETRY_S", ())
 
     def power_cut(share):
         if share > 0:
             (folder,) = board.found
-            os.kill(int((folder / runner.LOCK).read_text()), signal.SIGKILL)
+            os.killpg(int((folder / runner.LOCK).read_text()), signal.SIGKILL)
             remove_folder(board)
             for client in ssh_clients():
                 client.kill()
@@ -230,7 +230,7 @@ def test_an_interrupt_cleans_the_board(board, tmp_path):
     running = [
         " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])
     ]
-    assert not any("hw_profiles.runner" in line for line in running)
+    assert not any("hw_profiles.remote.runner" in line for line in running)
 
 
 @pytest.mark.slow
@@ -267,7 +267,7 @@ def test_a_model_that_does_not_load_is_named(board, tmp_path):
 
 @pytest.mark.slow
 def test_files_that_arrive_damaged_are_not_measured(board, tmp_path, monkeypatch):
-    honest = remote._Job.send
+    honest = over_ssh._Job.send
 
     def damaging(job, files, script, *more):
         changed = {
@@ -276,7 +276,7 @@ def test_files_that_arrive_damaged_are_not_measured(board, tmp_path, monkeypatch
         }
         honest(job, changed, script, *more)
 
-    monkeypatch.setattr(remote._Job, "send", damaging)
+    monkeypatch.setattr(over_ssh._Job, "send", damaging)
     with pytest.raises(NasctlError, match="onnx is not what was sent .checksum mismatch"):
         measure_models(board.target, bundle(), workdir=tmp_path)
 

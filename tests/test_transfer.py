@@ -1,4 +1,4 @@
-"""hw_profiles.structure, predict and transfer on synthetic devices."""
+"""hw_profiles.models.structure, predict and transfer on synthetic devices."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from hw_profiles import kriging, predict, transfer
-from hw_profiles.kriging import Process
+from hw_profiles.models import kriging, predict, transfer
+from hw_profiles.models.kriging import Process
+from hw_profiles.models.structure import CHAINS, JOINED, MEASURES, ROLES, WIDTH, WORK, describe
 from hw_profiles.op import Op, Tape
-from hw_profiles.structure import CHAINS, JOINED, MEASURES, ROLES, WIDTH, WORK, describe
 from nas.errors import NasctlError
 
 ROLE_MS = {"pointwise": (0.03, 8.0), "spatial": (0.05, 20.0), "dwconv": (0.02, 90.0)}

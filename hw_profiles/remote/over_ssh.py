@@ -23,10 +23,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
-from hw_profiles import protocol, runner, ssh
-from hw_profiles.bundle import Bundle
+from hw_profiles import protocol
 from hw_profiles.protocol import Progress, Timing
-from hw_profiles.runner import BEGIN, LOG, MANIFEST, RESULTS, Record
+from hw_profiles.remote import runner, ssh
+from hw_profiles.remote.bundle import Bundle
+from hw_profiles.remote.runner import BEGIN, LOG, MANIFEST, RESULTS, Record
 from nas.errors import NasctlError
 
 #: how long to wait before each attempt to find a lost board again; about five minutes
@@ -46,10 +47,10 @@ _UNPACK = 'umask 077 && tar -x -f - -C "$1" || exit 31'
 # ONNX Runtime leaves a session file in TMPDIR: so that is our folder, too
 _RUN = (
     'cd "$1" && TMPDIR=$1 && export TMPDIR && python=$2 && shift 2 && '
-    'exec "$python" -m hw_profiles.runner "$@"'
+    'exec "$python" -m hw_profiles.remote.runner "$@"'
 )
 _TAIL = 'df -P -k "$1" | tail -n 1; tail -n 20 "$1/$3"'
-_REMOVE = 'cd "$1" && "$2" -m hw_profiles.runner stop; cd / && rm -rf "$1"'
+_REMOVE = 'cd "$1" && "$2" -m hw_profiles.remote.runner stop; cd / && rm -rf "$1"'
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from hw_profiles.protocol import Plan
 from hw_profiles.runtimes import load_module
 from nas.errors import NasctlError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Bundle:
     @cached_property
     def code(self) -> dict[str, bytes]:
         """The runner, the runtime and what of ours they import, by path."""
-        return _code("hw_profiles.runner", f"hw_profiles.runtimes.{self.runtime}")
+        return _code("hw_profiles.remote.runner", f"hw_profiles.runtimes.{self.runtime}")
 
     @cached_property
     def data(self) -> dict[str, bytes]:

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from sklearn.linear_model import RidgeCV
 
-from hw_profiles import kriging
-from hw_profiles.kriging import Process, Scale
 from hw_profiles.latency import Array
-from hw_profiles.structure import CHAINS, JOINED, MEASURES, ROLES, WIDTH, WORK
+from hw_profiles.models import kriging
+from hw_profiles.models.kriging import Process, Scale
+from hw_profiles.models.structure import CHAINS, JOINED, MEASURES, ROLES, WIDTH, WORK
 from nas.errors import NasctlError
 
 Method = Literal["additive", "ridge", "process"]

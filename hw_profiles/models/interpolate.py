@@ -26,9 +26,8 @@ from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, PositiveFloat
 from scipy.spatial import cKDTree
 
-from hw_profiles import boost
-from hw_profiles.boost import Array, Forest, Growth, Index, Stored
-from hw_profiles.ingest import has_fused_add
+from hw_profiles.models import boost
+from hw_profiles.models.boost import Array, Forest, Growth, Index, Stored
 from hw_profiles.op import Op
 from nas.errors import NasctlError, unknown
 
@@ -52,7 +51,7 @@ def table(ops: Sequence[Op], batch: ArrayLike = 1) -> Array:
     the number of products in one output element. `batch` is one number or one per operator."""
     sizes = [
         (
-            *(op.c_in, op.h * op.w, op.c_out, op.kernel, op.stride, int(has_fused_add(op))),
+            *(op.c_in, op.h * op.w, op.c_out, op.kernel, op.stride, int(op.fuses_add)),
             *(op.h_out * op.w_out, _depth(op)),
         )
         for op in ops
@@ -282,6 +281,9 @@ class Model(BaseModel):
 
     model_config = _frozen
     families: dict[str, Family]
+
+    def covers(self, op: Op) -> bool:
+        return family(op) in self.families
 
     def predict(self, ops: Sequence[Op], batch: ArrayLike = 1) -> tuple[Array, Array]:
         """(ms [N], relative spread [N]) for the whole batch.

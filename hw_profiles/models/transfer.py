@@ -24,11 +24,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hw_profiles import kriging, predict
-from hw_profiles.kriging import Process, Scale, Task
 from hw_profiles.latency import Array
-from hw_profiles.predict import Model, checked, checked_rows, matched
-from hw_profiles.structure import CHAINS, WORK
+from hw_profiles.models import kriging, predict
+from hw_profiles.models.kriging import Process, Scale, Task
+from hw_profiles.models.predict import Model, checked, checked_rows, matched
+from hw_profiles.models.structure import CHAINS, WORK
 from nas.errors import NasctlError
 
 #: the processes, and the first and the end of the blocks that they look at

@@ -1,15 +1,17 @@
 """Measures a bundle of models on the machine it is started on: a board, over ssh.
 
-`hw_profiles/remote.py` sends this file with what it imports and calls it in the bundle's folder:
+`hw_profiles/remote/over_ssh.py` sends this file with what it imports and calls it in the bundle's
+folder, as `python3 -m hw_profiles.remote.runner`:
 
-    python3 -m hw_profiles.runner check RUNTIME    is all there that measuring takes?
-    python3 -m hw_profiles.runner run ID OFFSET    measure on, apart from the connection, and print
-                                                   result lines from OFFSET bytes on until it ends
-    python3 -m hw_profiles.runner stop             end measuring
+    check RUNTIME    is all there that measuring takes?
+    run ID OFFSET    measure on, apart from the connection, and print result lines from OFFSET
+                     bytes on until it ends
+    stop             end measuring
 
-Models are measured in groups. A group's results are one line of `results.jsonl`, written and synced
-when the group is finished: what is lost with the power is at most the group at hand. Every line
-carries a checksum; a line that fails it counts as not there, and its group is measured again.
+Models are measured in groups, each in a process of its own. A group's results are one line of
+`results.jsonl`, written and synced when the group is finished: what is lost with the power is at
+most the group at hand. Every line carries a checksum; a line that fails it counts as not there, and
+its group is measured again.
 
 Needs Python 3.8, its standard library and the runtime with its numpy, nothing else.
 """
@@ -31,6 +33,7 @@ import sys
 import time
 import zlib
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Callable, Dict, Iterator, Mapping, cast
 
@@ -85,44 +88,77 @@ def measure(folder: Path) -> int:
         done = finished(records)
         if records and records[-1]["kind"] == "done" and done.issuperset(_names(manifest)):
             return 0
-        try:
-            for record in _measured(folder, manifest, done):
-                _append(out, record)
-        except NasctlError as error:
-            _append(out, {"kind": "failed", "why": str(error)})
-            return REFUSED
+        said = False  # what this machine is: once each time that measuring begins
+        for number, group in enumerate(manifest["groups"]):
+            names = [model["name"] for model in group]
+            if done.issuperset(names):
+                continue
+            _log(f"measuring group {number + 1} of {len(manifest['groups'])}: {', '.join(names)}")
+            if code := _in_fresh_process(partial(_group, folder, manifest, number, said)):
+                return code
+            said = True
         _append(out, {"kind": "done"})
     return 0
+
+
+def _in_fresh_process(work: Callable[[], int]) -> int:
+    """The exit code of `work`. This process never loads a runtime, so a fork of it is a fresh one.
+
+    Where a process lies in memory makes all that it runs some per cent faster or slower.
+    """
+    child = os.fork()
+    if child == 0:
+        os._exit(work())
+    _, status = os.waitpid(child, 0)
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
 
 
 def _names(manifest: Mapping[str, Any]) -> list[str]:
     return [model["name"] for group in manifest["groups"] for model in group]
 
 
-def _measured(folder: Path, manifest: Mapping[str, Any], done: set[str]) -> Iterator[Record]:
-    """Yields one record per session and per group."""
+def _group(folder: Path, manifest: Mapping[str, Any], number: int, said: bool) -> int:
+    """Measure one group and append its records; the exit code. `said`: the session's is there."""
+    with _results(folder) as out:
+        records = from_lines(out.read())
+        paces = [one["pace_ms"] for one in records if one["kind"] == "group"]
+        try:
+            for record in _measured(folder, manifest, number, min(paces, default=math.inf)):
+                if not (said and record["kind"] == "session"):
+                    _append(out, record)
+        except NasctlError as error:
+            _append(out, {"kind": "failed", "why": str(error)})
+            return REFUSED
+    return 0
+
+
+def _measured(
+    folder: Path, manifest: Mapping[str, Any], number: int, pace_ms: float
+) -> Iterator[Record]:
+    """Yields a record of the session and one of the group. `pace_ms`: the reference's so far."""
     runtime = load_module(manifest["runtime"])
     version = f"{manifest['runtime']} {runtime.version()}"
     yield {"kind": "session", "fingerprint": dict(fingerprint(version))}
-    plan, clock, pace_ms = protocol.Plan.from_json(manifest["plan"]), Clock(), math.inf
+    plan, clock = protocol.Plan.from_json(manifest["plan"]), Clock()
     read = clocks.read_nvidia if shutil.which("nvidia-smi") else clocks.read
+    group = manifest["groups"][number]
     with protocol.pinned(manifest["cores"]):
         load = _loader(folder, runtime, manifest, clock)
         reference = load(manifest["reference"], "the reference")
-        for number, group in enumerate(manifest["groups"]):
-            names = [model["name"] for model in group]
-            if done.issuperset(names):
-                continue
-            _log(f"measuring group {number + 1} of {len(manifest['groups'])}: {', '.join(names)}")
-            session = protocol.session(
-                [load(model["file"], f"model '{model['name']}'") for model in group],
-                rng=random.Random(manifest["seed"] + number),
-                plan=plan,
-                reference=reference,
-                instruments=protocol.Instruments(clock, read, pace_ms),
-            )
-            pace_ms = min(pace_ms, session.pace_ms)
-            yield {"kind": "group", "names": names, **asdict(session)}
+        session = protocol.session(
+            [load(model["file"], f"model '{model['name']}'") for model in group],
+            rng=random.Random(manifest["seed"] + number),
+            plan=plan,
+            reference=reference,
+            instruments=protocol.Instruments(
+                clock, read, pace_ms * (1 + protocol.PROCESSES_DIFFER)
+            ),
+        )
+    yield {
+        "kind": "group",
+        "names": [model["name"] for model in group],
+        **asdict(session),
+    }
 
 
 def _loader(
@@ -138,7 +174,10 @@ def _loader(
         path = folder / file
         try:
             if path.suffix != runtime.SUFFIX:
-                path = cast(Compiled, runtime).build(path, path.with_suffix(runtime.SUFFIX), **how)
+                built = path.with_suffix(runtime.SUFFIX)
+                if not built.exists():  # the reference serves every group
+                    cast(Compiled, runtime).build(path, built, **how)
+                path = built
             session = runtime.load(path, **how)
             return clock.of(runtime.timed(session, random_feeds(session, rng)))
         except NasctlError as error:  # the user knows the name, not our file
@@ -243,7 +282,7 @@ def stop() -> int:
     folder = Path.cwd()
     while _running(folder):
         with contextlib.suppress(ValueError, ProcessLookupError):
-            os.kill(int((folder / LOCK).read_text()), signal.SIGKILL)
+            os.killpg(int((folder / LOCK).read_text()), signal.SIGKILL)
         time.sleep(0.02)
     return 0
 

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from hw_profiles.additive import Hyper, Process
 from hw_profiles.device import Device
-from hw_profiles.latency import FAMILIES, FAMILY, Array, Interval, LatencyTable, Terms
+from hw_profiles.latency import FAMILIES, FAMILY, LEAST, Array, Interval, LatencyTable, Terms
 from hw_profiles.latency import transfer_intervals as transfer
+from hw_profiles.models.additive import Hyper, Process
 from hw_profiles.op import Op
 from nas.errors import NasctlError
 
@@ -280,7 +280,8 @@ def _held_out(
             continue
         constant, fitted = solve(design.rows(seen), times[seen], ridge)
         known = times[seen] / predict(design.rows(seen), constant, fitted) - 1
-        ratios[unseen] /= 1 + process.predict(hyper, known, seen, unseen)
+        factor = 1 + process.predict(hyper, known, seen, unseen)
+        ratios[unseen] /= np.maximum(LEAST, factor)  # as the table does, operator by operator
     return ratios, folds
 
 

@@ -1,0 +1,1 @@
+"""What is learned from measurements: whole networks, single kernels, other devices."""

@@ -1,0 +1,1 @@
+"""Measuring on boards: over ssh, or by files that are carried there and back."""
