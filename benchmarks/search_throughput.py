@@ -1,10 +1,10 @@
 """Candidates per second of the search's inner loop against a per-candidate walk over the network.
 
-The inner loop is `nas.search.propose` as the search runs it: make a pool, look up every latency,
-predict every cross-entropy, pick a generation. The walk does the same for one candidate at a time
-the way published latency tables are used: decode, enumerate the operators, look each one up in a
-dictionary of floats, sum; its prediction is batched like ours. Both in one process, alternating, so
-that the machine's mood cancels.
+The inner loop is the default strategy's `propose` as the search runs it: make a pool, look up every
+latency, judge and fit the predictor, predict every cross-entropy, pick a generation. The walk does
+the same for one candidate at a time the way published latency tables are used: decode, enumerate
+the operators, look each one up in a dictionary of floats, sum; its prediction is batched like ours.
+Both in one process, alternating, so that the machine's mood cancels.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import numpy as np
 from benchmarks import contract
 from hw_profiles import device, latency
 from hw_profiles.latency import LatencyTable
-from nas import pareto, search, space
-from nas.predictors import ridge
+from nas import pareto, space
+from nas.predictors import ensemble
 from nas.search import Candidate, Problem
 from nas.space import SearchSpace
+from nas.strategies import predictor
 
 HISTORY = 64  # evaluated networks that the predictor is fitted on
 
@@ -62,7 +63,7 @@ def measure(
 
     problem = Problem(found, latencies, lambda genes: (0.0, 0.0), budget_ms=None)
     history = evaluated(problem)
-    seen: list[int] = []  # pool sizes, so that what is counted is what was scored
+    seen: list[int] = []  # rows looked up per call; the last is the pool that was scored
 
     def counted(genes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         seen.append(len(genes))
@@ -72,7 +73,7 @@ def measure(
     loop, walk = [], []
     for repeat in range(repeats):
         began = time.perf_counter()
-        search.propose(counting, 1 + repeat, history)
+        predictor.propose(counting, 1 + repeat, history)
         loop.append(seen[-1] / (time.perf_counter() - began))
         walk.append(walk_rate(found, name, table, history, walked))
     return loop, walk, compile_s
@@ -99,7 +100,7 @@ def walk_rate(
     pool = found.sample(rng, n)
     known = {op: float(table.columns(op).sum()) for g in pool for op in found.ops(found.decode(g))}
     features = found.encode(np.array([c.genes for c in history]))
-    predict = ridge.fit(features, np.array([c.cross_entropy for c in history]))
+    predict = ensemble.fit(features, np.array([c.cross_entropy for c in history]))
     began = time.perf_counter()
     times = [sum(known[op] for op in found.ops(found.decode(row))) for row in pool]
     mean, _ = predict(found.encode(pool))  # in one batch: only the walk is held against us

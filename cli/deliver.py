@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli import child, console, stages, training
+from cli import budgets, child, console, stages, training
 from cli.stages import Job, Judge
 from cli.training import ARCH
 from deploy import onnx, report, verify
@@ -24,6 +24,7 @@ from hw_profiles.runtimes import onnxruntime
 from nas import checkpoint, file, search, supernet
 from nas.elastic import Network, resize
 from nas.errors import BudgetInfeasible, BudgetMissed, UsageError
+from nas.predictors import held_out
 from nas.run import digest
 from nas.search import Candidate
 from nas.space import arch_to_dict
@@ -61,6 +62,7 @@ def deliver(
     seconds = time.monotonic() - began
     found = replace(
         _report(job, table, delivery, extracted, seconds),
+        predictor=_predictor(job, candidates),
         front=[_row(job, table, c, measured) for c in search.front(candidates)],
         evaluated=[(c.latency_ms, c.cross_entropy, c.accuracy) for c in candidates],
     )
@@ -144,7 +146,7 @@ def _order(job: Job, candidates: list[Candidate], measured: dict[int, float]) ->
     """Best first. A measured median replaces an estimate: then it, not an interval, must fit."""
     budget = job.spec.latency_ms
     if budget is None or not measured:
-        return search.ranked(candidates, budget)
+        return search.ranked(candidates, budget, limited=budgets.stated(job.spec) is not None)
     fits = [c for c in candidates if measured.get(c.slot, np.inf) * MARGIN <= budget]
     return sorted(fits, key=lambda c: (c.cross_entropy, c.latency_ms))
 
@@ -317,18 +319,24 @@ def _report(
     )
     done = job.run.manifest()["stages"]
     spent = [verify.Stage(name, record["seconds"]) for name, record in done.items()]
-    budget = job.spec.latency_ms
     return verify.Report(
         nasctl=metadata.version("nasctl"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         spec=job.spec.model_dump(),
         device={**job.device.model_dump(mode="json"), "table_origin": table.origin},
         chosen=chosen,
-        budget=None if budget is None else {"latency_ms": budget},
+        budget=budgets.stated(job.spec),
         stages=[*(s for s in spent if s.name in STAGES), verify.Stage("deliver", seconds)],
         notes=_notes(job, table),
         environment=verify.environment(),
     )
+
+
+def _predictor(job: Job, candidates: list[Candidate]) -> dict[str, Any] | None:
+    """How well the accuracy predictor did, if the search used one."""
+    if job.spec.strategy != "predictor":
+        return None
+    return held_out.record(job.space, candidates, job.spec.seed)
 
 
 def _notes(job: Job, table: LatencyTable) -> list[str]:

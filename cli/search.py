@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli import console
+from cli import budgets, console
 from cli.train import resolved
 from nas.errors import NasctlError, UsageError
 
@@ -34,6 +34,11 @@ def command(
     latency: Annotated[
         str | None, typer.Option(help="Budget, as 5ms (one per device: 5ms,2ms); none: the knee.")
     ] = None,
+    macs: Annotated[str | None, typer.Option(help="Budget, as 200MMACs.")] = None,
+    params: Annotated[str | None, typer.Option(help="Budget, as 2Mparams.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Budget of activations at their peak, as 8MB.")
+    ] = None,
     space: Annotated[str | None, typer.Option(help="See `nasctl spaces`. [resnet]")] = None,
     width: Annotated[float | None, typer.Option(help="Scale of the space's channels.")] = None,
     size: Annotated[int | None, typer.Option(help="Resize images to this many pixels.")] = None,
@@ -41,6 +46,10 @@ def command(
     batch: Annotated[int | None, typer.Option(help="Images per step. [128]")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     evaluations: Annotated[int | None, typer.Option(help="Networks to evaluate. [128]")] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="predictor, coarse-to-fine, evolution, nsga2 or random. [predictor]"),
+    ] = None,
     finetune: Annotated[
         float | None, typer.Option(help="Epochs of training the chosen network alone. [0]")
     ] = None,
@@ -74,6 +83,10 @@ def command(
         "batch": batch,
         "lr": lr,
         "evaluations": evaluations,
+        "strategy": strategy,
+        "macs": budgets.parse(macs, budgets.MACS, "--macs"),
+        "params": budgets.parse(params, budgets.PARAMS, "--params"),
+        "memory_bytes": budgets.parse(memory, budgets.MEMORY, "--memory"),
         "finetune": finetune,
         "seed": seed,
         "threads": threads,
@@ -84,18 +97,18 @@ def command(
     from nas import run as runs
 
     given = runs.given_fields(flags, spec)
-    budgets = [console.parse_latency(text) for text in latency.split(",")] if latency else []
+    latencies = [console.parse_latency(text) for text in latency.split(",")] if latency else []
     names = str(given.get("hw", "cpu")).split(",")
     if len(names) > 1:
         from cli import boards
 
-        jobs = boards.prepare(given, names, budgets, run, quick=quick)
+        jobs = boards.prepare(given, names, latencies, run, quick=quick)
         report = boards.plan(jobs) if dry_run else boards.search(jobs, force=force)
     else:
-        if len(budgets) > 1:
-            raise UsageError(f"{len(budgets)} budgets for one device", where="--latency")
+        if len(latencies) > 1:
+            raise UsageError(f"{len(latencies)} budgets for one device", where="--latency")
         job = prepare(
-            {**given, **({"latency_ms": budgets[0]} if budgets else {})}, run, quick=quick
+            {**given, **({"latency_ms": latencies[0]} if latencies else {})}, run, quick=quick
         )
         report = plan(job) if dry_run else locked_search(job, force=force)
     if json:
@@ -108,8 +121,10 @@ def prepare(
     """Everything validated and loaded: names before data, data before any work."""
     from hw_profiles import device
     from nas import run as runs
+    from nas import strategies
 
     board = device.load(str(given.get("hw", "cpu")))
+    strategies.load(str(given.get("strategy", "predictor")))
     spec, task = resolved(given, quick=quick, task=task)
     name = f"{spec.space}-{Path(spec.data).stem}-{board.name}-{spec.digest()[:8]}"
     run = runs.Run(folder or Path("runs") / name.replace(":", "-"))

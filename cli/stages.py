@@ -7,7 +7,6 @@ inputs is skipped; every stage goes on where it was interrupted.
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from cli import console, training
+from cli import budgets, console, training
 from cli.training import STATE, SUPERNET, Training
 from deploy import verify
 from hw_profiles import latency as latencies
@@ -24,11 +23,11 @@ from hw_profiles import measure, op
 from hw_profiles.device import Device
 from hw_profiles.latency import LatencyTable
 from hw_profiles.models import calibrate
-from nas import checkpoint, file, search, space, supernet
+from nas import checkpoint, file, search, space, strategies, supernet
 from nas import run as runs
 from nas import study as studies
 from nas.elastic import Network
-from nas.errors import BudgetInfeasible, NasctlError, UsageError
+from nas.errors import NasctlError, UsageError
 from nas.search import Candidate, Problem
 from nas.space import Genes
 from nas.supernet import Score
@@ -130,18 +129,9 @@ def make_problem(job: Job, table: LatencyTable, evaluate: Callable[[Genes], Any]
         value, _, high = table.combine(columns(genes), job.spec.space)
         return value, high
 
-    problem = Problem(job.space, latency, evaluate, job.spec.latency_ms, job.spec.seed)
-    if job.spec.latency_ms is not None:
-        genes, value, high = search.fastest(problem)
-        if high > job.spec.latency_ms:
-            raise BudgetInfeasible(
-                f"no network of the space '{job.spec.space}' fits {job.spec.latency_ms:g} ms on "
-                f"{job.device.name}: the fastest found needs {console.format_ms(high)} "
-                f"(upper end; estimate {console.format_ms(value)}, {table.source}), "
-                f"{job.space.decode(genes)}",
-                where="--latency",
-                next=f"Ask for {math.ceil(high * 1e4) / 1e4:g}ms, or a smaller --width or --size.",
-            )
+    spec, limits = job.spec, budgets.limits(job)
+    problem = Problem(job.space, latency, evaluate, spec.latency_ms, spec.seed, limits)
+    budgets.check(job, table, problem)
     return problem
 
 
@@ -208,7 +198,8 @@ class Judge:
 def search_key(job: Job, table: LatencyTable) -> str:
     """What a search's results depend on: weights, data, latencies, budget and seed."""
     weights = file.sha256(job.supernet_path)
-    settings = job.spec.digest("space", "width", "latency_ms", "seed")
+    limits = ("latency_ms", "macs", "params", "memory_bytes")
+    settings = job.spec.digest("space", "width", "seed", "strategy", *limits)
     return runs.digest([weights, job.task.fingerprint, table.model_dump(mode="json"), settings])
 
 
@@ -218,16 +209,16 @@ def searched(job: Job, problem: Problem, table: LatencyTable) -> list[Candidate]
     study = studies.open_study(
         job.run.path(JOURNAL), key, storage=spec.storage, name=spec.study_name
     )
+    propose = strategies.load(spec.strategy)
     found: list[Candidate] = []
 
     def work() -> None:
         where = spec.storage or str(job.run.path(JOURNAL))
         with console.bar("searching", spec.evaluations) as update, studies.reachable(where):
-            for candidate in search.search(problem, study, spec.evaluations):
+            for candidate in search.search(problem, study, spec.evaluations, propose):
                 found.append(candidate)
                 best = min(found, key=lambda c: c.cross_entropy)
                 update(len(found), f"best cross-entropy {best.cross_entropy:.4f}")
-        studies.settle(study)
         every = studies.candidates(study)  # other workers' too
         front = [search.as_dict(c, job.space) for c in search.front(every)]
         job.run.write_json(FRONT, front)

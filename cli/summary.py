@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cli import console
+from cli import budgets, console
 
 
 def summarise(content: dict[str, Any], folder: Path, seconds: float) -> None:
     """The result in a few lines, on stderr."""
-    chosen, budget = content["chosen"], content["budget"]
+    chosen, predictor = content["chosen"], content.get("predictor")
     predicted, measured = chosen["latency"]["predicted"], chosen["latency"]["measured"]
     device = content["device"]["name"]
     say, ms = console.say, console.format_ms
@@ -20,10 +20,10 @@ def summarise(content: dict[str, Any], folder: Path, seconds: float) -> None:
         f"{chosen['macs'] / 1e6:.2f} MMACs, {chosen['params'] / 1e3:.0f} k parameters, "
         f"{chosen['activation_bytes'] / 1e3:.3g} kB of activations at the peak"
     )
-    goal = f", budget {ms(budget['latency_ms'])}" if budget else ", no budget: the front's knee"
     say(
         f"{ms(predicted['value_ms'])} on {device} ({predicted['source']}; interval "
-        f"{ms(predicted['low_ms'])} to {ms(predicted['high_ms'])}){goal}",
+        f"{ms(predicted['low_ms'])} to {ms(predicted['high_ms'])}), "
+        f"{budgets.goal(content['budget'])}",
         "latency",
     )
     if measured:
@@ -51,4 +51,6 @@ def summarise(content: dict[str, Any], folder: Path, seconds: float) -> None:
         f"why this one: {folder / 'report.html'}",
         "front",
     )
+    if predictor:
+        say(predictor["text"])
     say(f"finished in {console.format_seconds(seconds)}")

@@ -146,6 +146,7 @@ class Report:
     budget: Mapping[str, float] | None = None
     front: Sequence[Mapping[str, Any]] = ()
     evaluated: Sequence[Sequence[float | None]] = ()
+    predictor: Mapping[str, Any] | None = None  # how well accuracy was predicted, if it was
     stages: Sequence[Stage] = ()
     notes: Sequence[str] = ()  # further things that were not measured
     environment: Mapping[str, Any] = field(default_factory=dict)

@@ -112,20 +112,25 @@ def params(ops: Iterable[Op]) -> int:
     return sum(op.params for op in ops)
 
 
-def peak_activation_bytes(ops: Sequence[Op], itemsize: int = 4) -> int:
-    """Largest sum of live activations while the ops run in order, inputs and output included.
+def live_elements(ops: Sequence[Op]) -> list[int]:
+    """Activation elements that are live while each op runs, its inputs and output included.
 
     A tensor is live from the op that writes it to the last op that reads it; nothing is assumed to
     be computed in place, so a runtime may need less, never more (besides its own workspaces).
     """
     last = {read: at for at, op in enumerate(ops) for read in op.reads}
     live = {INPUT: ops[0].c_in * ops[0].h * ops[0].w}
-    peak = 0
+    sums = []
     for at, op in enumerate(ops):
         live[at] = op.elements_out
-        peak = max(peak, sum(live.values()))
+        sums.append(sum(live.values()))
         live = {key: size for key, size in live.items() if last.get(key, -2) > at}
-    return peak * itemsize
+    return sums
+
+
+def peak_activation_bytes(ops: Sequence[Op], itemsize: int = 4) -> int:
+    """Largest sum of live activations (`live_elements`) while the ops run in order."""
+    return max(live_elements(ops)) * itemsize
 
 
 @dataclass(frozen=True, slots=True)

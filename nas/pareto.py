@@ -47,3 +47,41 @@ def hypervolume(points: Points, reference: tuple[float, float]) -> float:
     x, y = inside[at, 0], inside[at, 1]
     right = np.concatenate([x[1:], [reference[0]]])
     return float(((right - x) * (reference[1] - y)).sum())
+
+
+def ranks(points: Points) -> NDArray[np.int64]:
+    """Non-dominated rank of each point [N]: 0 for those that nobody dominates, 1 for those that
+    only rank 0 dominates, and so on. Equal points share a rank. O(N^2) memory."""
+    no_worse = (points[:, None] <= points[None]).all(axis=2)  # [i, j]: i is no worse than j
+    dominates = no_worse & ~no_worse.T
+    rank = np.full(len(points), -1, np.int64)
+    left = np.ones(len(points), bool)
+    for level in range(len(points)):
+        if not left.any():
+            break
+        best = left & ~dominates[left].any(axis=0)
+        rank[best] = level
+        left &= ~best
+    return rank
+
+
+def crowding(points: Points) -> NDArray[np.float64]:
+    """Crowding distance of each point among the given [N]: the sum over objectives of the gap
+    between its neighbours, as a share of the range; infinite at the ends (Deb et al. 2002)."""
+    distance = np.zeros(len(points))
+    for values in points.T:
+        order = np.argsort(values, kind="stable")
+        span = values[order[-1]] - values[order[0]] or 1.0
+        distance[order[1:-1]] += (values[order[2:]] - values[order[:-2]]) / span
+        distance[order[[0, -1]]] = np.inf
+    return distance
+
+
+def crowded_order(points: Points) -> NDArray[np.int64]:
+    """Indices of all points, best first: by rank, within a rank the least crowded first."""
+    rank = ranks(points)
+    distance = np.zeros(len(points))
+    for level in np.unique(rank):
+        same = rank == level
+        distance[same] = crowding(points[same])
+    return np.lexsort((-distance, rank))

@@ -40,7 +40,11 @@ class Spec(BaseModel):
     space: str = "resnet"
     width: float | None = Field(None, gt=0, le=4)  # None: the space's own default
     hw: str = "cpu"
-    latency_ms: float | None = Field(None, gt=0)  # None: the knee of the front
+    latency_ms: float | None = Field(None, gt=0)  # no budget at all: the knee of the front
+    macs: float | None = Field(None, gt=0)
+    params: float | None = Field(None, gt=0)
+    memory_bytes: float | None = Field(None, gt=0)  # of activations at the peak, batch 1
+    strategy: str = "predictor"
     epochs: float = Field(..., gt=0)
     batch: int = Field(128, ge=2)
     lr: float = Field(0.2, gt=0)
@@ -70,7 +74,7 @@ def make_spec(fields: Mapping[str, Any]) -> Spec:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "spec"
-        flag = "--" + name.removesuffix("_ms").replace("_", "-")
+        flag = "--" + name.removesuffix("_ms").removesuffix("_bytes").replace("_", "-")
         allowed = ", ".join(sorted(Spec.model_fields)) if first["type"] == "extra_forbidden" else ""
         raise UsageError(
             f"{first['msg']} (got {first['input']!r})", where=flag, allowed=allowed

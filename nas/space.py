@@ -16,13 +16,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hw_profiles.op import Op
+from hw_profiles.op import Op, live_elements
 from nas.data import module
 from nas.errors import NasctlError, unknown
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from nas.elastic import Network
 
 Genes = NDArray[np.int64]  # [N, G] or [G], indices into each gene's options
+#: (which genes [K], strides [K], values [combinations, ...]); a combination's row: genes @ strides
+Table = tuple[list[int], NDArray[np.int64], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,37 @@ class SearchSpace(ABC):
         `ops` is called once per combination of the genes that a slot reads; a row is then one
         gather per slot. Equal to `sum(per_op(op) for op in ops(decode(row)))`, which is tested.
         """
+
+        def of_slot(ops: list[Op], slot: str) -> NDArray[np.float64]:
+            return sum(per_op(op) for op in ops if op.slot == slot) + 0.0 * per_op(ops[0])
+
+        tables = self._tables(of_slot)
+        return lambda genes: sum(table[genes[:, at] @ strides] for at, strides, table in tables)
+
+    @cached_property
+    def costs(self) -> Callable[[Genes], NDArray[np.float64]]:
+        """A function genes [N, G] -> [N, 2]: MACs and parameters."""
+        return self.fold(lambda op: np.array([op.macs, op.params], np.float64))
+
+    @cached_property
+    def peak_elements(self) -> Callable[[Genes], NDArray[np.float64]]:
+        """A function genes [N, G] -> [N]: activation elements live at the peak, batch 1.
+
+        Equal to `peak_activation_bytes(ops(decode(row)), 1)`, which is tested for every space: what
+        is live while a slot runs must depend on the genes that the slot reads alone.
+        """
+
+        def of_slot(ops: list[Op], slot: str) -> NDArray[np.float64]:
+            live = zip(ops, live_elements(ops), strict=True)
+            return np.array(max((size for each, size in live if each.slot == slot), default=0))
+
+        tables = self._tables(of_slot)
+        return lambda genes: np.max(
+            [table[genes[:, at] @ strides] for at, strides, table in tables], axis=0
+        )
+
+    def _tables(self, of_slot: Callable[[list[Op], str], NDArray[np.float64]]) -> list[Table]:
+        """Per slot, `of_slot(ops, slot)` for every combination of the genes that it reads."""
         index, tables = self.index, []
         for slot, names in self.slots.items():
             at = [index[name] for name in names]
@@ -160,14 +194,10 @@ class SearchSpace(ABC):
                 genes = self.smallest.copy()  # the other slots as short as they get
                 genes[at] = combination
                 ops = self.ops(self.decode(self.canonical(genes)))
-                rows.append(sum(per_op(op) for op in ops if op.slot == slot) + 0.0 * per_op(ops[0]))
+                rows.append(of_slot(ops, slot))
             strides = np.array([math.prod(shape[i + 1 :]) for i in range(len(shape))], np.int64)
             tables.append((at, strides, np.array(rows, np.float64)))
-
-        def gather(genes: Genes) -> NDArray[np.float64]:
-            return sum(table[genes[:, at] @ strides] for at, strides, table in tables)
-
-        return gather
+        return tables
 
 
 def scalar(per_op: Callable[[Op], float]) -> Callable[[Op], NDArray[np.float64]]:

@@ -9,17 +9,19 @@ Imports without torch.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from nas.errors import NasctlError
@@ -28,8 +30,9 @@ if TYPE_CHECKING:
     from nas.search import Candidate
     from nas.space import Genes, SearchSpace
 
-#: after this long a shared study's unfinished trial is taken to be a dead process's
-STALE = timedelta(minutes=30)
+BEAT_S = 5.0  # between two signs of life of a worker that shares a study
+PATIENCE_S = 60.0  # without one it is taken to be dead
+POLL_S = 0.5  # between two looks at a study that others are at work on
 CLAIM_S = 10.0  # how long a worker may take between starting a trial and naming its slot
 #: what opening a damaged journal, a wrong URL or one without its driver raises besides OptunaError
 DAMAGE: tuple[type[Exception], ...] = (
@@ -47,8 +50,8 @@ def open_study(
     """The study in the journal `path`, or `name` in the Optuna `storage` URL; made if absent.
 
     A journal belongs to one process (its run directory is locked), so every unfinished trial in it
-    is a dead one, and one of another search is moved aside. In a shared storage only trials older
-    than STALE are dead.
+    is a dead one, and one of another search is moved aside. In a shared storage a trial is dead
+    when its worker gives no sign of life (`Watch`).
 
     Raises NasctlError if it is damaged, out of reach or, when shared, belongs to another search.
     """
@@ -61,12 +64,16 @@ def open_study(
             study = _create(_journal(path), name)
         if study.user_attrs.get("search", fingerprint) != fingerprint:
             raise NasctlError(
-                f"study '{name}' belongs to another search (other space, data, supernet or budget)",
+                f"study '{name}' belongs to another search (other space, data, supernet, budgets "
+                "or strategy)",
                 where=storage or str(path),
                 next="Use another --study-name.",
             )
         study.set_user_attr("search", fingerprint)
-        _retire(study, STALE if storage else timedelta(0))
+        study.set_user_attr("shared", storage is not None)
+        if storage is None:
+            for trial in _running(study):
+                _retire(study, trial)
     return study
 
 
@@ -150,12 +157,69 @@ def _is_json(line: bytes) -> bool:
         return False
 
 
-def _retire(study: optuna.Study, age: timedelta) -> None:
-    """Mark dead processes' trials as failed, so that their slots are proposed again."""
-    for trial in study.get_trials(deepcopy=False):
-        begun = trial.datetime_start or datetime.now()
-        if trial.state == TrialState.RUNNING and datetime.now() - begun >= age:
-            study.tell(trial.number, state=TrialState.FAIL)
+def _running(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+
+
+def _retire(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Mark a dead process's trial as failed, so that its slot is proposed again."""
+    with contextlib.suppress(UpdateFinishedTrialError):  # another worker was quicker
+        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+
+class Watch:
+    """Which trials of a shared study belong to workers that died.
+
+    A worker changes a counter of its trial every BEAT_S (`alive`). Here it is noted when the change
+    was seen, on the clock of the machine that watches: clocks of machines differ.
+    """
+
+    def __init__(self, study: optuna.Study) -> None:
+        self.study = study
+        self.seen: dict[int, tuple[object, float]] = {}  # trial -> its counter, and since when
+
+    def complete(self, slots: int) -> bool:
+        """Is nobody at work on the first `slots` slots? If somebody is, retires who is dead, lets
+        POLL_S pass and says no: look again."""
+        trials = [t for t in _running(self.study) if t.user_attrs.get("slot", slots) < slots]
+        if not trials:
+            return True
+        now = time.monotonic()
+        for trial in trials:
+            beat = trial.user_attrs.get("beat")
+            before, since = self.seen.setdefault(trial.number, (beat, now))
+            if beat != before:
+                self.seen[trial.number] = (beat, now)
+            elif now - since > PATIENCE_S:
+                _retire(self.study, trial)
+        time.sleep(POLL_S)
+        return False
+
+
+@contextlib.contextmanager
+def alive(study: optuna.Study, trial: Trial) -> Iterator[None]:
+    """Signs of life while `trial` is evaluated, if others may be watching."""
+    if not study.user_attrs.get("shared"):
+        yield
+        return
+    done = threading.Event()
+    thread = threading.Thread(target=_beat, args=(trial, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _beat(trial: Trial, done: threading.Event) -> None:
+    # whatever stops it (others gave this worker up, the storage is gone) the evaluating thread
+    # meets too, and reports
+    with contextlib.suppress(optuna.exceptions.OptunaError, SQLAlchemyError, OSError):
+        for beat in itertools.count(1):
+            if done.wait(BEAT_S):
+                return
+            trial.set_user_attr("beat", beat)
 
 
 def candidates(study: optuna.Study) -> list[Candidate]:
@@ -214,10 +278,13 @@ def ask(study: optuna.Study, space: SearchSpace, slot: int, genes: Genes) -> Tri
     }
     study.sampler = _Given(space.values(genes))
     trial = study.ask(distributions)
-    trial.set_user_attr("genes", genes.tolist())
-    trial.set_user_attr("slot", slot)
+    try:
+        trial.set_user_attr("genes", genes.tolist())
+        trial.set_user_attr("slot", slot)
+    except UpdateFinishedTrialError:  # it took so long that another worker gave it up
+        return None
     if _taken(study, slot, trial.number):
-        study.tell(trial, state=TrialState.FAIL)
+        study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         return None
     return trial
 
@@ -227,6 +294,7 @@ def _taken(study: optuna.Study, slot: int, number: int) -> bool:
 
     Of two workers that ask for one slot at one moment the lower number wins. A running trial with a
     lower number that has not said its slot yet is waited for, up to CLAIM_S: it may be this one.
+    After that it is retired.
     """
     deadline = time.monotonic() + CLAIM_S
     while True:
@@ -235,25 +303,23 @@ def _taken(study: optuna.Study, slot: int, number: int) -> bool:
         complete = [t for t in others if t.state == TrialState.COMPLETE]
         if any(t.user_attrs.get("slot") == slot for t in running + complete):
             return True
-        if all("slot" in t.user_attrs for t in running) or time.monotonic() > deadline:
+        unnamed = [t for t in running if "slot" not in t.user_attrs]
+        if not unnamed:
             return False
+        if time.monotonic() > deadline:
+            for other in unnamed:
+                _retire(study, other)
         time.sleep(0.02)
 
 
-def settle(study: optuna.Study, poll_s: float = 0.5) -> None:
-    """Wait for other workers' unfinished trials, so that all report the same front."""
-    while True:
-        running = [
-            trial
-            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if datetime.now() - (trial.datetime_start or datetime.now()) < STALE
-        ]
-        if not running:
-            return
-        time.sleep(poll_s)
-
-
-def tell(study: optuna.Study, trial: Trial, candidate: Candidate) -> None:
-    trial.set_user_attr("high_ms", candidate.high_ms)
-    trial.set_user_attr("accuracy", candidate.accuracy)
-    study.tell(trial, [candidate.cross_entropy, candidate.latency_ms])
+def tell(study: optuna.Study, trial: Trial, candidate: Candidate) -> bool:
+    """Finish a trial. False if others had taken this worker for dead: then its slot is evaluated
+    again, to the same result, and this one is dropped."""
+    try:
+        trial.set_user_attr("high_ms", candidate.high_ms)
+        trial.set_user_attr("accuracy", candidate.accuracy)
+        values = [candidate.cross_entropy, candidate.latency_ms]
+        told = study.tell(trial, values, skip_if_finished=True)
+    except UpdateFinishedTrialError:
+        return False
+    return told.state == TrialState.COMPLETE

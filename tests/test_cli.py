@@ -6,11 +6,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import toy
 from PIL import Image
 
-from cli import console, main
+from cli import budgets, console, main
+from nas import space as spaces
+from nas import strategies, study
+from nas.errors import BudgetInfeasible
+from nas.search import Limit
 
 SEARCH = ("search", "--hw", "jetson", "--width", 0.25, "--threads", 1)
 TINY = (*SEARCH, "--epochs", 0.2, "--batch", 64, "--evaluations", 3)
@@ -57,6 +64,14 @@ def assert_one_line(outcome, code, *fragments):
         ("search --latency -5ms", ["--latency"]),
         ("search --latency 0ms", ["--latency: a budget must be above zero"]),
         ("search --latency 1e999ms", ["--latency"]),
+        ("search --macs 200", ["--macs: '200' has no unit", "as in 200MMACs"]),
+        ("search --macs 200MB", ["--macs: '200MB' is not a number of MACs"]),
+        ("search --params 2M", ["--params: '2M' is not", "as in 2Mparams"]),
+        ("search --memory 8", ["--memory: '8' has no unit", "as in 8MB"]),
+        ("search --memory 0MB", ["--memory: a budget must be above zero"]),
+        ("search --memory 1e999MB", ["--memory: "]),
+        ("search --strategy nsga", ["--strategy: unknown strategy 'nsga'", "Did you mean nsga2?"]),
+        ("search --strategy no.such", ["--strategy: no module named 'no'"]),
         ("search --epochs 0", ["--epochs: ", "greater than 0"]),
         ("search --epochs inf", ["--epochs: "]),
         ("search --epochs many", ["--epochs"]),
@@ -84,6 +99,74 @@ def test_an_infeasible_budget_names_the_fastest_network(nasctl):
     outcome = nasctl(*TINY, "--latency", "1us", "--run", "r")
     assert_one_line(outcome, 3, "--latency: no network", "the fastest found needs", "Arch(")
     assert nasctl(*TINY, "--latency", "1us", "--run", "r").code == 3  # nothing was left behind
+
+
+@pytest.mark.parametrize(
+    ("flag", "budget"), [("--macs", "10kMACs"), ("--params", "1kparams"), ("--memory", "300B")]
+)
+def test_an_infeasible_budget_of_any_kind_says_what_would_do(flag, budget, nasctl, monkeypatch):
+    def reached(job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cli.stages.trained_supernet", reached)
+    outcome = nasctl(*TINY, flag, budget, "--run", "r")
+    assert_one_line(outcome, 3, f"{flag}: no network", "the smallest found needs", "Arch(")
+    offered = re.search(r"Ask for ([0-9]+[A-Za-z]+)", outcome.err)[1]
+    assert nasctl(*TINY, flag, offered, "--run", "s").code == 130
+
+
+def test_every_strategy_keeps_every_budget_and_the_report_says_so(nasctl, workdir):
+    """One supernet; what was evaluated is read back from the study."""
+    asked = ("--latency", "6ms", "--macs", "120kMACs", "--params", "90kparams")
+    flags = (*TINY[:-1], 18, *asked, "--memory", "8kB")
+    trained = ()
+    for strategy in strategies.names():
+        outcome = nasctl(*flags, "--strategy", strategy, "--run", strategy, *trained, "--json")
+        assert outcome.code == 0, outcome.err
+        report = json.loads(outcome.out)
+        assert report["budget"] == {
+            "latency_ms": 6.0,
+            "macs": 120e3,
+            "params": 90e3,
+            "activation_bytes": 8e3,
+        }
+        chosen = report["chosen"]
+        assert chosen["activation_bytes"] <= 8e3 and chosen["latency"]["predicted"]["high_ms"] <= 6
+        space = spaces.load("resnet", channels=1, classes=10, size=8, width=0.25)
+        found = study.finished(workdir / strategy / "study.journal", None, "nasctl")
+        assert len(found) == 18
+        costs = space.costs(np.array([c.genes for c in found]))
+        assert (costs <= [120e3, 90e3]).all()
+        assert chosen["val_ce"] == min(c.cross_entropy for c in found)
+        said = "accuracy predictor used in" in outcome.err
+        assert said == (strategy == "predictor") == bool(report["predictor"])
+        trained = ("--supernet", workdir / strategies.names()[0])
+
+
+def test_budgets_that_fit_alone_and_not_together_name_the_nearest():
+    up = Limit("macs", 10.0, lambda genes: genes.sum(1))
+    down = Limit("params", 10.0, lambda genes: 30.0 - genes.sum(1))
+    problem = toy.problem(limits=(up, down))
+    job = SimpleNamespace(space=problem.space, spec=SimpleNamespace(space="toy"))
+    together = "inside 10 MACs, 10 params together: the nearest has 15 MACs, 15 params"
+    with pytest.raises(BudgetInfeasible, match=f"--macs, --params: .* {together}"):
+        budgets.check(job, None, problem)
+
+
+@pytest.mark.parametrize(
+    ("text", "quantity", "value"),
+    [
+        ("200MMACs", budgets.MACS, 2e8),
+        (" 1.5 gmacs", budgets.MACS, 1.5e9),
+        ("2Mparams", budgets.PARAMS, 2e6),
+        ("300params", budgets.PARAMS, 300),
+        ("8MB", budgets.MEMORY, 8e6),
+        ("1e-1 MiB", budgets.MEMORY, 0.1 * 2**20),
+        ("640kB", budgets.MEMORY, 640e3),
+    ],
+)
+def test_counts_have_units(text, quantity, value):
+    assert budgets.parse(text, quantity, "--flag") == pytest.approx(value)
 
 
 def test_the_budget_that_the_error_offers_is_accepted(nasctl, monkeypatch):

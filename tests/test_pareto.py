@@ -34,6 +34,39 @@ def test_hypervolume_counts_the_unit_cells_behind_the_points(values):
     assert pareto.hypervolume(points, (SIDE, SIDE)) == covered
 
 
+@given(pairs)
+def test_ranks_peel_one_front_after_the_other(values):
+    points = np.array(values, float)
+    left, level = list(range(len(points))), 0
+    rank = pareto.ranks(points)
+    while left:
+        best = [i for i in left if not any(dominated(points[i], points[j]) for j in left)]
+        assert [i for i in left if rank[i] == level] == best
+        left = [i for i in left if i not in best]
+        level += 1
+
+
+def test_crowding_is_the_gap_between_neighbours_as_a_share_of_the_range():
+    points = np.array([[4.0, 0.0], [0.0, 8.0], [1.0, 6.0], [2.0, 1.0]])
+    np.testing.assert_allclose(
+        pareto.crowding(points), [np.inf, np.inf, 2 / 4 + 7 / 8, 3 / 4 + 6 / 8]
+    )
+    assert pareto.crowding(points[:1]).tolist() == [np.inf]
+    assert np.isinf(pareto.crowding(np.ones((2, 2)))).all()
+
+
+@given(pairs)
+def test_crowded_order_goes_by_rank_and_then_by_room(values):
+    points = np.array(values, float)
+    order, rank = pareto.crowded_order(points), pareto.ranks(points)
+    assert sorted(order) == list(range(len(points)))
+    assert (np.diff(rank[order]) >= 0).all()
+    for level in set(rank.tolist()):
+        same = [i for i in order if rank[i] == level]
+        room = dict(zip(sorted(same), pareto.crowding(points[sorted(same)]), strict=True))
+        assert [room[i] for i in same] == sorted(room.values(), reverse=True)
+
+
 def test_hypervolume_of_one_point_and_of_none():
     assert pareto.hypervolume(np.array([[1.0, 2.0]]), (3.0, 7.0)) == 10.0
     assert pareto.hypervolume(np.array([[4.0, 2.0]]), (3.0, 7.0)) == 0.0

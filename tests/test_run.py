@@ -197,3 +197,15 @@ def test_text_is_written_into_folders_that_do_not_exist_yet(run):
     run.write_text("bundle/deep/page.html", "é")
     assert run.path("bundle/deep/page.html").read_text() == "é"
     assert not list(run.folder.rglob("*.part"))
+
+
+def test_a_run_of_a_version_with_fewer_fields_goes_on(run):
+    manifest = run.manifest()
+    before = {k: v for k, v in manifest["spec"].items() if k not in ("strategy", "memory_bytes")}
+    run.write_json(MANIFEST, {**manifest, "spec": before})
+    with run.locked(SPEC):
+        assert run.manifest()["spec"] == SPEC.model_dump()
+    other = make_spec({**FLAGS, "strategy": "random"})
+    said = "strategy 'predictor' there, 'random' here"
+    with pytest.raises(UsageError, match=said), run.locked(other):
+        pass

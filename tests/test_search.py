@@ -8,8 +8,9 @@ import pytest
 import toy
 
 from nas import search, study
-from nas.predictors import ridge
-from nas.search import GENERATION, Candidate
+from nas.errors import NasctlError
+from nas.search import Candidate, Limit
+from nas.strategies import evolution
 
 
 @pytest.fixture(autouse=True)
@@ -18,8 +19,9 @@ def quickly(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-def run(path, problem, evaluations):
-    return list(search.search(problem, study.open_study(path, "same"), evaluations))
+def run(path, problem, evaluations, propose=evolution.propose):
+    opened = study.open_study(path, "same")
+    return list(search.search(problem, opened, evaluations, propose))
 
 
 def test_same_seed_same_candidates(tmp_path):
@@ -33,7 +35,8 @@ def test_same_seed_same_candidates(tmp_path):
 @pytest.mark.parametrize("stop", [1, 7, 15, 16, 17, 31, 32, 39])
 def test_stopped_anywhere_it_goes_on_to_the_same_candidates(stop, tmp_path):
     whole = run(tmp_path / "whole", toy.problem(), 40)
-    parts = search.search(toy.problem(), study.open_study(tmp_path / "parts", "same"), 40)
+    opened = study.open_study(tmp_path / "parts", "same")
+    parts = search.search(toy.problem(), opened, 40, evolution.propose)
     for _ in range(stop):
         next(parts)
     parts.close()
@@ -76,21 +79,68 @@ def test_only_networks_inside_the_budget_are_evaluated(tmp_path):
     assert run(tmp_path / "none", toy.problem(budget_ms=1.0), 40) == []
 
 
-def test_fastest_finds_the_bottom_of_a_space_whose_smallest_network_is_not_it():
-    space = toy.Space(n=8, options=5)
+def test_least_finds_the_bottom_of_a_space_whose_smallest_network_is_not_it():
     best = np.array([3, 0, 4, 1, 2, 2, 0, 4])
-
-    def latency(genes):
-        value = 1.0 + np.abs(genes - best).sum(1)
-        return value, 2 * value
-
-    genes, value, high = search.fastest(replace(toy.problem(space), latency=latency))
-    assert (genes.tolist(), value, high) == (best.tolist(), 1.0, 2.0)
+    problem = toy.problem(toy.Space(n=8, options=5))
+    found = search.least(problem, lambda genes: np.abs(genes - best).sum(1))
+    assert found.tolist() == best.tolist()
 
 
-def test_fastest_is_the_smallest_where_latency_is_monotone():
-    genes, value, high = search.fastest(toy.problem())
-    assert genes.tolist() == [0] * 10 and (value, high) == (1.0, 1.1)
+def test_least_is_the_smallest_where_the_cost_is_monotone():
+    problem = toy.problem()
+    assert search.least(problem, lambda genes: problem.latency(genes)[1]).tolist() == [0] * 10
+
+
+def ones(genes):
+    return (genes == 1).sum(1)
+
+
+def test_the_nearest_network_meets_two_budgets_that_pull_apart():
+    """Few steps up and yet four genes at exactly 1: neither cost's own minimum will do."""
+    few = Limit("macs", 4.0, lambda genes: genes.sum(1))
+    not_ones = Limit("params", 6.0, lambda genes: 10.0 - ones(genes))
+    problem = toy.problem(limits=(few, not_ones))
+    assert ones(problem.nearest[None])[0] == problem.nearest.sum() == 4
+    assert few.cost(search.least(problem, not_ones.cost)[None])[0] > few.most
+
+
+def test_a_budget_that_three_networks_meet_finds_them(tmp_path):
+    """Three of 4^10: what random rows never hit."""
+    only = Limit("macs", 0.5, lambda genes: genes[:, 1:].sum(1) + 0.25 * genes[:, 0])
+    problem = toy.problem(limits=(only,))
+    found = run(tmp_path / "j", problem, 40)
+    assert sorted(c.genes for c in found) == [(at, *[0] * 9) for at in range(3)]
+
+
+def test_every_budget_is_kept_at_once(tmp_path):
+    rising = Limit("macs", 12.0, lambda genes: genes.sum(1))
+    few_ones = Limit("params", 2.0, ones)
+    problem = toy.problem(budget_ms=7.0, limits=(rising, few_ones))
+    found = run(tmp_path / "j", problem, 48)
+    genes = np.array([c.genes for c in found])
+    assert len(found) == 48 and max(c.high_ms for c in found) <= 7.0
+    assert genes.sum(1).max() <= 12 and ones(genes).max() <= 2
+
+
+def test_fresh_keeps_the_order_and_drops_what_is_known_or_twice():
+    problem = toy.problem(budget_ms=8.0)
+    rows = problem.space.sample(np.random.default_rng(0), 200)
+    rows = np.concatenate([rows, rows[:50]])
+    known = [Candidate(0, tuple(rows[3].tolist()), 1.0, 1.0, 1.0, 0.5)]
+    left, latency = problem.fresh(rows, known)
+    wanted = [tuple(r) for r in rows[:200].tolist() if problem.latency(np.array([r]))[1] <= 8.0]
+    assert [tuple(row) for row in left.tolist()] == [r for r in wanted if r != known[0].genes]
+    np.testing.assert_array_equal(latency, problem.latency(left)[0])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [np.zeros((2, 10), int), np.full((1, 10), 3), np.arange(170).reshape(17, 10) % 4],
+    ids=["twice", "outside", "too many"],
+)
+def test_a_strategy_that_breaks_its_contract_is_named(rows, tmp_path):
+    with pytest.raises(NasctlError, match="--strategy: .* outside the budgets, or one twice"):
+        run(tmp_path / "j", toy.problem(budget_ms=8.0), 40, lambda *given: rows)
 
 
 def candidate(slot, latency_ms, cross_entropy):
@@ -113,51 +163,14 @@ def test_ranked_keeps_to_the_upper_end_of_the_interval():
     assert search.ranked(SIX, 1.0) == []
 
 
+def test_with_other_budgets_alone_the_best_counts_and_not_the_knee():
+    assert [c.slot for c in search.ranked(SIX, None, limited=True)] == [5, 2, 1, 4, 3, 0]
+
+
 def test_without_a_budget_the_knee_comes_first_and_then_the_front():
     assert [c.slot for c in search.front(SIX)] == [0, 1, 2, 5]
     assert [c.slot for c in search.ranked(SIX, None)] == [1, 0, 2, 5]
     assert search.front([]) == []
-
-
-def test_it_beats_random_search_of_equal_evaluations(tmp_path):
-    """Paired over ten seeds; the budget of about half the space's latencies makes it a choice."""
-    gains = []
-    for seed in range(10):
-        problem = toy.problem(budget_ms=9.0, seed=seed)
-        found = run(tmp_path / str(seed), problem, 3 * GENERATION)
-        rng = np.random.default_rng(1000 + seed)
-        rows = problem.space.sample(rng, 1000)
-        rows = rows[problem.latency(rows)[1] <= 9.0][: 3 * GENERATION]
-        assert len(rows) == len(found) == 3 * GENERATION
-        random = min(problem.evaluate(row)[0] for row in rows)
-        gains.append(random - min(c.cross_entropy for c in found))
-    gains = np.array(gains)
-    assert gains.mean() > 3 * gains.std(ddof=1) / np.sqrt(len(gains))  # three standard errors
-    assert (gains > 0).sum() >= 9
-
-
-def test_the_predictor_recovers_an_additive_function_and_knows_what_it_has_not_seen():
-    rng, space = np.random.default_rng(0), toy.Space(n=5)
-    genes = space.sample(rng, 200)
-    weights = rng.normal(size=5)
-    predict = ridge.fit(space.encode(genes[:150]), genes[:150] @ weights)
-    mean, std = predict(space.encode(genes[150:]))
-    np.testing.assert_allclose(mean, genes[150:] @ weights, atol=0.02)
-    seen = genes[:40].copy()
-    seen[:, 0] = 0
-    predict = ridge.fit(space.encode(seen), seen @ weights + rng.normal(0, 0.1, 40))
-    known, unknown = np.zeros((2, 1, 5), int)
-    unknown[0, 0] = 3
-    assert predict(space.encode(unknown))[1] > predict(space.encode(known))[1]
-
-
-def test_the_predictor_survives_equal_targets_and_two_rows():
-    space = toy.Space(n=3)
-    for targets in (np.ones(2), np.array([1.0, 2.0])):
-        mean, std = ridge.fit(space.encode(np.array([[0, 1, 2], [3, 1, 0]])), targets)(
-            space.encode(np.array([[0, 1, 2]]))
-        )
-        assert np.isfinite(mean).all() and np.isfinite(std).all()
 
 
 def test_a_candidate_as_json_carries_its_architecture():

@@ -90,6 +90,15 @@ def test_fold_is_the_plain_sum_over_ops(name, images):
 
 
 @every_space
+def test_peak_memory_from_tables_is_the_walk_over_the_ops(name, images):
+    space = load(name, images)
+    genes = rows(space, 100)
+    walked = [op.peak_activation_bytes(space.ops(space.decode(row)), 1) for row in genes]
+    assert space.peak_elements(genes).tolist() == walked
+    assert len(set(walked)) > 1
+
+
+@every_space
 def test_costs_are_what_torch_counts(name, images):
     space = load(name, images)
     for row in rows(space, 2):

@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ import pytest
 import toy
 from optuna.trial import TrialState
 
-from nas import search, study
+from nas import search, strategies, study
 from nas.errors import NasctlError
 from nas.search import Candidate
+from nas.strategies import evolution
 
 SPACE = toy.Space(n=2, options=6)
 
@@ -34,7 +36,7 @@ def quickly(monkeypatch):
 
 def run(path, evaluations, **options):
     opened = study.open_study(path, "same", **options)
-    return list(search.search(toy.problem(SPACE), opened, evaluations))
+    return list(search.search(toy.problem(SPACE), opened, evaluations, evolution.propose))
 
 
 @pytest.fixture
@@ -162,16 +164,77 @@ def test_a_running_trial_is_retired_and_its_slot_proposed_again(journal):
     assert [c.slot for c in run(journal, 6)] == list(range(6))
 
 
-def test_in_a_shared_storage_only_old_trials_are_retired(tmp_path, monkeypatch):
+@pytest.fixture
+def shared(tmp_path, monkeypatch):
+    """Opens one shared study, as often as called; its workers are hasty."""
+    monkeypatch.setattr(study, "BEAT_S", 0.05)
+    monkeypatch.setattr(study, "PATIENCE_S", 0.4)
+    monkeypatch.setattr(study, "POLL_S", 0.05)
     url = f"sqlite:///{tmp_path}/shared.db"
-    opened = study.open_study(tmp_path / "j", "same", storage=url)
-    study.ask(opened, SPACE, 0, SPACE.largest)
-    again = study.open_study(tmp_path / "j", "same", storage=url)
-    assert again.trials[0].state == TrialState.RUNNING  # another worker may be at it
-    monkeypatch.setattr(study, "STALE", timedelta(0))
-    again = study.open_study(tmp_path / "j", "same", storage=url)
-    assert again.trials[0].state == TrialState.FAIL
-    assert not (tmp_path / "j").exists()
+    return lambda: study.open_study(tmp_path / "unused", "same", storage=url)
+
+
+def watched(watch, slots, looks):
+    return [watch.complete(slots) for _ in range(looks)]
+
+
+def test_a_shared_trial_is_retired_when_its_worker_gives_no_sign_of_life(shared, tmp_path):
+    mine = shared()
+    held = study.ask(mine, SPACE, 0, SPACE.largest)
+    watch = study.Watch(shared())
+    assert mine.trials[0].state == TrialState.RUNNING  # not by opening: somebody may be at it
+    with study.alive(mine, held):
+        assert not any(watched(watch, 1, 20))
+        assert mine.trials[0].state == TrialState.RUNNING
+        assert watch.complete(0)  # what comes later is not waited for
+    assert any(watched(watch, 1, 20))
+    assert mine.trials[0].state == TrialState.FAIL
+    assert not (tmp_path / "unused").exists()
+
+
+def test_a_worker_that_was_given_up_drops_its_result(shared):
+    mine, theirs = shared(), shared()
+    held = study.ask(mine, SPACE, 0, SPACE.largest)
+    assert any(watched(study.Watch(theirs), 1, 20))
+    again = study.ask(theirs, SPACE, 0, SPACE.largest)
+    found = Candidate(0, (5, 5), 1.0, 1.2, 0.5, 0.9)
+    assert not study.tell(mine, held, found)
+    assert study.tell(theirs, again, found)
+    assert study.candidates(mine) == [found]
+    assert Counter(t.state for t in mine.trials) == {TrialState.FAIL: 1, TrialState.COMPLETE: 1}
+
+
+def test_a_worker_that_died_before_it_named_its_slot_holds_nobody_up(shared, monkeypatch):
+    monkeypatch.setattr(study, "CLAIM_S", 0.1)
+    mine = shared()
+    mine.ask()
+    assert study.ask(mine, SPACE, 0, SPACE.largest) is not None
+    assert mine.trials[0].state == TrialState.FAIL
+
+
+def test_a_generation_waits_for_the_slots_that_others_hold(shared, tmp_path):
+    """The other finishes while this one waits: then the proposals are what one worker's are."""
+    mine, theirs = shared(), shared()
+    alone = run(tmp_path / "alone", 20)
+    held = study.ask(theirs, SPACE, 0, np.array(alone[0].genes))
+    found = []
+
+    def propose(problem, generation, history):
+        found.append((generation, len(history)))
+        return evolution.propose(problem, generation, history)
+
+    def finish():
+        time.sleep(0.3)
+        study.tell(theirs, held, alone[0])
+
+    other = threading.Thread(target=finish)
+    other.start()
+    with study.alive(theirs, held):
+        mine_found = list(search.search(toy.problem(SPACE), mine, 20, propose))
+    other.join()
+    assert found == [(0, 0), (1, 16)]
+    assert [c.slot for c in mine_found] == list(range(1, 20))
+    assert study.candidates(mine) == alone
 
 
 def test_a_slot_that_another_worker_holds_is_left_to_it(tmp_path):
@@ -197,51 +260,85 @@ def test_a_trial_stores_the_values_of_its_genes(tmp_path):
 
 WORKER = """
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 import toy
-from nas import search, study
+from nas import search, strategies, study
 
-url, evaluations = sys.argv[1], int(sys.argv[2])
+url, evaluations, strategy, pause = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
 search.POOL = 300
+study.BEAT_S, study.PATIENCE_S, study.POLL_S = 0.2, 2.0, 0.1
 opened = study.open_study(Path("unused"), "same", storage=url)
+problem = toy.problem(toy.Space(n=6, options=4), budget_ms=8.0)
+
+def evaluate(genes):
+    print("evaluating", flush=True)
+    time.sleep(pause)
+    return toy.problem(problem.space).evaluate(genes)
+
 print("ready", flush=True)
 sys.stdin.readline()
-for candidate in search.search(toy.problem(toy.Space(n=2, options=6)), opened, evaluations):
+slowly = replace(problem, evaluate=evaluate)
+for candidate in search.search(slowly, opened, evaluations, strategies.load(strategy)):
     print(candidate.slot, flush=True)
 """
 
 
-def share(url, evaluations, workers):
-    """What each worker says it evaluated; all begin at the same moment."""
-    command = [sys.executable, "-c", WORKER, url, str(evaluations)]
+def make_tables(url):
+    """Two workers that meet an empty database would both try."""
+    optuna.storages.RDBStorage(url).engine.dispose()
+
+
+def start(url, evaluations, strategy="nsga2", pauses=(0.01, 0.01)):
+    """One worker per pause (seconds per evaluation); all begin at the same moment."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, env=environment, **pipes) for _ in range(workers)]
+    command = [sys.executable, "-c", WORKER, url, str(evaluations), strategy]
+    processes = [
+        subprocess.Popen([*command, str(pause)], env=environment, **pipes) for pause in pauses
+    ]
     for process in processes:
         assert process.stdout.readline() == "ready\n"
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()
+    return processes
+
+
+def finish(processes):
     outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * workers
+    assert [process.returncode for process in processes] == [0] * len(processes)
     return outputs
 
 
-def assert_every_slot_once(url, evaluations):
-    share(url, 0, workers=1)  # makes the tables
-    outputs = share(url, evaluations, workers=2)
+def stored(url):
+    """Trials by state, and the candidates, read by somebody who did not take part."""
     storage = optuna.storages.RDBStorage(url)
-    trials = optuna.load_study(study_name="nasctl", storage=storage).trials
+    found = optuna.load_study(study_name="nasctl", storage=storage)
+    everything = Counter(trial.state for trial in found.trials), study.candidates(found)
     storage.engine.dispose()
-    complete = [t.user_attrs["slot"] for t in trials if t.state == TrialState.COMPLETE]
-    assert sorted(complete) == list(range(evaluations))
-    assert not [t for t in trials if t.state == TrialState.RUNNING]
-    assert all(outputs)  # both took part
+    return everything
+
+
+def one_worker(path, evaluations, strategy="nsga2"):
+    problem = toy.problem(toy.Space(n=6, options=4), budget_ms=8.0)
+    opened = study.open_study(path, "same")
+    return list(search.search(problem, opened, evaluations, strategies.load(strategy)))
+
+
+def assert_every_slot_once(url, evaluations, tmp_path):
+    make_tables(url)
+    outputs = finish(start(url, evaluations))
+    states, found = stored(url)
+    assert states[TrialState.COMPLETE] == evaluations and not states[TrialState.RUNNING]
+    assert found == one_worker(tmp_path / "alone", evaluations)
+    assert all("evaluating" in output for output in outputs)  # both took part
 
 
 @pytest.mark.slow
 def test_two_workers_of_one_sqlite_file_evaluate_every_slot_once(tmp_path):
-    assert_every_slot_once(f"sqlite:///{tmp_path}/shared.db", 24)
+    assert_every_slot_once(f"sqlite:///{tmp_path}/shared.db", 40, tmp_path)
 
 
 def server_programs():
@@ -277,8 +374,37 @@ def postgresql():
 
 
 @pytest.mark.slow
-def test_two_workers_of_one_postgresql_evaluate_every_slot_once(postgresql):
-    assert_every_slot_once(postgresql, 30)
+def test_two_workers_of_one_postgresql_evaluate_every_slot_once(postgresql, tmp_path):
+    assert_every_slot_once(postgresql, 40, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["nsga2", "predictor"])
+def test_a_worker_of_two_killed_in_an_evaluation_costs_nothing(strategy, postgresql, tmp_path):
+    """With kill -9, in the first generation: every slot is evaluated exactly once all the same,
+    and what is stored is what one worker finds; so is the front."""
+    make_tables(postgresql)
+    killed, survivor = start(postgresql, 48, strategy, pauses=(0.15, 0.05))
+    begun = 0
+    while begun < 6:
+        begun += killed.stdout.readline() == "evaluating\n"
+    killed.kill()
+    killed.communicate()
+    (output,) = finish([survivor])
+    states, found = stored(postgresql)
+    assert states[TrialState.COMPLETE] == 48 and not states[TrialState.RUNNING]
+    assert begun + output.count("evaluating") == 48 + 1  # the killed one's last, twice
+    assert found == one_worker(tmp_path / "alone", 48, strategy)
+    points = np.array([(c.latency_ms, c.cross_entropy) for c in found])
+    undominated = [
+        c
+        for c, point in zip(found, points, strict=True)
+        if not ((points <= point).all(1) & (points < point).any(1)).any()
+    ]
+    assert {c.slot for c in search.front(found)} <= {c.slot for c in undominated}
+    assert {(c.latency_ms, c.cross_entropy) for c in search.front(found)} == {
+        (c.latency_ms, c.cross_entropy) for c in undominated
+    }
 
 
 def test_a_journal_is_json_lines(journal):

@@ -79,7 +79,7 @@ class Space(SearchSpace):
         raise NotImplementedError
 
 
-def problem(space=None, *, budget_ms=None, seed=0):
+def problem(space=None, *, budget_ms=None, seed=0, limits=()):
     """Latency is additive; cross-entropy falls with every gene, unequally, and two interact."""
     space = space or Space()
     rng = np.random.default_rng(99)
@@ -94,4 +94,4 @@ def problem(space=None, *, budget_ms=None, seed=0):
         ce = 3 - 0.4 * float(good @ np.sqrt(genes)) - both
         return float(ce), float(np.exp(-ce))
 
-    return Problem(space, latency, evaluate, budget_ms, seed)
+    return Problem(space, latency, evaluate, budget_ms, seed, limits)

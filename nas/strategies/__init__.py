@@ -1,0 +1,37 @@
+"""Search strategies: one file per method, found by its name.
+
+A file gives one function, `propose(problem, generation, history) -> rows [n, G]`: the networks to
+evaluate next, at most `nas.search.GENERATION`, new and inside every budget. It is a function of its
+arguments (randomness from `problem.seed` and `generation`), never of what it did before.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nas.data import module
+from nas.errors import NasctlError, unknown
+from nas.search import Propose
+
+
+def names() -> list[str]:
+    """Every shipped strategy, by file name."""
+    folder = Path(__file__).parent
+    return sorted(
+        path.stem.replace("_", "-") for path in folder.glob("*.py") if path.stem[0] != "_"
+    )
+
+
+def load(name: str) -> Propose:
+    """The `propose` of strategy `name`: a file here, or the user's own `my_pkg.my_mod`."""
+    if "." not in name and name not in names():
+        raise unknown("strategy", name, names(), where="--strategy")
+    module_name = name if "." in name else f"nas.strategies.{name.replace('-', '_')}"
+    propose: Propose = module.attribute(f"{module_name}:propose", "--strategy")
+    if not callable(propose):
+        raise NasctlError(
+            f"{name}.propose is no function",
+            where="--strategy",
+            next="See docs/methods/strategies.md.",
+        )
+    return propose
