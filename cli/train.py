@@ -38,6 +38,25 @@ def command(
         int | None, typer.Option(help="Images per step, over all processes. [128]")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    floor: Annotated[
+        float | None,
+        typer.Option(help="Decay to this share of --lr and stay, as BigNAS. [linear to zero]"),
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Random networks: uniform, bestup or worstup. [uniform]")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="What they learn from: kl, alpha or labels. [kl]")
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(help="Of the largest's features. [0]")] = None,
+    drop_connect: Annotated[float | None, typer.Option(help="Of its blocks. [0]")] = None,
+    operations: Annotated[
+        int | None, typer.Option(help="Random augmentations per image, beside crop and flip. [0]")
+    ] = None,
+    cutout: Annotated[float | None, typer.Option(help="Side of a hole, as a share. [0]")] = None,
+    ema: Annotated[
+        float | None, typer.Option(help="Decay of the average of weights used at the end. [none]")
+    ] = None,
     accumulate: Annotated[
         int, typer.Option(min=1, help="Micro-batches per process and step, to save memory.")
     ] = 1,
@@ -69,6 +88,14 @@ def command(
         "epochs": epochs,
         "batch": batch,
         "lr": lr,
+        "floor": floor,
+        "policy": policy,
+        "loss": loss,
+        "dropout": dropout,
+        "drop_connect": drop_connect,
+        "operations": operations,
+        "cutout": cutout,
+        "ema": ema,
         "seed": seed,
         "threads": threads,
     }
@@ -114,6 +141,7 @@ def resolved(given: dict[str, Any], *, quick: bool, task: Task | None = None) ->
 
     # what depends on the data is filled in below; everything typed is validated here
     rough = runs.make_spec({"epochs": 1, "threads": cores(), **given})
+    rough.recipe(rough.batch)
     if "." not in rough.space and rough.space not in spaces.names():
         spaces.load(rough.space)  # raises, before torch is imported
     from nas import tasks

@@ -37,9 +37,7 @@ class Training:
 
     @property
     def recipe(self) -> Recipe:
-        spec = self.spec
-        steps = max(1, round(spec.epochs * len(self.task.train) / spec.batch))
-        return Recipe(steps=steps, batch=spec.batch, lr=spec.lr, seed=spec.seed)
+        return self.spec.recipe(len(self.task.train))
 
     @property
     def train_key(self) -> str:

@@ -22,12 +22,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nas import file
 from nas.errors import NasctlError, UsageError
+from nas.recipe import Recipe
 
 MANIFEST = "run.json"
 #: what stages keep in order to go on: removed when a run starts over
 STATES = ("training.safetensors", "finetune.safetensors", "study.journal")
+#: what of a recipe can be asked for (see there), besides its length
+HOW = ("batch", "lr", "seed", "floor", "policy", "loss", "dropout", "drop_connect")
+HOW += ("operations", "cutout", "ema")
 #: the fields of a spec that a supernet's training reads: all that `nasctl train` has
-TRAINING = ("data", "space", "width", "size", "epochs", "batch", "lr", "seed", "threads")
+TRAINING = ("data", "space", "width", "size", "epochs", "threads", *HOW)
 
 
 class Spec(BaseModel):
@@ -48,6 +52,14 @@ class Spec(BaseModel):
     epochs: float = Field(..., gt=0)
     batch: int = Field(128, ge=2)
     lr: float = Field(0.2, gt=0)
+    floor: float | None = None  # from here on as in Recipe
+    policy: str = "uniform"
+    loss: str = "kl"
+    dropout: float = 0.0
+    drop_connect: float = 0.0
+    operations: int = 0
+    cutout: float = 0.0
+    ema: float = 0.0
     evaluations: int = Field(64, ge=1)
     finetune: float = Field(0.0, ge=0)  # epochs of the chosen network alone; 0: as extracted
     seed: int = Field(0, ge=0)
@@ -55,6 +67,11 @@ class Spec(BaseModel):
     supernet: str | None = None  # a finished run whose supernet is searched instead of a new one
     storage: str | None = None
     study_name: str = "nasctl"
+
+    def recipe(self, n_train: int) -> Recipe:
+        """For a supernet, on `n_train` images; raises UsageError naming the flag that is wrong."""
+        steps = max(1, round(self.epochs * n_train / self.batch))
+        return Recipe(steps=steps, **self.model_dump(include=set(HOW)))
 
     def digest(self, *fields: str) -> str:
         """sha256 of the given fields (all, if none is named)."""

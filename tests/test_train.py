@@ -157,6 +157,11 @@ def test_micro_batches_are_another_way_to_the_same_run(nasctl, copied):
         ("train --batch 1", ["--batch: "]),
         ("train --accumulate 0", ["--accumulate"]),
         ("train --hw jetson", ["--hw"]),
+        ("train --policy bestdown", ["--policy: unknown policy 'bestdown'", "bestup"]),
+        ("train --loss mse", ["--loss: unknown loss 'mse'", "alpha"]),
+        ("train --dropout 1", ["--dropout: 1", "0 to below 1"]),
+        ("train --floor 0", ["--floor: 0"]),
+        ("train --operations 1.5", ["--operations"]),
         ("extract nowhere --arch largest", ["RUN: no run in nowhere"]),
         ("extract nowhere", ["--arch"]),
         ("extract nowhere --arch largest --out x.onnx", ["--out: 'x.onnx'", ".safetensors"]),
@@ -166,6 +171,15 @@ def test_micro_batches_are_another_way_to_the_same_run(nasctl, copied):
 )
 def test_a_wrong_word_is_one_line_and_exit_code_2(words, fragments, nasctl):
     assert_one_line(nasctl(*words.split()), 2, *fragments)
+
+
+def test_methods_are_options_and_another_method_is_another_run(nasctl, copied):
+    words = ("--policy", "bestup", "--loss", "alpha", "--floor", 0.1, "--dropout", 0.1)
+    assert_one_line(nasctl(*TRAIN, *words, "--run", copied), 2, "policy 'uniform' there, 'bestup'")
+    outcome = nasctl(*TRAIN, *words, "--run", "other")
+    assert outcome.code == 0, outcome.err
+    assert not torch.equal(weights(copied)["stem.weight"], weights(Path("other"))["stem.weight"])
+    assert nasctl("evaluate", "other", "--arch", "smallest").code == 0
 
 
 # ---- extract and evaluate ------------------------------------------------------------------------
