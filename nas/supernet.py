@@ -239,15 +239,15 @@ def _batches(task: Task, recipe: Recipe, step: int, device: torch.device) -> lis
     made = []
     for shard, part in parts:
         at = rows[part].to(task.train.images.device)
-        x = _inputs(task, recipe, at, _generator(recipe, step, shard, AUGMENT))
+        images, labels = task.train.images[at].to(device), task.train.labels[at].to(device)
+        x = _inputs(task, recipe, images, _generator(recipe, step, shard, AUGMENT))
         noise = _noise(recipe, _generator(recipe, step, shard, NOISE))
-        labels = task.train.labels[at].to(device)
-        made.append(_Batch(x.to(device), labels, len(at) / len(rows), noise))
+        made.append(_Batch(x, labels, len(at) / len(rows), noise))
     return made
 
 
-def _inputs(task: Task, recipe: Recipe, at: Tensor, generator: torch.Generator) -> Tensor:
-    images = augment(task.train.images[at], generator, flip=task.flip, pad=task.pad)
+def _inputs(task: Task, recipe: Recipe, images: Tensor, generator: torch.Generator) -> Tensor:
+    images = augment(images, generator, flip=task.flip, pad=task.pad)
     if recipe.operations:
         images = randaugment(
             images, generator, operations=recipe.operations, magnitude=recipe.magnitude
