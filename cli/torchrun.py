@@ -67,7 +67,8 @@ class Group:
         return found
 
     def fail(self, error: BaseException) -> bool:
-        """Tell the others; is this process the first on its machine that has something to say?"""
+        """Tell the others; is it for this process to say so to people? Of an error the first on its
+        machine to meet it does; of Ctrl-C, which all get, the one with the progress bar."""
         if self.store is None:
             return True
         try:
@@ -75,6 +76,8 @@ class Group:
                 self.store.set(
                     f"{subject}/{self.workers.rank}", f"{FAILED}{str(error) or 'stopped'}"
                 )
+            if isinstance(error, KeyboardInterrupt):
+                return os.environ.get("LOCAL_RANK", "0") == "0"
             return self.store.add(f"said/{os.environ.get('GROUP_RANK', 0)}", 1) == 1
         except RuntimeError:  # the store went with the launcher: better said twice than never
             return True

@@ -252,6 +252,9 @@ def test_of_one_error_one_process_tells_per_machine(monkeypatch):
         monkeypatch.setenv("GROUP_RANK", str(group.workers.rank // 2))
         told.append(group.fail(NasctlError("lost")))
     assert told == [True, False, True, False]
+    for local, speaks in (("0", True), ("1", False)):  # of a Ctrl-C, the one with the bar
+        monkeypatch.setenv("LOCAL_RANK", local)
+        assert groups[0].fail(KeyboardInterrupt()) == speaks
 
 
 @pytest.mark.parametrize(

@@ -141,13 +141,13 @@ class Started:
         return found
 
     def end(self):
-        """(exit code, our own lines of error)."""
+        """(exit code, our own lines of error, which may follow a bar on its line)."""
         code = self.process.wait(timeout=LIMIT_S)
         self.reader.join()
         self.process.stderr.close()
         said = "".join(self.lines)
         assert f"{ROOT / 'cli'}" not in said and "cli/main.py" not in said, said  # no traceback
-        return code, [line for line in self.lines if line.startswith("nasctl: ")]
+        return code, re.findall("nasctl: .*", said)
 
 
 def saved_again(path, since):
@@ -184,7 +184,7 @@ def test_an_interrupt_stops_all_at_one_step_saves_and_says_so_once(tmp_path):
     os.killpg(started.process.pid, signal.SIGINT)  # a terminal's Ctrl-C goes to every process
     code, said = started.end()
     assert code != 0
-    assert said == ["nasctl: interrupted; the same command goes on from here\n"]
+    assert said == ["nasctl: interrupted; the same command goes on from here"]
     assert step_of(state) > saved
 
 
