@@ -13,7 +13,7 @@ synchronised norms do the same; what a network is judged with is re-calibrated a
 Why the sum and not torch's DistributedDataParallel: its hooks expect one backward per step. Four
 networks that use different parameters would need `no_sync` around all backwards but the last and a
 search for unused parameters in that one, for the overlap of communication with one backward in four
-(docs/train.md has the measurement).
+(`python -m benchmarks.scale` compares them).
 
 The process group is torch's own; without one there is one process and everything here is free.
 """
