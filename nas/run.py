@@ -28,8 +28,10 @@ MANIFEST = "run.json"
 #: what stages keep in order to go on: removed when a run starts over
 STATES = ("training.safetensors", "finetune.safetensors", "study.journal")
 #: what of a recipe can be asked for (see there), besides its length
-HOW = ("batch", "lr", "seed", "floor", "policy", "loss", "dropout", "drop_connect")
-HOW += ("operations", "cutout", "ema")
+HOW = (
+    *("batch", "lr", "seed", "floor", "policy", "loss"),
+    *("dropout", "drop_connect", "operations", "cutout", "ema"),
+)
 #: the fields of a spec that a supernet's training reads: all that `nasctl train` has
 TRAINING = ("data", "space", "width", "size", "epochs", "threads", *HOW)
 
