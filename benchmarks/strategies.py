@@ -209,7 +209,7 @@ def judged_once(job: Any, judge: Callable[[Any], tuple[float, float]]) -> Proble
     from cli import stages
     from nas import file
 
-    weights = file.sha256(stages.supernet_path(job))
+    weights = file.sha256(job.supernet_path)
     kept = contract.Rows(contract.RESULTS / "strategies.rows.jsonl")
 
     def evaluate(genes: Any) -> tuple[float, float]:

@@ -102,14 +102,15 @@ def bar(description: str, total: float) -> Iterator[Callable[[float, str], None]
 
 
 @contextlib.contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+def deferred_interrupt(*, once: bool = True) -> Iterator[Callable[[], bool]]:
     """Ctrl-C (and SIGTERM) set a flag, which the yielded function reads, so that a loop can stop
-    between two steps and save; a second Ctrl-C interrupts at once."""
+    between two steps and save; a second Ctrl-C interrupts at once. Not with `once` off, for
+    processes whose launcher passes on the Ctrl-C that they got already."""
     asked = False
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
+        if asked and once:
             raise KeyboardInterrupt
         asked = True
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli import budgets, console, stages
+from cli import budgets, child, console, stages, training
 from cli.stages import Job, Judge
+from cli.training import ARCH
 from deploy import onnx, report, verify
 from hw_profiles import energy, measure, op
 from hw_profiles.latency import LatencyTable
@@ -35,7 +36,7 @@ MODEL, WEIGHTS, REPORT, PAGE = (
     "report.json",
     "report.html",
 )
-MEASURED, ARCH, FINETUNE = "measured.json", "arch.json", "finetune.safetensors"
+MEASURED, FINETUNE = "measured.json", "finetune.safetensors"
 FINETUNE_LR = 0.5  # of the supernet's peak learning rate
 STAGES = ("profile", "train", "search")  # before this one; what it does itself is in its own time
 MARGIN = 1.02  # a file is measured twice, each time to about 2 %
@@ -57,7 +58,8 @@ def deliver(
     if job.spec.finetune:
         net, candidate = _finetuned(job, judge, net, candidate)
     delivery = _export(job, net, candidate, job.run.path(MODEL))
-    checkpoint.write(job.run.path(WEIGHTS), net.state_dict(), {})
+    described = child.describe(job, np.array(candidate.genes))
+    checkpoint.write_described(job.run.path(WEIGHTS), net, described)
     seconds = time.monotonic() - began
     found = replace(
         _report(job, table, delivery, extracted, seconds),
@@ -184,12 +186,12 @@ def _finetuned(
     score. It goes on where it was interrupted."""
     recipe = job.recipe
     steps = max(1, round(job.spec.finetune * len(job.task.train) / recipe.batch))
-    start = digest([candidate.genes, file.sha256(stages.supernet_path(job))])
+    start = digest([candidate.genes, file.sha256(job.supernet_path)])
     rate, seed = recipe.lr * FINETUNE_LR, recipe.seed + 1
     recipe = replace(recipe, steps=steps, lr=rate, seed=seed, start=start)
     state = job.run.path(FINETUNE)
     steps_of = supernet.train(net, supernet.alone(net), job.task, recipe, resume=state)
-    stages.follow(steps_of, steps, "fine-tuning the chosen one")
+    training.follow(steps_of, steps, "fine-tuning the chosen one")
     supernet.calibrate(net, judge.calibration, net.arch.resolution)
     score = judge.score(net, net.arch.resolution)
     if score.cross_entropy > candidate.cross_entropy:

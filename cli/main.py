@@ -6,12 +6,26 @@ fraction of a second. Errors are caught here and nowhere else.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 from typer.exceptions import TyperException
 
-from cli import bench, devices, doctor, export, ingest, profile, report, search, spaces
+from cli import (
+    bench,
+    devices,
+    doctor,
+    evaluate,
+    export,
+    extract,
+    ingest,
+    profile,
+    report,
+    search,
+    spaces,
+    train,
+)
 from nas.errors import NasctlError
 
 EPILOG = """Exit codes: 0 done; 1 an expected failure; 2 usage; 3 budget infeasible;
@@ -28,7 +42,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: the decorated one takes as long to load as all else
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (search, export, report, profile, ingest, bench, devices, spaces, doctor):
+NETWORKS = (search, train, extract, evaluate, export, report)
+DEVICES = (profile, ingest, bench, devices, spaces, doctor)
+for verb in (*NETWORKS, *DEVICES):
     app.command(verb.__name__.removeprefix("cli."))(verb.command)
 
 
@@ -48,7 +64,8 @@ def run(arguments: list[str]) -> int:
         print(f"nasctl: {error}", file=sys.stderr)
         return error.exit_code
     except TyperException as error:
-        print(f"nasctl: {error.format_message()} See nasctl --help.", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's processes were all typed once
+            print(f"nasctl: {error.format_message()} See nasctl --help.", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
         print("nasctl: interrupted; the same command goes on from here", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import budgets, console
+from cli.train import resolved
 from nas.errors import NasctlError, UsageError
 
 if TYPE_CHECKING:
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from nas.run import Run, Spec
     from nas.search import Candidate
     from nas.tasks import Task
-
-STEPS, QUICK_STEPS = 1500, 300  # supernet training steps that the default --epochs amounts to
-EVALUATIONS, QUICK_EVALUATIONS = 128, 32
 
 
 def command(
@@ -122,35 +119,17 @@ def command(
         console.emit_json(report)
 
 
-def cores() -> int:
-    """How many cores this process may use: fewer than the machine has under taskset or cgroups."""
-    return len(os.sched_getaffinity(0))
-
-
 def prepare(
     given: dict[str, Any], folder: Path | None, *, quick: bool, task: Task | None = None
 ) -> Job:
     """Everything validated and loaded: names before data, data before any work."""
     from hw_profiles import device
     from nas import run as runs
-    from nas import space as spaces
     from nas import strategies
 
-    # what depends on the data is filled in below; everything typed is validated here
-    rough = runs.make_spec({"epochs": 1, "threads": cores(), **given})
-    board = device.load(rough.hw)
-    if "." not in rough.space and rough.space not in spaces.names():
-        spaces.load(rough.space)  # raises, before torch is imported
-    strategies.load(rough.strategy)
-    from nas import tasks
-
-    if task is None:
-        console.say(rough.data, "data")
-        task = tasks.load(rough.data, size=rough.size)
-    spec = runs.make_spec({**_defaults(rough, len(task.train), quick=quick), **given})
-    if spec.batch > len(task.train):
-        what = f"{spec.batch} images per step, but {len(task.train)} training images"
-        raise UsageError(what, where="--batch")
+    board = device.load(str(given.get("hw", "cpu")))
+    strategies.load(str(given.get("strategy", "predictor")))
+    spec, task = resolved(given, quick=quick, task=task)
     name = f"{spec.space}-{Path(spec.data).stem}-{board.name}-{spec.digest()[:8]}"
     run = runs.Run(folder or Path("runs") / name.replace(":", "-"))
     return _job(spec, run, task, board)
@@ -166,7 +145,7 @@ def resume(folder: Path, latency_ms: float | None) -> Iterator[tuple[Job, Judge,
 
     run = runs.Run(folder)
     with run.locked():
-        own = run.manifest()["spec"]["supernet"] is None
+        own = run.manifest()["spec"].get("supernet") is None
         for stage in ("train", "search") if own else ("search",):
             if not run.unchanged(stage):
                 raise NasctlError(
@@ -178,7 +157,7 @@ def resume(folder: Path, latency_ms: float | None) -> Iterator[tuple[Job, Judge,
 
 
 def _resumed(run: Run, latency_ms: float | None) -> tuple[Job, Judge, list[Candidate]]:
-    from cli import stages
+    from cli import stages, training
     from hw_profiles import device
     from nas import run as runs
     from nas import study, tasks
@@ -187,7 +166,7 @@ def _resumed(run: Run, latency_ms: float | None) -> tuple[Job, Judge, list[Candi
     task = tasks.load(spec.data, size=spec.size)
     job = _job(spec, run, task, device.load(spec.hw))
     stages.check_inputs(job)
-    judge = stages.Judge(job, stages.finished_supernet(job))
+    judge = stages.Judge(job, training.finished_supernet(job))
     candidates = study.finished(run.path(stages.JOURNAL), spec.storage, spec.study_name)
     return job, judge, candidates
 
@@ -196,27 +175,10 @@ def _job(spec: Spec, run: Run, task: Task, board: Device) -> Job:
     import torch
 
     from cli.stages import Job
-    from nas import space as spaces
+    from cli.training import space_for
 
     torch.set_num_threads(spec.threads)
-    space = spaces.load(
-        spec.space,
-        channels=task.channels,
-        classes=task.n_classes,
-        size=task.size,
-        width=spec.width,
-    )
-    return Job(spec, run, task, space, board)
-
-
-def _defaults(spec: Spec, n_train: int, *, quick: bool) -> dict[str, Any]:
-    """The defaults that depend on the data, the machine and --quick."""
-    steps = QUICK_STEPS if quick else STEPS
-    return {
-        "epochs": float(f"{steps * spec.batch / n_train:.3g}"),
-        "evaluations": QUICK_EVALUATIONS if quick else EVALUATIONS,
-        "threads": cores(),
-    }
+    return Job(spec, run, task, space_for(spec, task), board)
 
 
 def locked_search(job: Job, *, force: bool) -> dict[str, Any]:
@@ -252,17 +214,10 @@ def _search(job: Job) -> dict[str, Any]:
 
 def plan(job: Job) -> dict[str, Any]:
     """What would be done and for how long, from three steps and one evaluation timed now."""
-    from cli import stages
-    from nas import supernet
+    from cli import stages, training
 
     began = time.monotonic()
-    net = stages.fresh_supernet(job)
-    steps = supernet.train(net, supernet.sandwich(job.space, job.recipe), job.task, job.recipe)
-    next(steps)  # the first step also allocates
-    start = time.monotonic()
-    for _ in range(min(3, job.recipe.steps - 1)):
-        next(steps)
-    step_s = (time.monotonic() - start) / max(1, min(3, job.recipe.steps - 1))
+    step_s, net = training.step_seconds(job, job.recipe)
     judge = stages.Judge(job, net)
     start = time.monotonic()
     judge(job.space.largest)

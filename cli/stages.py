@@ -6,18 +6,17 @@ inputs is skipped; every stage goes on where it was interrupted.
 
 from __future__ import annotations
 
-import json
+import functools
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
-from cli import budgets, console
+from cli import budgets, console, training
+from cli.training import STATE, SUPERNET, Training
 from deploy import verify
 from hw_profiles import latency as latencies
 from hw_profiles import measure, op
@@ -27,42 +26,25 @@ from hw_profiles.models import calibrate
 from nas import checkpoint, file, search, space, strategies, supernet
 from nas import run as runs
 from nas import study as studies
-from nas.elastic import Network, channels_last
+from nas.elastic import Network
 from nas.errors import NasctlError, UsageError
-from nas.run import Run, Spec
 from nas.search import Candidate, Problem
-from nas.space import Genes, SearchSpace
-from nas.supernet import Recipe, Score, Step
-from nas.tasks import Split, Task
+from nas.space import Genes
+from nas.supernet import Score
+from nas.tasks import Split
 
 PROFILED = 64  # networks measured to fit a local device's table
 CLEAN = 24  # of them beyond doubt are enough
 JUDGED_ON = 2_000  # validation images that rank sub-networks; all of them if there are fewer
 
-SUPERNET, STATE, TABLE = "supernet.safetensors", "training.safetensors", "latency.json"
-JOURNAL, FRONT = "study.journal", "pareto.json"
+TABLE, JOURNAL, FRONT = "latency.json", "study.journal", "pareto.json"
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Training):
     """The resolved inputs of a run: everything that a stage needs and nothing it produces."""
 
-    spec: Spec
-    run: Run
-    task: Task
-    space: SearchSpace
     device: Device
-
-    @property
-    def recipe(self) -> Recipe:
-        spec = self.spec
-        steps = max(1, round(spec.epochs * len(self.task.train) / spec.batch))
-        return Recipe(steps=steps, batch=spec.batch, lr=spec.lr, seed=spec.seed)
-
-    @property
-    def train_key(self) -> str:
-        fields = ("space", "width", "size", "epochs", "batch", "lr", "seed", "threads")
-        return runs.digest([self.spec.digest(*fields), self.task.fingerprint])
 
 
 def staged(
@@ -162,53 +144,10 @@ def make_problem(job: Job, table: LatencyTable, evaluate: Callable[[Genes], Any]
 def trained_supernet(job: Job) -> Network:
     """The space's largest network, trained in this run or taken from the run it names."""
     if job.spec.supernet is None:
-        staged(job, "train", job.train_key, [SUPERNET], lambda: _train(job))
+        work = functools.partial(training.train_supernet, job, job.recipe)
+        staged(job, "train", job.train_key, [SUPERNET], work)
         job.run.path(STATE).unlink(missing_ok=True)
-    return finished_supernet(job)
-
-
-def finished_supernet(job: Job) -> Network:
-    """The supernet that this run trained (or took from another)."""
-    net, path = fresh_supernet(job), supernet_path(job)
-    tensors, _ = checkpoint.read(path)
-    checkpoint.fill(net, tensors, path)
-    return net
-
-
-def fresh_supernet(job: Job) -> Network:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(job.spec.seed)  # torch's initialisers know no other generator
-        net = job.space.build(job.space.decode(job.space.largest))
-    return channels_last(net)
-
-
-def _train(job: Job) -> None:
-    net, recipe, state = fresh_supernet(job), job.recipe, job.run.path(STATE)
-    steps = supernet.train(
-        net, supernet.sandwich(job.space, recipe), job.task, recipe, resume=state
-    )
-    follow(steps, recipe.steps, "training the supernet")
-    checkpoint.write(job.run.path(SUPERNET), net.state_dict(), _trained_on(job))
-
-
-def follow(steps: Generator[Step, None, None], total: int, title: str) -> None:
-    """Train under a progress bar; Ctrl-C stops between two steps, where the state is saved."""
-    with console.bar(title, total) as update, console.deferred_interrupt() as interrupted:
-        for step in steps:
-            names = ("largest", "smallest") if len(step.losses) > 1 else ("",)
-            shown = zip(step.losses, names, strict=False)
-            update(step.step, "loss " + ", ".join(f"{loss:.3f} {name}" for loss, name in shown))
-            if interrupted() and step.step < step.steps:
-                steps.close()  # saves
-                raise KeyboardInterrupt
-
-
-def _trained_on(job: Job) -> dict[str, str]:
-    """What a supernet file says of itself, so that another run can tell whether it fits."""
-    spec = job.spec
-    said = {"data": job.task.fingerprint, "space": spec.space, "width": spec.width}
-    # one entry, because safetensors writes several in no fixed order
-    return {"trained_on": json.dumps(said)}
+    return training.finished_supernet(job)
 
 
 def check_inputs(job: Job) -> None:
@@ -227,17 +166,11 @@ def check_inputs(job: Job) -> None:
         )
     if spec.supernet is None:
         return
-    path = supernet_path(job)
+    path = job.supernet_path
     if not path.exists():
         raise NasctlError("no trained supernet there", where=f"--supernet {spec.supernet}")
     _, meta = checkpoint.read(path)
-    there = json.loads(meta.get("trained_on", "{}"))
-    for name, wanted in json.loads(_trained_on(job)["trained_on"]).items():
-        # by content, not by name: training images of the one must not be test images of the other
-        if there.get(name) != wanted:
-            raise NasctlError(
-                f"that supernet was trained with other {name}", where=f"--supernet {spec.supernet}"
-            )
+    training.require_same(job, meta, path)
 
 
 # ---- search --------------------------------------------------------------------------------------
@@ -265,14 +198,9 @@ class Judge:
         return score.cross_entropy, score.accuracy
 
 
-def supernet_path(job: Job) -> Path:
-    own = job.spec.supernet
-    return (Path(own) if own else job.run.folder) / SUPERNET
-
-
 def search_key(job: Job, table: LatencyTable) -> str:
     """What a search's results depend on: weights, data, latencies, budget and seed."""
-    weights = file.sha256(supernet_path(job))
+    weights = file.sha256(job.supernet_path)
     limits = ("latency_ms", "macs", "params", "memory_bytes", "energy_mj")
     settings = job.spec.digest("space", "width", "seed", "strategy", *limits)
     return runs.digest([weights, job.task.fingerprint, table.model_dump(mode="json"), settings])

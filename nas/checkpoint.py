@@ -1,21 +1,30 @@
-"""A training state on disk: weights, optimiser momentum and step in one safetensors file.
+"""Weights on disk, in safetensors files that say what they are.
 
-One file, replaced atomically, so weights and momentum can never come from different moments.
+A training state is weights, optimiser momentum and step in one file, replaced atomically, so that
+weights and momentum can never come from different moments. A supernet, or a network cut from one,
+carries a description of the space and the data that it was trained on: whoever reads it compares
+that with what is here, and refuses with the difference named.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from nas import file
+from nas import file, parallel
 from nas.errors import NasctlError
+from nas.space import SearchSpace
+
+FORMAT = 1  # of the description; another one cannot be compared with ours
+SAID = "nasctl"  # the description's one entry: safetensors writes several in no fixed order
 
 #: what an optimiser's state is called here -> in the optimiser
 SLOTS = {"momentum": "momentum_buffer", "ema": "ema"}
@@ -39,9 +48,9 @@ def save(
 
 def load(path: Path, net: nn.Module, optimiser: torch.optim.Optimizer, fingerprint: str) -> int:
     """Fill `net` and `optimiser` from `path`; return the steps done (0 if there is no file)."""
-    if not path.exists():
+    tensors, meta = _shared(path)
+    if not tensors:
         return 0
-    tensors, meta = read(path)
     if meta.get("fingerprint") != _digest(fingerprint):
         raise NasctlError(
             "the saved training state belongs to another recipe or other data",
@@ -54,11 +63,19 @@ def load(path: Path, net: nn.Module, optimiser: torch.optim.Optimizer, fingerpri
 
 def safe(path: Path) -> tuple[dict[str, Tensor], str]:
     """The earlier state and the notes in a saved one; nothing if there is no file."""
-    if not path.exists():
-        return {}, ""
-    tensors, meta = read(path)
+    tensors, meta = _shared(path)
     found = {k.removeprefix("safe."): t for k, t in tensors.items() if k.startswith("safe.")}
     return found, meta.get("notes", "")
+
+
+def _shared(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata, on every process; nothing if there is no file.
+
+    The first process alone reads; the others get the content from it and need no common disk.
+    """
+    workers = parallel.workers()
+    content = workers.share(_content(path) if workers.first and path.exists() else b"")
+    return _parse(content, path) if content else ({}, {})
 
 
 def state(net: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -109,16 +126,90 @@ def write(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; raises NasctlError if it is none."""
+    return _parse(_content(path), path)
+
+
+def _content(path: Path) -> bytes:
     try:
-        with safe_open(path, framework="pt") as opened:
-            return {k: opened.get_tensor(k) for k in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise NasctlError(
-            f"damaged or not a safetensors file ({error})",
-            where=str(path),
-            next="Delete it to train this stage again; the rest of the run is kept.",
-        ) from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise _damaged(path, str(error)) from error
+    if not content:  # which `share` would take for no file at all
+        raise _damaged(path, "it is empty")
+    return content
+
+
+def _parse(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        tensors = safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from error
+    # the library reads metadata from files only; it has just found this header to be sound
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return tensors, header.get("__metadata__", {})
+
+
+def _damaged(path: Path, why: str) -> NasctlError:
+    return NasctlError(
+        f"damaged or not a safetensors file ({why})",
+        where=str(path),
+        next="Delete it to train this stage again; the rest of the run is kept.",
+    )
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---- what weights were trained on ----------------------------------------------------------------
+
+
+def describe(name: str, width: float | None, space: SearchSpace, data: str) -> dict[str, Any]:
+    """What weights of the space `name` at `width` say of themselves; `data` is a fingerprint.
+
+    The genes with their options are in it because rows of genes mean something else, and tensors
+    may still fit, when a space's file changes.
+    """
+    genes = {gene.name: list(gene.options) for gene in space.genes}
+    return {"format": FORMAT, "space": name, "width": width, "data": data, "genes": genes}
+
+
+def write_described(path: Path, net: nn.Module, description: Mapping[str, Any]) -> None:
+    """The weights of `net` with their description inside."""
+    write(path, net.state_dict(), {SAID: json.dumps(description)})
+
+
+def description(meta: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """What the file at `path` says of itself, from its metadata."""
+    try:
+        said = json.loads(meta[SAID])
+    except (KeyError, ValueError) as error:
+        raise NasctlError(
+            "these weights do not say what they were trained on",
+            where=str(path),
+            next="Only files that nasctl wrote as a supernet or a network can be read.",
+        ) from error
+    if not isinstance(said, dict) or said.get("format") != FORMAT:
+        there = said.get("format") if isinstance(said, dict) else None
+        raise NasctlError(
+            f"written in format {there} by another version of nasctl, this one reads {FORMAT}",
+            where=str(path),
+        )
+    return said
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The first thing in which two descriptions differ, in words; empty if nothing does."""
+    for name in ("space", "width"):
+        if there.get(name) != here[name]:
+            return f"{name} is {there.get(name)} there, {here[name]} here"
+    # by content, not by name: training images of the one must not be test images of the other
+    if there.get("data") != here["data"]:
+        return f"other data (sha256 {str(there.get('data'))[:8]} there, {here['data'][:8]} here)"
+    theirs: dict[str, list[int]] = there.get("genes", {})
+    for gene in {**here["genes"], **theirs}:
+        options, before = here["genes"].get(gene), theirs.get(gene)
+        if options != before:
+            return f"the space changed: gene {gene} has options {before} there, {options} here"
+    return ""

@@ -1,7 +1,8 @@
 """The gradient of one training step: its images, and the networks that run on them one by one.
 
 Backward follows each forward pass, so memory holds one network's activations at a time. Everything
-random is drawn on the CPU from (seed, step), so a seed means the same on every device.
+random is drawn on the CPU from (seed, step, shard), so a seed means the same on every device. How a
+step's images are cut into shards, over processes and in time, is `nas.parallel`'s.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nas import parallel
 from nas.data.augment import augment
 from nas.data.randaugment import cutout, randaugment
 from nas.distillation import Lesson
@@ -24,7 +26,10 @@ from nas.recipe import Recipe
 from nas.sampling import Contest
 from nas.tasks import Split, Task
 
-AUGMENT, NOISE = 0, 0x7F4A7C15  # streams; torch seeds from the low 32 bits, where these lie apart
+AUGMENT, NOISE = 0, 1  # streams of a shard's random numbers
+APART = (
+    0x9E3779B1  # 2^32 over the golden ratio: its multiples lie far apart in torch's 32-bit seeds
+)
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,12 @@ class Course:
 
 @dataclass(frozen=True)
 class Batch:
-    """A step's normalised, augmented images, and the same at other resolutions."""
+    """A shard's normalised, augmented images, and the same at other resolutions."""
 
     images: Tensor
     labels: Tensor
+    share: float  # of the step's images
+    noise: Noise | None  # for the largest network
     resized: dict[int, Tensor] = field(default_factory=dict)
 
     def at(self, resolution: int) -> Tensor:
@@ -66,12 +73,21 @@ def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
     return torch.from_numpy(order[at * batch : (at + 1) * batch])
 
 
-def batch(course: Course, step: int, device: torch.device) -> Batch:
+def batches(course: Course, step: int, device: torch.device) -> list[Batch]:
+    """This process's shards of a step."""
     task, recipe = course.task, course.recipe
-    at = batch_indices(len(task.train), recipe.batch, step, recipe.seed)
-    at = at.to(task.train.images.device)
-    images, labels = task.train.images[at].to(device), task.train.labels[at].to(device)
-    generator = _generator(recipe, step, AUGMENT)
+    rows = batch_indices(len(task.train), recipe.batch, step, recipe.seed)
+    made = []
+    for shard, part in parallel.workers().shards(len(rows), recipe.accumulate):
+        at = rows[part].to(task.train.images.device)
+        images, labels = task.train.images[at].to(device), task.train.labels[at].to(device)
+        x = _inputs(task, recipe, images, _generator(recipe, step, shard, AUGMENT))
+        noise = _noise(recipe, _generator(recipe, step, shard, NOISE))
+        made.append(Batch(x, labels, len(at) / len(rows), noise))
+    return made
+
+
+def _inputs(task: Task, recipe: Recipe, images: Tensor, generator: torch.Generator) -> Tensor:
     images = augment(images, generator, flip=task.flip, pad=task.pad)
     if recipe.operations:
         images = randaugment(
@@ -79,16 +95,17 @@ def batch(course: Course, step: int, device: torch.device) -> Batch:
         )
     if recipe.cutout:
         images = cutout(images, generator, share=recipe.cutout)
-    x = task.normalise(images).contiguous(memory_format=torch.channels_last)
-    return Batch(x, labels)
+    return task.normalise(images).contiguous(memory_format=torch.channels_last)
 
 
-def _generator(recipe: Recipe, step: int, stream: int) -> torch.Generator:
-    return torch.Generator().manual_seed(recipe.seed * 1_000_003 + step + stream)
+def _generator(recipe: Recipe, step: int, shard: int, stream: int) -> torch.Generator:
+    apart = (2 * shard + stream) * APART
+    return torch.Generator().manual_seed(recipe.seed * 1_000_003 + step + apart)
 
 
-def gradients(net: nn.Module, archs: Sequence[Any], course: Course, step: int) -> tuple[float, ...]:
-    """Adds the gradient of the networks' mean loss to `net`; returns each one's loss.
+def gradients(net: nn.Module, archs: Sequence[Any], course: Course, step: int) -> Tensor:
+    """Adds this process's part of the gradient of the networks' mean loss over the step's images to
+    `net`; returns its part of each one's loss.
 
     A lack of device memory becomes one line that says which batch would fit.
     """
@@ -97,13 +114,22 @@ def gradients(net: nn.Module, archs: Sequence[Any], course: Course, step: int) -
     except torch.OutOfMemoryError as error:
         full = str(error).partition("\n")[0]
     # out of the handler, whose traceback would keep the failed step's tensors alive
+    if parallel.workers().size > 1:  # a probe would leave the others waiting
+        raise NasctlError(
+            f"this process's device does not hold its images of a step ({full})",
+            where="--batch",
+            next="Ask for a smaller one, or for more --accumulate.",
+        )
     size, recipe = course.recipe.batch // 2, course.recipe
-    while size >= 2 and not _fits(net, archs, replace(course, recipe=replace(recipe, batch=size))):
+    least = 2 * recipe.accumulate
+    while size >= least and not _fits(
+        net, archs, replace(course, recipe=replace(recipe, batch=size))
+    ):
         size //= 2
     raise NasctlError(
         f"the device's memory does not hold a batch of {recipe.batch} ({full})",
         where="--batch",
-        next=f"--batch {size} fits." if size >= 2 else "Not even a batch of 2 fits.",
+        next=f"--batch {size} fits." if size >= least else f"Not even a batch of {least} fits.",
     )
 
 
@@ -117,28 +143,36 @@ def _fits(net: nn.Module, archs: Sequence[Any], course: Course) -> bool:
     return True
 
 
-def _gradients(
-    net: nn.Module, archs: Sequence[Any], course: Course, step: int
-) -> tuple[float, ...]:
-    device, recipe = device_of(net), course.recipe
-    images = batch(course, step, device)
+def _gradients(net: nn.Module, archs: Sequence[Any], course: Course, step: int) -> Tensor:
+    device = device_of(net)
+    shards = batches(course, step, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=course.recipe.bf16):
+        chosen = [_winner(net, a, shards, course) if isinstance(a, Contest) else a for a in archs]
+    losses = torch.zeros(len(chosen), device=device)
+    for images in shards:
+        losses += images.share * _of_shard(net, chosen, course, images)
+    return losses
+
+
+def _of_shard(net: nn.Module, archs: Sequence[Any], course: Course, images: Batch) -> Tensor:
+    """The losses of the networks on a shard, whose gradients it adds."""
+    device, recipe = images.images.device, course.recipe
     precision = torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16)
     with precision:
         taught = _taught(course, images)
     lesson = Lesson(course.task, recipe, images.labels, taught)
     largest: Tensor | None = None
     losses: list[Tensor] = []
-    for entry in archs:
+    for arch in archs:
         with precision:
-            arch = _winner(net, entry, images, course) if isinstance(entry, Contest) else entry
-            noise = _noise(recipe, step) if largest is None else None
+            noise = images.noise if largest is None else None
             logits = _logits(net, images, arch, noise)
         loss = lesson.loss(logits, largest)
         if largest is None:
             largest = logits.detach()
-        (loss / len(archs)).backward()
+        (images.share * loss / len(archs)).backward()
         losses.append(loss.detach())
-    return tuple(torch.stack(losses).tolist())  # one wait for the device
+    return torch.stack(losses)
 
 
 @torch.no_grad()
@@ -148,10 +182,10 @@ def _taught(course: Course, images: Batch) -> Tensor | None:
     return course.teacher(images.at(course.teacher.arch.resolution)).float()
 
 
-def _noise(recipe: Recipe, step: int) -> Noise | None:
+def _noise(recipe: Recipe, generator: torch.Generator) -> Noise | None:
     if not (recipe.dropout or recipe.drop_connect):
         return None
-    return Noise(recipe.dropout, recipe.drop_connect, _generator(recipe, step, NOISE))
+    return Noise(recipe.dropout, recipe.drop_connect, generator)
 
 
 def _logits(net: nn.Module, images: Batch, arch: Any, noise: Noise | None) -> Tensor:
@@ -161,7 +195,15 @@ def _logits(net: nn.Module, images: Batch, arch: Any, noise: Noise | None) -> Te
 
 
 @torch.no_grad()
-def _winner(net: nn.Module, contest: Contest, images: Batch, course: Course) -> Any:
-    loss = course.task.loss
-    rated = [float(loss(_logits(net, images, a, None), images.labels)) for a in contest.archs]
-    return contest.archs[int(np.argmax(rated) if contest.worst else np.argmin(rated))]
+def _winner(net: nn.Module, contest: Contest, shards: Sequence[Batch], course: Course) -> Any:
+    """By the loss on all of the step's images, so that every process takes the same one."""
+    rated = torch.zeros(len(contest.archs), device=device_of(net))
+    for images in shards:
+        each = [
+            course.task.loss(_logits(net, images, arch, None), images.labels)
+            for arch in contest.archs
+        ]
+        rated += images.share * torch.stack(each)
+    parallel.workers().sum_([rated])
+    best = rated.argmax() if contest.worst else rated.argmin()
+    return contest.archs[int(best)]

@@ -6,7 +6,7 @@ A state on disk is fingerprinted by all of it. Imports without torch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nas.errors import UsageError, unknown
 
@@ -44,6 +44,9 @@ class Recipe:
     bf16: bool = False  # forward passes in bfloat16 where torch's autocast does so
     seed: int = 0
     start: str = ""  # names the initial weights, where they are not the seed's
+    #: micro-batches per process and step. As the number of processes, no part of what identifies a
+    #: training: a state may be continued with another
+    accumulate: int = field(default=1, repr=False)
 
     def __post_init__(self) -> None:
         for name, known in (("policy", POLICIES), ("loss", LOSSES)):
@@ -59,7 +62,13 @@ class Recipe:
             self._check(name, 0 <= getattr(self, name) < 1, "0 to below 1")
         for name in ("magnitude", "cutout"):
             self._check(name, 0 <= getattr(self, name) <= 1, "0 to 1")
-        for name, least in (("n_random", 0), ("operations", 0), ("candidates", 1), ("steps", 0)):
+        for name, least in (
+            ("n_random", 0),
+            ("operations", 0),
+            ("candidates", 1),
+            ("steps", 0),
+            ("accumulate", 1),
+        ):
             self._check(name, getattr(self, name) >= least, f"{least} or more")
         self._check("floor", self.floor is None or 0 < self.floor <= 1, "above 0, up to 1")
 

@@ -22,10 +22,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nas import file
 from nas.errors import NasctlError, UsageError
+from nas.recipe import Recipe
 
 MANIFEST = "run.json"
 #: what stages keep in order to go on: removed when a run starts over
 STATES = ("training.safetensors", "finetune.safetensors", "study.journal")
+#: what of a recipe can be asked for (see there), besides its length
+HOW = (
+    *("batch", "lr", "seed", "floor", "policy", "loss"),
+    *("dropout", "drop_connect", "operations", "cutout", "ema"),
+)
+#: the fields of a spec that a supernet's training reads: all that `nasctl train` has
+TRAINING = ("data", "space", "width", "size", "epochs", "threads", *HOW)
 
 
 class Spec(BaseModel):
@@ -47,6 +55,14 @@ class Spec(BaseModel):
     epochs: float = Field(..., gt=0)
     batch: int = Field(128, ge=2)
     lr: float = Field(0.2, gt=0)
+    floor: float | None = None  # from here on as in Recipe
+    policy: str = "uniform"
+    loss: str = "kl"
+    dropout: float = 0.0
+    drop_connect: float = 0.0
+    operations: int = 0
+    cutout: float = 0.0
+    ema: float = 0.0
     evaluations: int = Field(64, ge=1)
     finetune: float = Field(0.0, ge=0)  # epochs of the chosen network alone; 0: as extracted
     seed: int = Field(0, ge=0)
@@ -54,6 +70,11 @@ class Spec(BaseModel):
     supernet: str | None = None  # a finished run whose supernet is searched instead of a new one
     storage: str | None = None
     study_name: str = "nasctl"
+
+    def recipe(self, n_train: int) -> Recipe:
+        """For a supernet, on `n_train` images; raises UsageError naming the flag that is wrong."""
+        steps = max(1, round(self.epochs * n_train / self.batch))
+        return Recipe(steps=steps, **self.model_dump(include=set(HOW)))
 
     def digest(self, *fields: str) -> str:
         """sha256 of the given fields (all, if none is named)."""
@@ -103,8 +124,12 @@ class Run:
         return self.folder / name
 
     @contextlib.contextmanager
-    def locked(self, spec: Spec | None = None, *, force: bool = False) -> Iterator[Run]:
-        """Make the directory if need be, take its lock and check that it belongs to `spec`.
+    def locked(
+        self, spec: Spec | None = None, *, fields: Sequence[str] = (), force: bool = False
+    ) -> Iterator[Run]:
+        """Make the directory if need be, take its lock and check that it belongs to `spec`: to
+        those `fields` of it, where some are named, so that a search can go on in the directory of
+        a training.
 
         Raises NasctlError if another process works in it or it holds another spec's run; `force`
         starts over in it, whatever it holds.
@@ -122,31 +147,29 @@ class Run:
                     "another process is at work in this run directory", where=str(self.folder)
                 ) from error
             if spec is not None:
-                self._claim(spec, force)
+                self._claim(spec.model_dump(include=set(fields) or None), force)
             yield self
 
-    def _claim(self, spec: Spec, force: bool) -> None:
+    def _claim(self, now: dict[str, Any], force: bool) -> None:
         if force:
             for name in (MANIFEST, *STATES):
                 self.path(name).unlink(missing_ok=True)
         manifest = self.manifest()
-        before, now = manifest.get("spec"), spec.model_dump()
-        if before is not None:  # by an earlier version, perhaps, which had fewer fields
-            defaults = {name: field.get_default() for name, field in Spec.model_fields.items()}
-            before = {**defaults, **before}
-        if before is not None and before != now:
-            changed = [
-                f"{k} {before.get(k)!r} there, {now[k]!r} here"
-                for k in now
-                if before.get(k) != now[k]
-            ]
+        before = manifest.get("spec", {})
+        changed = [
+            f"{k} {before[k]!r} there, {now[k]!r} here"
+            for k in now.keys() & before.keys()
+            if before[k] != now[k]
+        ]
+        if changed:
             raise UsageError(
-                f"{self.folder} holds a run with another spec: {'; '.join(changed)}",
+                f"{self.folder} holds a run with another spec: {'; '.join(sorted(changed))}",
                 where="--run",
                 next="Use another --run (--supernet keeps this one's), or --force to start over.",
             )
-        if before != now:
-            self.write_json(MANIFEST, {"stages": {}, **manifest, "spec": now})
+        merged = {**before, **now}
+        if before != merged:
+            self.write_json(MANIFEST, {"stages": {}, **manifest, "spec": merged})
 
     def manifest(self) -> dict[str, Any]:
         """`run.json`, or nothing if there is none yet; raises NasctlError if it is damaged."""
@@ -154,7 +177,9 @@ class Run:
         if not path.exists():
             return {}
         manifest = self.read_json(MANIFEST)
-        if not isinstance(manifest, dict) or not {"spec", "stages"} <= manifest.keys():
+        if not isinstance(manifest, dict) or not all(
+            isinstance(manifest.get(name), dict) for name in ("spec", "stages")
+        ):
             raise NasctlError("not a run's manifest", where=str(path))
         return manifest
 

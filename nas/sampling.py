@@ -33,7 +33,7 @@ Archs = Callable[[int], list[Any]]
 @dataclass(frozen=True)
 class Contest:
     """Networks of one cost, of which a step trains the one with the lowest (or the highest) loss on
-    its images before the step. Several processes must agree on whose images are meant."""
+    its images (those of all processes) before the step."""
 
     archs: tuple[Any, ...]
     worst: bool

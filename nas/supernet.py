@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas import checkpoint
+from nas import checkpoint, parallel
 from nas.collapse import MAX_HALVINGS, Watch
 from nas.elastic import Network
 from nas.errors import NasctlError
@@ -80,12 +80,13 @@ def train(
     (or a Contest for one): the first learns from the labels, the others from the first.
 
     With `resume`, the state is saved to that file every `save_every_s` seconds and when the caller
-    closes the generator, and a state found there is continued.
+    closes the generator, and a state found there is continued. Of several processes the first alone
+    reads and writes it; all have to take the same steps and close at the same one.
 
     A collapse (the loss is not finite, or back at chance for 20 steps) returns to the last sound
     state, kept every SAFE_EVERY steps, with half the learning rate. Raises NasctlError after
-    MAX_HALVINGS of these, if the file belongs to another recipe, or if a batch does not fit the
-    device's memory.
+    MAX_HALVINGS of these, if the file belongs to another recipe, if a batch does not fit the
+    device's memory, or if another process is gone.
     """
     return taught(net, archs, Course(task, recipe), resume=resume, save_every_s=save_every_s)
 
@@ -142,7 +143,10 @@ class _Training:
 
     def step(self, archs: Sequence[Any]) -> tuple[float, ...]:
         """One step forward, or after a collapse the return to a sound state."""
-        losses = gradients(self.net, archs, self.course, self.done)
+        found = gradients(self.net, archs, self.course, self.done)
+        grads = [p.grad for p in self.net.parameters() if p.grad is not None]
+        parallel.workers().sum_([*grads, found])
+        losses = tuple(found.tolist())  # one wait for the device
         self.watch = self.watch.after(losses, self.chance)
         if self.watch.collapsed:
             self._roll_back()
@@ -175,7 +179,7 @@ class _Training:
         self.done, self.watch = self.safe_step, self.watch.rolled_back()
 
     def save(self) -> None:
-        if self.path is None:
+        if self.path is None or not parallel.workers().first:
             return
         notes = json.dumps({"watch": asdict(self.watch), "safe_step": self.safe_step})
         checkpoint.save(

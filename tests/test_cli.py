@@ -218,7 +218,7 @@ def test_a_damaged_supernet_is_one_line(content, nasctl, copied):
 
 def test_a_supernet_of_another_space_or_of_no_run_is_one_line(nasctl, copied):
     words = ("search", "--hw", "jetson", "--supernet", copied, "--run", "new")
-    assert_one_line(nasctl(*words), 1, "trained with other width")
+    assert_one_line(nasctl(*words), 1, "width is 0.25 there, None here")
     assert_one_line(nasctl(*TINY, "--supernet", "none", "--run", "b"), 1, "no trained supernet")
 
 

@@ -1,0 +1,173 @@
+"""A supernet as the verbs use it: trained into a run, described, and read back from there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cli import console
+from nas import checkpoint, parallel, supernet, tasks
+from nas import run as runs
+from nas import space as spaces
+from nas.elastic import Network, channels_last
+from nas.errors import NasctlError, UsageError
+from nas.run import Run, Spec
+from nas.space import SearchSpace
+from nas.supernet import Recipe, Step
+from nas.tasks import Task
+
+SUPERNET, STATE = "supernet.safetensors", "training.safetensors"
+ARCH = "arch.json"  # the network that a search chose
+
+
+@dataclass(frozen=True)
+class Training:
+    """The resolved inputs of a supernet's training and what they imply."""
+
+    spec: Spec
+    run: Run
+    task: Task
+    space: SearchSpace
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.spec.recipe(len(self.task.train))
+
+    @property
+    def train_key(self) -> str:
+        fields = [name for name in runs.TRAINING if name != "data"]  # whose content counts
+        return runs.digest([self.spec.digest(*fields), self.task.fingerprint])
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What weights trained here say of themselves."""
+        spec = self.spec
+        return checkpoint.describe(spec.space, spec.width, self.space, self.task.fingerprint)
+
+    @property
+    def supernet_path(self) -> Path:
+        """The supernet's file, in this run or in the one that it was taken from."""
+        own = self.spec.supernet
+        return (Path(own) if own else self.run.folder) / SUPERNET
+
+
+def space_for(spec: Spec, task: Task) -> SearchSpace:
+    """The spec's space for the task's images."""
+    return spaces.load(
+        spec.space,
+        channels=task.channels,
+        classes=task.n_classes,
+        size=task.size,
+        width=spec.width,
+    )
+
+
+def opened(folder: Path) -> Training:
+    """The training of a run whose supernet is finished, with its data.
+
+    Raises UsageError if there is no run, NasctlError if there is no finished supernet in it.
+    """
+    run = Run(folder)
+    if not run.path(runs.MANIFEST).is_file():
+        raise UsageError(f"no run in {folder}", where="RUN", next="See the runs/ folder.")
+    recorded = run.manifest()["spec"]
+    if recorded.get("supernet") is None and not run.unchanged("train"):
+        raise NasctlError(
+            "stage 'train' is not finished, or its files were changed since",
+            where=str(folder),
+            next="Run its `nasctl train` or `nasctl search` again first.",
+        )
+    spec = runs.make_spec(recorded)
+    task = tasks.load(spec.data, size=spec.size)
+    torch.set_num_threads(spec.threads)
+    return Training(spec, run, task, space_for(spec, task))
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def fresh_supernet(training: Training) -> Network:
+    """The space's largest network, initialised from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.spec.seed)  # torch's initialisers know no other generator
+        net = training.space.build(training.space.decode(training.space.largest))
+    return channels_last(net)
+
+
+def train_supernet(training: Training, recipe: Recipe) -> None:
+    """Train and write the supernet; goes on where it was interrupted.
+
+    In a process group every process calls this with the same recipe; the first writes.
+    """
+    workers = parallel.workers()
+    net, state = fresh_supernet(training), training.run.path(STATE)
+    archs = supernet.sandwich(training.space, recipe)
+    steps = supernet.train(net, archs, training.task, recipe, resume=state)
+    follow(steps, recipe.steps, "training the supernet")
+    if workers.first:
+        said = {
+            **training.description,
+            "processes": workers.size,
+            "accumulate": recipe.accumulate,
+        }
+        checkpoint.write_described(training.run.path(SUPERNET), net, said)
+
+
+def follow(steps: Generator[Step, None, None], total: int, title: str) -> None:
+    """Train under a progress bar; Ctrl-C stops between two steps, where the state is saved, and all
+    processes of a group at the same step."""
+    workers = parallel.workers()
+    with (
+        console.bar(title, total) as update,
+        console.deferred_interrupt(once=workers.size == 1) as interrupted,
+    ):
+        for step in steps:
+            names = ("largest", "smallest") if len(step.losses) > 1 else ("",)
+            shown = zip(step.losses, names, strict=False)
+            update(step.step, "loss " + ", ".join(f"{loss:.3f} {name}" for loss, name in shown))
+            if workers.any(interrupted()) and step.step < step.steps:
+                steps.close()  # saves
+                workers.wait()  # the launcher ends all processes as soon as one has left
+                raise KeyboardInterrupt
+
+
+def step_seconds(training: Training, recipe: Recipe) -> tuple[float, nn.Module]:
+    """Seconds per step, from three steps after the first, and the network they trained."""
+    net = fresh_supernet(training)
+    steps = supernet.train(net, supernet.sandwich(training.space, recipe), training.task, recipe)
+    next(steps)  # the first step also allocates
+    n = min(3, recipe.steps - 1)
+    start = time.monotonic()
+    for _ in range(n):
+        next(steps)
+    return (time.monotonic() - start) / max(1, n), net
+
+
+# ---- a finished one ------------------------------------------------------------------------------
+
+
+def finished_supernet(training: Training) -> Network:
+    """The supernet that this run trained or took from another, its weights read from the file.
+
+    Raises NasctlError, naming the difference, if they are of another space, version or data.
+    """
+    path = training.supernet_path
+    tensors, meta = checkpoint.read(path)
+    require_same(training, meta, path)
+    net = fresh_supernet(training)
+    checkpoint.fill(net, tensors, path)
+    return net
+
+
+def require_same(training: Training, meta: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """What the file says of itself; raises NasctlError if it does not fit what is here."""
+    said = checkpoint.description(meta, path)
+    if differs := checkpoint.difference(said, training.description):
+        raise NasctlError(f"these weights are of something else: {differs}", where=str(path))
+    return said
