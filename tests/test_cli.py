@@ -68,6 +68,7 @@ def assert_one_line(outcome, code, *fragments):
         ("search --macs 200MB", ["--macs: '200MB' is not a number of MACs"]),
         ("search --params 2M", ["--params: '2M' is not", "as in 2Mparams"]),
         ("search --memory 8", ["--memory: '8' has no unit", "as in 8MB"]),
+        ("search --energy 8", ["--energy: '8' has no unit", "as in 40mJ"]),
         ("search --memory 0MB", ["--memory: a budget must be above zero"]),
         ("search --memory 1e999MB", ["--memory: "]),
         ("search --strategy nsga", ["--strategy: unknown strategy 'nsga'", "Did you mean nsga2?"]),
@@ -113,6 +114,19 @@ def test_an_infeasible_budget_of_any_kind_says_what_would_do(flag, budget, nasct
     assert_one_line(outcome, 3, f"{flag}: no network", "the smallest found needs", "Arch(")
     offered = re.search(r"Ask for ([0-9]+[A-Za-z]+)", outcome.err)[1]
     assert nasctl(*TINY, flag, offered, "--run", "s").code == 130
+
+
+def test_an_energy_budget_takes_measured_energies(nasctl, monkeypatch):
+    def reached(job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cli.stages.trained_supernet", reached)
+    assert_one_line(nasctl(*TINY, "--energy", "1mJ"), 1, "--energy: nobody", "allowed: jetson-tx2")
+    measured = [word if word != "jetson" else "jetson-tx2" for word in TINY]
+    outcome = nasctl(*measured, "--energy", "1uJ", "--run", "r")
+    assert_one_line(outcome, 3, "--energy: no network", "the smallest found needs")
+    offered = re.search(r"Ask for ([0-9]+mJ)", outcome.err)[1]
+    assert nasctl(*measured, "--energy", offered, "--run", "s").code == 130
 
 
 def test_every_strategy_keeps_every_budget_and_the_report_says_so(nasctl, workdir):
