@@ -8,6 +8,9 @@ ten outputs instead of a hundred. `--write` fits the shipped table.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -16,8 +19,9 @@ from scipy.stats import kendalltau
 from benchmarks import contract, latency_data
 from hw_profiles import device, energy, op
 from hw_profiles.latency import Array
+from hw_profiles.op import Op
 
-BOARD, COLUMN = "jetson-tx2", "edgegpu"
+BOARD, COLUMN, SPACE = "jetson-tx2", "edgegpu", "nasbench201"
 FITTED_ON = (30, 100, 900)
 DRAWS = 5
 ORIGIN = (
@@ -42,6 +46,62 @@ def line(x: Array, y: Array) -> Array:
     return np.asarray(np.linalg.lstsq(design / y[:, None], np.ones(len(y)), rcond=None)[0])
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Networks with their millijoules, measured twice, and milliseconds."""
+
+    ops: Sequence[Sequence[Op]]
+    mj: Array
+    again: Array
+    ms: Array
+
+    @classmethod
+    def of(cls, folder: Path) -> Measured:
+        family = latency_data.nb201(folder.parent, None)
+        assert family.index is not None
+        stored = parquet.read_table(folder / "nb201_hw.parquet").to_pydict()
+        mj, again = (
+            np.array(stored[f"{data}_{COLUMN}_energy_mj"])[family.index]
+            for data in ("cifar100", "cifar10")
+        )
+        return cls(family.ops, mj, again, family.times[COLUMN])
+
+
+def scored(found: Measured, n: int, seed: int) -> dict[str, dict[str, float]]:
+    """way -> its scores, with `n` networks fitted and 3,000 others tried."""
+    order = np.random.default_rng((seed, n)).permutation(len(found.mj))
+    fit, test = order[:n], order[n : n + 3000]
+    samples = [(found.ops[at], float(found.mj[at])) for at in fit]
+    table = energy.fit(samples, device.load(BOARD), space=SPACE, origin="", licence="")
+    estimates = [table.estimate(found.ops[at], SPACE) for at in test]
+    macs = np.array([float(op.macs(ops)) for ops in found.ops])
+    a, b = line(macs[fit], found.mj[fit])
+    by = {
+        "table": np.array([one.value_mj for one in estimates]),
+        "MACs": a + b * macs[test],
+        "measured latency x mean power": found.ms[test] * np.mean(found.mj[fit] / found.ms[fit]),
+        "measured again (CIFAR-10)": found.again[test],
+    }
+    scores = {way: score(predicted, found.mj[test]) for way, predicted in by.items()}
+    inside = [
+        one.low_mj <= mj <= one.high_mj for one, mj in zip(estimates, found.mj[test], strict=True)
+    ]
+    scores["table"]["covered"] = 100 * float(np.mean(inside))
+    return scores
+
+
+def write(found: Measured) -> None:
+    samples = list(zip(found.ops, found.mj.tolist(), strict=True))
+    table = energy.fit(
+        samples,
+        device.load(BOARD),
+        space=SPACE,
+        origin=ORIGIN.format(n=len(samples)),
+        licence="MIT (HW-NAS-Bench)",
+    )
+    table.save(device.FOLDER / f"{BOARD}.energy.json")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = contract.parser(__doc__)
     parser.add_argument("--write", action="store_true", help="rewrite the shipped table")
@@ -50,58 +110,22 @@ def main(argv: list[str] | None = None) -> int:
     folder = contract.data("hwnasbench")
     if folder is None or contract.data("help_latency") is None:
         return outcome.skip("NASCTL_DATA has no hwnasbench and help_latency folders")
-    family = latency_data.nb201(folder.parent, None)
-    assert family.index is not None
-    stored = parquet.read_table(folder / "nb201_hw.parquet").to_pydict()
-    mj, again = (
-        np.array(stored[f"{data}_{COLUMN}_energy_mj"])[family.index]
-        for data in ("cifar100", "cifar10")
-    )
-    ms = family.times[COLUMN]
-    board = device.load(BOARD)
-    macs = np.array([float(op.macs(ops)) for ops in family.ops])
+    found = Measured.of(folder)
     rows: list[list[object]] = []
     for n in FITTED_ON[:2] if options.quick else FITTED_ON:
-        found: dict[str, list[dict[str, float]]] = {}
-        for seed in range(2 if options.quick else DRAWS):
-            order = np.random.default_rng((seed, n)).permutation(len(mj))
-            fit, test = order[:n], order[n : n + 3000]
-            samples = [(family.ops[at], float(mj[at])) for at in fit]
-            table = energy.fit(samples, board, space="nasbench201", origin="", licence="")
-            estimates = [table.estimate(family.ops[at], "nasbench201") for at in test]
-            value = np.array([one.value_mj for one in estimates])
-            a, b = line(macs[fit], mj[fit])
-            by = {
-                "table": value,
-                "MACs": a + b * macs[test],
-                "measured latency x mean power": ms[test] * np.mean(mj[fit] / ms[fit]),
-                "measured again (CIFAR-10)": again[test],
+        draws = [scored(found, n, seed) for seed in range(2 if options.quick else DRAWS)]
+        for way in draws[0]:
+            means = {
+                name: float(np.mean([draw[way].get(name, np.nan) for draw in draws]))
+                for name in ("mape", "within_10", "worst", "tau", "covered")
             }
-            for way, predicted in by.items():
-                found.setdefault(way, []).append(score(predicted, mj[test]))
-            inside = [
-                one.low_mj <= mj[at] <= one.high_mj for one, at in zip(estimates, test, strict=True)
-            ]
-            found["table"][-1]["covered"] = 100 * float(np.mean(inside))
-        for way, scores in found.items():
-            row: list[object] = [n, way]
-            for name in ("mape", "within_10", "worst", "tau", "covered"):
-                mean = float(np.mean([one.get(name, float("nan")) for one in scores]))
-                row.append(mean)
-                if np.isfinite(mean):
-                    outcome.figures[f"{n}.{way}.{name}"] = mean
-            rows.append(row)
+            rows.append([n, way, *means.values()])
+            known = {name: value for name, value in means.items() if np.isfinite(value)}
+            outcome.figures |= {f"{n}.{way}.{name}": value for name, value in known.items()}
     header = ("fitted on", "predicted by", "MAPE %", "in 10 %", "worst %", "tau", "inside 90 %")
     print(contract.table(header, rows))
     if options.write:
-        samples = list(zip(family.ops, mj.tolist(), strict=True))
-        energy.fit(
-            samples,
-            board,
-            space="nasbench201",
-            origin=ORIGIN.format(n=len(samples)),
-            licence="MIT (HW-NAS-Bench)",
-        ).save(device.FOLDER / f"{BOARD}.energy.json")
+        write(found)
     return outcome.finish(options.save)
 
 

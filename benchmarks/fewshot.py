@@ -48,19 +48,23 @@ def tables(data: latency_unseen.Set, known: calibrate.Index) -> dict[str, Latenc
 
 
 def judged(
-    data: latency_unseen.Set, target: str, lenders: Mapping[str, LatencyTable], seed: int
+    data: latency_unseen.Set,
+    target: str,
+    lenders: Mapping[str, LatencyTable],
+    known: calibrate.Index,
+    seed: int,
 ) -> dict[str, dict[str, float]]:
-    """way -> its scores on `target`."""
+    """way -> its scores on `target`, on networks other than those `known` to the lenders."""
     rng = np.random.default_rng((seed, 1))
     ops, times = data.family.ops, data.family.times[target]
-    measured = rng.permutation(np.flatnonzero(~np.isnan(times)))
+    measured = rng.permutation(np.setdiff1d(np.flatnonzero(~np.isnan(times)), known))
     pool, test = measured[:POOL], measured[POOL : POOL + TEST]
     space, device = data.family.name, latency_data.device_of(target)
     networks = [ops[at] for at in pool]
-    known = fewshot.sources(list(lenders.values()), networks, space, rng)
-    shown = [int(at) for at in pool[transfer.choose(known, data.rows[pool], SHOWN)]]
+    sources = fewshot.sources(list(lenders.values()), networks, space, rng)
+    shown = [int(at) for at in pool[transfer.choose(sources, data.rows[pool], SHOWN)]]
     samples = [(ops[at], float(times[at])) for at in shown]
-    adapted = transfer.adapt(known, data.rows[shown], times[shown])
+    adapted = transfer.adapt(sources, data.rows[shown], times[shown])
     table = fewshot.table(adapted, samples, networks, device, space)
     alone = calibrate.fit(samples, device, space=space, source_text="")
     true = times[test]
@@ -109,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
             names = latency_unseen.strangers(data.columns, target)
             if not names:
                 continue
-            scores = judged(data, target, {name: every[name] for name in names}, 0)
+            scores = judged(data, target, {name: every[name] for name in names}, known, 0)
             for way, one in scores.items():
                 found.setdefault(way, []).append(one)
             rows.append([data.family.name, target, *(one["within_10"] for one in scores.values())])

@@ -44,7 +44,10 @@ def command(
     limit = console.parse_seconds(duration, "--duration")
     # what a loop over the file will show: the median of calls in a row, not the fastest
     plan = Plan(rounds=20, inner=10, per_round=statistics.median, time_limit_s=limit)
-    timing, told = (_here if on == "local" else _there)(model, setting, plan, on, seed)
+    if on == "local":
+        timing, told = _here(model, setting, plan, seed, board.kind)
+    else:
+        timing, told = _there(model, setting, plan, seed, on)
     row = {"model": str(model), "device": board.name, "on": on, **told, **asdict(timing)}
     if json:
         return console.emit_json(row)
@@ -74,7 +77,7 @@ def command(
 
 
 def _here(
-    model: Path, setting: Setting, plan: Plan, on: str, seed: int
+    model: Path, setting: Setting, plan: Plan, seed: int, kind: str
 ) -> tuple[Timing, dict[str, Any]]:
     import random
 
@@ -96,7 +99,7 @@ def _here(
         reference=ops_call(reference_ops(), rng),
         instruments=protocol.Instruments(clock=clock),
     )
-    sensor = power.sensor()
+    sensor = power.sensor(kind)
     used = power.per_call(lambda: runtime.run(session, feeds), sensor) if sensor else None
     return found.timings[0], {
         "energy": asdict(used) if used else None,
@@ -108,7 +111,7 @@ def _here(
 
 
 def _there(
-    model: Path, setting: Setting, plan: Plan, on: str, seed: int
+    model: Path, setting: Setting, plan: Plan, seed: int, on: str
 ) -> tuple[Timing, dict[str, Any]]:
     from hw_profiles import measure, runtimes
     from hw_profiles.remote import over_ssh, ssh

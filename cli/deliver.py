@@ -115,6 +115,7 @@ def _measure(job: Job, candidates: list[Candidate]) -> None:
             networks,
             rng=np.random.default_rng((job.spec.seed, 6)),
             plan=measure.Plan(time_limit_s=30),
+            pace=_pace(job),
             progress=lambda share: update(share, ""),
         )
     found = {slot: timing.median_ms for slot, timing in zip(wanted, timings, strict=True)}
@@ -256,6 +257,13 @@ def _export(job: Job, net: Network, candidate: Candidate, path: Path) -> Deliver
     return Delivery(candidate, net, _time(job, path), error)
 
 
+def _pace(job: Job) -> measure.Pace:
+    """How fast this machine was when the run's table was made: what counts as quiet now."""
+    path = job.run.path(stages.TABLE)
+    said = LatencyTable.load(path).provenance if path.exists() else {}
+    return measure.Pace(float(said.get("pace_ms", math.inf)))
+
+
 def _time(job: Job, path: Path) -> verify.Measured | None:
     """Latency of the file, where the device is this machine."""
     if not job.device.local:
@@ -263,12 +271,8 @@ def _time(job: Job, path: Path) -> verify.Measured | None:
     # Medians of calls in a row, not the fastest: what a user's own loop over the file will show.
     # (The first calls after other work are slower, up to twice on 0.1 ms networks; p95 has them.)
     plan = measure.Plan(inner=50, per_round=statistics.median, rounds=10, time_limit_s=10)
-    # held to the pace at which this machine's table was measured, if it says so
-    own = job.run.path(stages.TABLE)
-    known = LatencyTable.load(own).provenance if own.exists() else {}
-    pace = measure.Pace(float(known.get("pace_ms", math.inf)))
     rng = np.random.default_rng((job.spec.seed, 7))
-    timing = verify.latency(path, rng=rng, plan=plan, pace=pace)
+    timing = verify.latency(path, rng=rng, plan=plan, pace=_pace(job))
     runtime = f"ONNX Runtime {onnxruntime.version()}, 1 thread, batch 1"
     return verify.Measured(timing, job.device.name, runtime)
 
@@ -354,6 +358,8 @@ def _notes(job: Job, table: LatencyTable) -> list[str]:
     if interval.coverage is not None:
         covered = f"covered {interval.coverage:.0%} of {interval.n} held-out measurements"
         notes.append(f"the latency interval: {interval.how}; it {covered}")
+    if joules := energy.stored(job.device):
+        notes.append(f"energy: predicted, not measured; {joules.interval(job.spec.space).how}")
     if job.device.local:
         notes.append(
             "latencies in the front's table: measured as graphs of the same operators with random "

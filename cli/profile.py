@@ -80,7 +80,7 @@ def command(
     folder = out or Path(os.environ.get("NASCTL_PROFILES", "profiles"))
     header = {**asdict(setting), "device": board.name, "on": on, "seed": seed, **_here(on)}
     header |= {"space": space or "", **{k: v for k, v in shape.items() if v is not None}}
-    lent = _lent(lenders, space, shape, seed, networks)
+    lent = _lent(lenders, board.name, space, shape, seed, networks)
     plan = lent.plan if lent else _plan(space, shape, seed, seconds)
     table = _table(folder, board, header) if validate else None
     if validate:
@@ -97,13 +97,13 @@ def command(
             console.emit_json({**header, "estimated_seconds": _estimate(plan, on, seconds)})
         return None
     if (carried := measuring.files(on)) is not None:
-        there = _carried(carried, plan, setting, seed)
+        there = _carried(carried, plan, board.name, setting, seed)
         if there is None:
             return None
         plan = there
     path = folder / _file(board, validate)
-    if validate:
-        path.unlink(missing_ok=True)  # a validation is of its own time
+    if validate or carried is not None:  # of its own time; or the files say it all, and may change
+        path.unlink(missing_ok=True)
     timings = Timings(path, header)
     known = table.provenance.get("pace_ms", math.inf) if table else timings.pace_ms
     measure = measuring.backend(on, setting, seed, folder, Pace(float(known)))
@@ -134,7 +134,8 @@ def _table(folder: Path, board: Device, header: dict[str, Any]) -> LatencyTable:
 
     path = folder / f"{board.name}.table.json"
     table = LatencyTable.load(path)
-    names = ("runtime", "precision", "threads", "batch", "on")
+    names = ["runtime", "precision", "threads", "batch", *_here(str(header["on"]))]
+    names += [] if "ingested" in table.provenance else ["on"]  # theirs was measured elsewhere
     if differs := [
         name for name in names if table.provenance.get(name, header[name]) != header[name]
     ]:
@@ -146,10 +147,11 @@ def _unseen(plan: Plan, path: Path) -> Plan:
     """The plan without the networks that the profile in this file measured."""
     import json
 
+    from hw_profiles import lines
     from hw_profiles.profile import Plan, digest
 
-    lines = path.read_text().splitlines()[1:] if path.is_file() else []
-    seen = {name for line in lines for name in json.loads(line)["timings"]}
+    rows = [json.loads(line) for line in lines.whole(path)][1:] if path.is_file() else []
+    seen = {name for row in rows for name in row["timings"]}
     parts = (plan.mine, plan.chains, plan.held_out)
     return Plan(plan.space, *([ops for ops in part if digest(ops) not in seen] for part in parts))
 
@@ -193,7 +195,12 @@ class Lent:
 
 
 def _lent(
-    lenders: str | None, space: str | None, shape: dict[str, Any], seed: int, n: int
+    lenders: str | None,
+    device: str,
+    space: str | None,
+    shape: dict[str, Any],
+    seed: int,
+    n: int,
 ) -> Lent | None:
     if lenders is None:
         return None
@@ -208,7 +215,16 @@ def _lent(
     from hw_profiles.profile import MIN_HELD_OUT, Plan
     from nas import space as spaces
 
-    tables = [latency.table(devices.load(name.strip())) for name in lenders.split(",")]
+    tables = []
+    for name in lenders.split(","):
+        table = latency.table(devices.load(name.strip()))
+        if table.source == "analytic" or table.device == device:
+            raise UsageError(
+                f"{table.device} has no measurements to lend",
+                where="--from",
+                allowed="other devices whose tables are measured or calibrated (nasctl devices)",
+            )
+        tables.append(table)
     found = spaces.load(space, **shape)
     rows = np.unique(found.sample(np.random.default_rng((seed, 11)), POOL), axis=0)
     rows = np.random.default_rng((seed, 12)).permutation(rows)
@@ -219,7 +235,7 @@ def _lent(
     return Lent(Plan(space, [pool[at] for at in chosen], [], held_out), sources, pool)
 
 
-def _carried(folder: Path, plan: Plan, setting: Setting, seed: int) -> Plan | None:
+def _carried(folder: Path, plan: Plan, device: str, setting: Setting, seed: int) -> Plan | None:
     """The plan's networks that came back with a time; None where the folder must travel first."""
     import numpy as np
 
@@ -227,18 +243,14 @@ def _carried(folder: Path, plan: Plan, setting: Setting, seed: int) -> Plan | No
     from hw_profiles.remote import offline
 
     order = plan.order()
-    came = offline.there(folder, order) if folder.is_dir() else []
+    board = offline.Board(device, setting.runtime, setting.precision or "fp32", setting.batch)
+    # also where some came back: what a longer budget adds, and the order of what is left
+    offline.write(folder, order, board, np.random.default_rng((seed, 14)))
+    came = offline.there(folder, order)
     if came:
         console.say(f"{len(came)} of {len(order)} networks came back with a time", "files")
         parts = (plan.mine, plan.chains, plan.held_out)
         return Plan(plan.space, *([ops for ops in part if ops in came] for part in parts))
-    offline.write(
-        folder,
-        order,
-        batch=setting.batch,
-        precision=setting.precision or "fp32",
-        rng=np.random.default_rng((seed, 14)),
-    )
     console.say(
         f"copy {folder} to the board, run ./{offline.SCRIPT} in it, copy it back, and give the "
         "same command again",
@@ -270,7 +282,8 @@ def _measure(
                 update(done + share * (len(order) - done), "")
 
             tell(0.0)
-            timings.measure(missing, measure, enough=enough, progress=tell)
+            # all of them: what is missing is then cut into the same groups as before a stop
+            timings.measure(order, measure, enough=enough, progress=tell)
             if not again:
                 break
 

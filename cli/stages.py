@@ -70,9 +70,11 @@ def latency_table(job: Job) -> LatencyTable:
         return latencies.table(job.device)
     if (stored := latencies.stored(job.device)) is not None:
         wanted = _made_for(job)
-        differs = [name for name in wanted if stored.provenance.get(name) != wanted[name]]
+        said = {"width": 0.0, **stored.provenance}  # nothing is said of a space's own width
+        differs = [name for name in wanted if said.get(name) != wanted[name]]
         if not differs:
             console.say(f"  {stored.origin}, {stored.provenance.get('created', 'undated')}")
+            job.run.write_text(TABLE, stored.model_dump_json(indent=1) + "\n")
             return stored
         console.say(f"  the stored table is of another {', '.join(differs)}: measuring anew")
     images = [job.task.channels, job.task.size, job.task.n_classes]
@@ -93,8 +95,8 @@ def _made_for(job: Job) -> dict[str, str | int | float]:
     """What `nasctl profile` must have said of a table of this machine for it to serve this run."""
     task, spec = job.task, job.spec
     images = {"size": task.size, "channels": task.channels, "classes": task.n_classes}
-    width = {} if spec.width is None else {"width": spec.width}
-    return {**verify.runs_in(), "threads": 1, "space": spec.space, **images, **width}
+    own = {"threads": 1, "space": spec.space, "width": 0.0 if spec.width is None else spec.width}
+    return {**verify.runs_in(), **own, **images}
 
 
 def _profile(job: Job) -> None:

@@ -35,7 +35,7 @@ class EnergyEstimate:
     value_mj: float
     low_mj: float
     high_mj: float
-    source: Literal["calibrated"] = "calibrated"
+    source: Literal["calibrated", "analytic"]  # analytic: with terms that were never measured
 
 
 class EnergyTerms(BaseModel):
@@ -59,6 +59,7 @@ class EnergyTable(BaseModel):
     fitted_on: tuple[str, ...]
     constant_mj: NonNegativeFloat
     terms: dict[str, EnergyTerms]
+    fitted_kinds: tuple[str, ...]  # kinds of operator in the networks; others borrow their terms
     same: Interval
     cross: Interval
 
@@ -82,9 +83,11 @@ class EnergyTable(BaseModel):
         return value, value * interval.low, value * interval.high
 
     def estimate(self, ops: Iterable[Op], space: str) -> EnergyEstimate:
-        total = sum((self.columns(op) for op in ops), start=np.zeros(1))
+        every = list(ops)
+        total = sum((self.columns(op) for op in every), start=np.zeros(1))
         value, low, high = (float(part) for part in self.combine(total, space))
-        return EnergyEstimate(value, low, high)
+        known = all(op.kind in self.fitted_kinds for op in every)
+        return EnergyEstimate(value, low, high, "calibrated" if known else "analytic")
 
     def save(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -106,9 +109,8 @@ def stored(device: Device) -> EnergyTable | None:
             continue
         found = EnergyTable.load(path)
         there = (found.device, found.runtime, found.precision)
-        if there != (wanted := (device.name, device.runtime, device.precision)):
-            raise NasctlError(f"is for {' '.join(there)}, not {' '.join(wanted)}", where=str(path))
-        return found
+        if there == (device.name, device.runtime, device.precision):
+            return found  # of another precision it says nothing on this one
     return None
 
 
@@ -117,7 +119,8 @@ def required(device: Device) -> EnergyTable:
     if (found := stored(device)) is None:
         known = [name for name in devices.names() if stored(devices.load(name))]
         raise NasctlError(
-            f"nobody measured the energy of {device.name}, and none is invented",
+            f"nobody measured the energy of {device.name} in {device.precision}, and none is "
+            "invented",
             where="--energy",
             allowed=known,
         )
@@ -155,6 +158,7 @@ def fit(samples: Samples, device: Device, *, space: str, origin: str, licence: s
             if owners[family]
             for a, b, c in [map(float, fitted[family])]
         },
+        fitted_kinds=tuple(sorted({op.kind for ops, _ in samples for op in ops})),
         same=calibrate.interval_of(ratios, folds, how),
         cross=elsewhere.model_copy(
             update={

@@ -4,8 +4,9 @@ A network costs a constant plus the sum over its operators of
 
     overhead + MACs / throughput + bytes / bandwidth        (one set of terms per family)
 
-unless an operator was measured itself. Times are for the device, runtime, precision and batch in
-the table's header. An interval is where 90 % of the measured / predicted ratios fell on networks
+times what was learned on top of that (`models.additive`), unless an operator was measured itself or
+lies between kernels that were (`kernels`). Times are for the device, runtime, precision and batch
+in the table's header. An interval is where 90 % of the measured / predicted ratios fell on networks
 that the fit did not see; docs/methods/latency.md has the evidence and the limits.
 """
 

@@ -1,9 +1,9 @@
 """Energy that this machine used, as far as it tells.
 
-Where it is read, the first that is there: RAPL's counter of the processor packages (powercap, which
-most systems let only root read); the INA3221 power monitors of Jetson modules; `nvidia-smi` for
-other NVIDIA cards. The last two give watts, which are integrated over time: what falls between two
-readings is only seen as their mean. Virtual machines mostly tell nothing.
+Where it is read: RAPL's counter of the processor packages (powercap, which most systems let only
+root read); the INA3221 power monitors of Jetson modules; `nvidia-smi` for other NVIDIA cards. The
+last two give watts, which are integrated over the time of work, without that of the readings: what
+falls between two of them is only seen as their mean. Virtual machines mostly tell nothing.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ class Energy:
     calls: int
 
 
-def sensor(root: Path = Path("/")) -> Sensor | None:
-    """The best one of this machine, or None. `root` is for tests."""
-    return _rapl(root) or _ina3221(root) or _nvidia()
+def sensor(kind: str, root: Path = Path("/")) -> Sensor | None:
+    """The one that sees a device of this kind (cpu or gpu), or None: a Jetson's module has both in
+    it, elsewhere a processor's counter says nothing of a card. `root` is for tests."""
+    return _ina3221(root) or (_nvidia() if kind == "gpu" else _rapl(root))
 
 
 def per_call(
@@ -74,23 +75,23 @@ def _watts(
     work: Callable[[], object], found: Sensor, seconds: float, clock: Callable[[], float]
 ) -> tuple[float, int, float]:
     """(mean watts, calls, seconds) of doing `work` again and again."""
-    began = polled = clock()
     first = last = found.read()
-    joules, calls = 0.0, 0
-    while (now := clock()) - began < seconds or not calls:
+    joules, calls, reading = 0.0, 0, 0.0
+    began = polled = clock()
+    while clock() - began - reading < seconds or not calls:
         work()
         calls += 1
+        now = clock()
         if not found.counts and now - polled >= POLL_S:
             value = found.read()
             joules += (now - polled) * (last + value) / 2
-            polled, last = now, value
+            polled, last = clock(), value
+            reading += polled - now  # nothing works meanwhile: neither time nor energy of ours
     end = clock()
     value = found.read()
-    if found.counts:
-        joules = value - first
-    else:
-        joules += (end - polled) * (last + value) / 2
-    return joules / (end - began), calls, end - began
+    took = end - began - reading
+    joules = value - first if found.counts else joules + (end - polled) * (last + value) / 2
+    return joules / took, calls, took
 
 
 def _rapl(root: Path) -> Sensor | None:
@@ -119,17 +120,13 @@ class _Rapl:
 
 
 def _ina3221(root: Path) -> Sensor | None:
-    for chip in sorted((root / "sys/class/hwmon").glob("hwmon*")):
-        if _text(chip / "name") != "ina3221":
+    for label in sorted((root / "sys/class/hwmon").glob("hwmon*/in?_label")):
+        chip, rail = label.parent, label.name[2]
+        if _text(chip / "name") != "ina3221" or _text(label) not in JETSON_INPUTS:
             continue
-        for label in sorted(chip.glob("in?_label")):
-            if _text(label) in JETSON_INPUTS:
-                volts = chip / label.name.replace("label", "input")
-                amperes = chip / label.name.replace("in", "curr", 1).replace("label", "input")
-                if _number(volts) is not None and _number(amperes) is not None:
-                    return Sensor(
-                        f"INA3221, {_text(label)}", partial(_product, volts, amperes), False
-                    )
+        volts, amperes = chip / f"in{rail}_input", chip / f"curr{rail}_input"
+        if _number(volts) is not None and _number(amperes) is not None:
+            return Sensor(f"INA3221, {_text(label)}", partial(_product, volts, amperes), False)
     return None
 
 

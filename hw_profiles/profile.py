@@ -142,7 +142,7 @@ class Timings:
                 "timings": {
                     name: asdict(timing) for name, timing in zip(names, result.timings, strict=True)
                 },
-                "reference_ms": list(result.reference_ms[:KEPT]),
+                "reference_ms": list(result.reference_ms[:: 1 + len(result.reference_ms) // KEPT]),
                 "pace_ms": result.pace_ms,
             }
             lines.append(self.path, row)

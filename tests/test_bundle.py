@@ -82,13 +82,12 @@ def test_the_code_that_is_sent_runs_alone_without_torch_or_onnx(three, tmp_path)
     program = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'onnx', 'pydantic')));"  # barred
         "import pathlib, hw_profiles.remote.runner as r;"
-        "print(r.measure(pathlib.Path('.')), r.__file__, 'onnxruntime' in sys.modules)"
+        "print(r.measure(pathlib.Path('.'), r.group), r.__file__)"
     )
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env={}, capture_output=True, text=True
     )
-    assert run.stdout.strip() == f"0 {tmp_path}/hw_profiles/remote/runner.py False", run.stderr
-    # a fresh process for every group: none of them is this one, where no runtime was loaded
+    assert run.stdout.strip() == f"0 {tmp_path}/hw_profiles/remote/runner.py", run.stderr
     assert kinds(tmp_path) == ["session", "group", "group", "group", "done"]
 
 
@@ -225,6 +224,21 @@ def test_every_changed_byte_of_a_line_is_noticed():
     assert runner.from_lines(b"\xff\n[]\n3\n\n" + line) == [record]
 
 
+def test_every_group_is_measured_in_a_process_of_its_own(three, tmp_path):
+    folder = unpacked(three, tmp_path)
+    processes = []
+
+    def run(folder, number, said):
+        before = set(sys.modules)
+        code = runner.spawned(folder, number, said)
+        processes.append(set(sys.modules) - before)
+        return code
+
+    assert runner.measure(folder, run) == 0
+    assert processes == [set()] * 3  # nothing was loaded here
+    assert kinds(folder) == ["session", "group", "group", "group", "done"]
+
+
 def test_a_model_that_does_not_load_is_named_and_the_others_kept(three, tmp_path):
     bad = json.loads(three.manifest)["groups"][2][0]["name"]
     bundle = replace(three, models={**three.models, bad: b"no model"})
@@ -256,7 +270,7 @@ def test_a_runtime_with_files_of_its_own_builds_them_and_its_own_clock_counts(
     )
     monkeypatch.setattr(runner, "load_module", lambda name: pretended)
     folder = unpacked(replace(three, threads=2), tmp_path)
-    assert runner.measure(folder) == 0
+    assert runner.measure(folder, runner.group) == 0
     built = (tmp_path / "built").read_text().splitlines()
     assert len(built) == 4
     assert built[0] == "reference.onnx 2 None"
@@ -269,7 +283,7 @@ def test_a_runtime_with_files_of_its_own_builds_them_and_its_own_clock_counts(
 def test_a_demanded_precision_takes_the_onnx_package_on_the_board(three, tmp_path, monkeypatch):
     folder = unpacked(replace(three, precision="fp32"), tmp_path)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    assert runner.measure(folder) == runner.REFUSED
+    assert runner.measure(folder, runner.group) == runner.REFUSED
     why = records_in(folder)[-1]["why"]
     assert why.startswith("the reference: what the model computes in cannot be told without")
     assert "pip install onnx" in why

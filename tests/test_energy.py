@@ -49,8 +49,11 @@ def test_a_table_survives_its_file(networks, board, tmp_path, monkeypatch):
     assert energy.EnergyTable.load(path) == table
     monkeypatch.setenv("NASCTL_PROFILES", str(tmp_path))
     assert energy.stored(board) == table  # the user's own wins over the shipped one
-    with pytest.raises(NasctlError, match="not jetson-tx2 tensorrt fp16"):
-        energy.stored(board.model_copy(update={"precision": "fp16"}))
+    # of another precision it says nothing, and that is an error only for who asks for it
+    half = board.model_copy(update={"precision": "fp16"})
+    assert energy.stored(half) is None
+    with pytest.raises(NasctlError, match="jetson-tx2 in fp16"):
+        energy.required(half)
     path.write_text(path.read_text()[:-40])
     with pytest.raises(NasctlError, match="unreadable energy table"):
         energy.stored(board)
@@ -60,6 +63,14 @@ def test_the_shipped_table_says_where_it_is_from(board):
     table = energy.required(board)
     assert "HW-NAS-Bench" in table.origin
     assert table.same.coverage == pytest.approx(0.9, abs=0.01)
+
+
+def test_kinds_that_no_measured_network_had_are_analytic(board):
+    table = energy.required(board)
+    measured = op.Op("conv", 16, 16, 8, 8, 3)
+    borrowed = op.Op("dwconv", 16, 16, 8, 8, 3, groups=16)
+    assert table.estimate([measured], "nasbench201").source == "calibrated"
+    assert table.estimate([measured, borrowed], "nasbench201").source == "analytic"
 
 
 def test_no_energy_is_invented():

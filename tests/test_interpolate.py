@@ -176,7 +176,7 @@ def test_boosted_trees_learn_a_step_and_ignore_a_few_wild_targets():
 
 def test_neither_fitting_nor_predicting_needs_torch():
     code = (
-        "import sys, numpy as np; from hw_profiles import interpolate; "
+        "import sys, numpy as np; from hw_profiles.models import interpolate; "
         "from hw_profiles.op import Op; "
         "ops = [Op('conv', c, d, 8, 8, 3) for c in (8, 16, 32, 64) for d in (8, 16, 32, 64)]; "
         "ms = [op.macs * 1e-6 for op in ops]; "

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
 
 from hw_profiles import chains, profile
+from hw_profiles.protocol import noise
 from hw_profiles.remote import offline
 from nas.errors import NasctlError
 
@@ -23,7 +26,7 @@ words = dict(w.lstrip("-").partition("=")[::2] for w in sys.argv[1:])
 if "help" in words:
     print("--stronglyTyped"); sys.exit(0)
 if "onnx" in words:
-    assert "stronglyTyped" in words and "skipInference" in words
+    assert "buildOnly" in words
     if os.environ.get("UNBUILDABLE") == words["onnx"]: sys.exit(1)
     open(words["saveEngine"], "w").write(str(os.path.getsize(words["onnx"])))
 else:
@@ -35,6 +38,9 @@ else:
     times = [dict(startComputeMs=a, endComputeMs=b, computeMs=ms) for a, b in ends]
     json.dump(times, open(words["exportTimes"], "w"))
 """
+
+
+BOARD = offline.Board("jetson-tx2", "tensorrt", "fp32")
 
 
 @pytest.fixture
@@ -49,7 +55,7 @@ def folder(tmp_path, networks, monkeypatch):
     tool.chmod(0o755)
     monkeypatch.setenv("TRTEXEC", str(tool))
     made = tmp_path / "networks"
-    offline.write(made, networks, batch=1, precision="fp32", rng=np.random.default_rng(1))
+    offline.write(made, networks, BOARD, np.random.default_rng(1))
     return made
 
 
@@ -119,13 +125,15 @@ def test_no_trtexec(folder, monkeypatch):
 
 
 def test_fp16_files_are_fp16(tmp_path, networks):
-    offline.write(tmp_path, networks[:1], batch=2, precision="fp16", rng=np.random.default_rng(1))
+    half = replace(BOARD, precision="fp16", batch=2)
+    offline.write(tmp_path, networks[:1], half, np.random.default_rng(1))
     model = onnx.load(tmp_path / f"{profile.digest(networks[0])}.onnx")
     weights = {tensor.data_type for tensor in model.graph.initializer if tensor.dims}
     assert weights == {onnx.TensorProto.FLOAT16}
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2
     with pytest.raises(NasctlError, match="int8"):
-        offline.write(tmp_path, networks, batch=1, precision="int8", rng=np.random.default_rng(1))
+        int8 = replace(BOARD, precision="int8")
+        offline.write(tmp_path / "int8", networks, int8, np.random.default_rng(1))
 
 
 def listed(tmp_path, networks, *rows):
@@ -140,7 +148,51 @@ def test_times_of_another_tool(tmp_path, networks):
     group = offline.measured(tmp_path, networks[:2])
     assert [timing.median_ms for timing in group.timings] == pytest.approx([1.005, 2.01])
     # no reference: the noise floor is how far the repeats lie apart
-    assert group.reference_ms == pytest.approx([0.995, 1.005, 0.995, 1.005], abs=1e-3)
+    apart = [1 - math.sqrt(2) * 0.01 / 2.01, 1 - math.sqrt(2) * 0.02 / 4.02]
+    assert group.reference_ms == pytest.approx(apart)
+
+
+def test_what_was_timed_once_is_in_doubt(tmp_path, networks):
+    listed(tmp_path, networks, (0, 1.0), (0, 1.01), (1, 2.0))
+    sure, once = offline.measured(tmp_path, networks[:2]).timings
+    assert not sure.noisy and "once" in once.noisy
+
+
+def test_the_noise_floor_of_repeats_is_that_of_one_round(tmp_path, networks):
+    rng = np.random.default_rng(0)
+    rows = [(at, float(np.exp(0.03 * rng.standard_normal()))) for at in range(12) for _ in range(9)]
+    listed(tmp_path, networks, *rows)
+    assert noise(offline.measured(tmp_path, networks).reference_ms) == pytest.approx(0.03, rel=0.3)
+
+
+def test_a_folder_is_of_one_board_and_setting(folder, networks):
+    for other in (
+        replace(BOARD, batch=8),
+        replace(BOARD, precision="fp16"),
+        replace(BOARD, device="jetson-orin-nano"),
+    ):
+        with pytest.raises(NasctlError, match="is for device jetson-tx2, runtime tensorrt"):
+            offline.write(folder, networks, other, np.random.default_rng(1))
+    offline.write(folder, networks, BOARD, np.random.default_rng(1))
+
+
+def test_fp16_files_need_a_tensorrt_that_obeys_them(tmp_path, networks, folder, monkeypatch):
+    tool = tmp_path / "trtexec"
+    tool.write_text(tool.read_text().replace('print("--stronglyTyped")', "pass"))
+    half = tmp_path / "half"
+    offline.write(half, networks, replace(BOARD, precision="fp16"), np.random.default_rng(1))
+    done = run(half)
+    assert done.returncode == 1 and "profile it in fp32" in done.stderr
+
+
+def test_names_with_a_suffix_and_files_of_another_encoding(tmp_path, networks):
+    name = profile.digest(networks[0])
+    path = tmp_path / offline.TABLE
+    path.write_text(f"name,median_ms\n{name}.onnx,1\n{name}.onnx,1\n", encoding="utf-8-sig")
+    assert offline.there(tmp_path, networks) == networks[:1]
+    path.write_text("name,median_ms\n", encoding="utf-16")
+    with pytest.raises(NasctlError, match="UTF-8"):
+        offline.there(tmp_path, networks)
 
 
 @pytest.mark.parametrize(

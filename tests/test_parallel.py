@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cli import torchrun
 from cli.torchrun import Group
+from nas import gradients as steps
 from nas import parallel, supernet
 from nas import space as spaces
 from nas.errors import NasctlError, UsageError
@@ -133,19 +134,19 @@ def test_micro_batches_report_the_mean_loss_and_unequal_ones_count_by_their_imag
 
 def test_shards_are_augmented_differently_and_repeatably(tiny):
     def inputs(shard):
-        generator = supernet._generator(RECIPE, 5, shard, supernet.AUGMENT)
+        generator = steps._generator(RECIPE, 5, shard, steps.AUGMENT)
         shifted, images = replace(tiny, pad=2), tiny.train.images[:16]
-        return supernet._inputs(shifted, RECIPE, images, generator)
+        return steps._inputs(shifted, RECIPE, images, generator)
 
     assert torch.equal(inputs(0), inputs(0)) and not torch.equal(inputs(0), inputs(1))
 
 
 def test_steps_shards_and_streams_have_random_numbers_of_their_own():
     drawn = {
-        float(torch.rand(1, generator=supernet._generator(RECIPE, step, shard, stream)))
+        float(torch.rand(1, generator=steps._generator(RECIPE, step, shard, stream)))
         for step in range(40)
         for shard in range(16)
-        for stream in (supernet.AUGMENT, supernet.NOISE)
+        for stream in (steps.AUGMENT, steps.NOISE)
     }
     assert len(drawn) == 40 * 16 * 2
 
@@ -227,8 +228,10 @@ def test_the_first_process_decides():
 def test_a_process_with_other_inputs_stops_all_and_names_the_difference():
     found = together(lambda group: group.agree({"data": "b" if group.workers.rank == 1 else "a"}))
     assert all(isinstance(error, NasctlError) for error in found)
-    assert "process 1 has data b, process 0 has a" in str(found[0])
-    assert "process 0 has data a, process 1 has b" in str(found[1])
+    # in the words of whoever compared first: the others may hear of it through somebody's failure
+    for error in found:
+        assert "has data a" in str(error) or "has data b" in str(error)
+        assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize("failing", [0, 2])

@@ -45,6 +45,7 @@ class Additive(BaseModel):
     weights: tuple[float, ...]  # one per operator
     length: float
     variances: tuple[float, float, float]  # of the smooth, the rough and the operator's own part
+    predicted: tuple[int, ...] = ()  # positions of operators that only predicted networks had
 
     @field_validator("ops", mode="before")
     @classmethod
@@ -60,12 +61,16 @@ class Additive(BaseModel):
         return {op: at for at, op in enumerate(self.ops)}
 
     @cached_property
+    def _predicted(self) -> frozenset[int]:
+        return frozenset(self.predicted)
+
+    @cached_property
     def _features(self) -> tuple[Array, NDArray[Any]]:
         return features(self.ops)
 
     def __contains__(self, op: Op) -> bool:
         """Was it in a measured network?"""
-        return op in self._index
+        return op in self._index and self._index[op] not in self._predicted
 
     def correction(self, ops: Sequence[Op]) -> Array:
         """f of each operator [len(ops)]; the prior's time is to be multiplied by 1 + f."""

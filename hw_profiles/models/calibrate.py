@@ -165,15 +165,20 @@ def held_out_ratios(
     design: Design, times: Array, groups: Index, ridge: Ridge
 ) -> tuple[Array, Index]:
     """(measured / predicted by a fit on the other folds, the fold of each network)."""
-    unique, index = np.unique(groups, return_inverse=True)
-    order = np.random.default_rng(0).permutation(len(unique))
-    folds = (order % FOLDS)[index]
+    folds = folds_of(groups)
     ratios = np.empty(len(times))
     for fold in range(FOLDS):
         inside = folds == fold
         constant, fitted = solve(design.rows(~inside), times[~inside], ridge)
         ratios[inside] = times[inside] / predict(design.rows(inside), constant, fitted)
     return ratios, folds
+
+
+def folds_of(groups: Index) -> Index:
+    """The fold of each network; those of one group are in one fold."""
+    unique, index = np.unique(groups, return_inverse=True)
+    order = np.random.default_rng(0).permutation(len(unique))
+    return np.asarray((order % FOLDS)[index])
 
 
 def interval_of(ratios: Array, groups: Index, how: str) -> Interval:
@@ -283,7 +288,8 @@ def _held_out(
     Terms and corrections are fitted without the fold; the hyper-parameters, and how a network's
     time is shared out among its operators, are those of the whole set.
     """
-    ratios, folds = held_out_ratios(design, times, groups, ridge)
+    folds = folds_of(groups)
+    ratios = np.empty(len(times))
     for fold in range(FOLDS):
         unseen, seen = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
         if not len(unseen):
@@ -291,7 +297,9 @@ def _held_out(
         constant, fitted = solve(design.rows(seen), times[seen], ridge)
         known = times[seen] / predict(design.rows(seen), constant, fitted) - 1
         factor = 1 + process.predict(hyper, known, seen, unseen)
-        ratios[unseen] /= np.maximum(LEAST, factor)  # as the table does, operator by operator
+        factor = np.maximum(LEAST, factor)  # as the table does, operator by operator
+        expected = predict(design.rows(unseen), constant, fitted)
+        ratios[unseen] = times[unseen] / (expected * factor)
     return ratios, folds
 
 

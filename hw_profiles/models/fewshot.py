@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import t as student
 
 from hw_profiles.device import Device
 from hw_profiles.latency import Interval, LatencyTable
@@ -19,8 +20,6 @@ from hw_profiles.models import calibrate, transfer
 from hw_profiles.models.structure import describe
 from hw_profiles.models.transfer import Adapted, Sources
 from hw_profiles.profile import Fit, Ops, Samples
-
-NINETY = 1.645  # standard deviations of a normal distribution on either side
 
 
 def sources(
@@ -54,11 +53,13 @@ def table(
     space, many and unmeasured, carry over what was learned."""
     value, deviation = adapted.predict(describe(networks))
     predicted = list(zip(networks, value.tolist(), strict=True))
+    # what the table itself adds to the error: on predictions that it was not fitted on
+    fitted = calibrate.fit([*samples, *predicted[::2]], device, space=space, source_text="")
+    off = [fitted.estimate(ops, space).value_ms / ms for ops, ms in predicted[1::2]]
+    each = np.hypot(np.quantile(deviation, 0.9), np.sqrt(np.mean(np.log(off) ** 2)))
     fitted = calibrate.fit([*samples, *predicted], device, space=space, source_text="")
     lenders = ", ".join(source.name for source in adapted.sources.devices)
-    # the table is not exactly what it was fitted on: both errors count
-    off = np.array([fitted.estimate(ops, space).value_ms / ms for ops, ms in predicted])
-    width = float(np.exp(NINETY * np.hypot(np.median(deviation), np.log(off).std())))
+    width = float(np.exp(student.ppf(0.95, len(samples) - 1) * each))
     same = Interval(
         low=1 / width,
         high=width,
@@ -66,8 +67,15 @@ def table(
         how=f"predictive deviation after {len(samples)} measurements, with the tables of {lenders}",
     )
     cross = between_devices()[f"cross_{device.kind}"]
+    measured = {op for ops, _ in samples for op in ops}
+    learned = fitted.learned
+    if learned is not None:
+        only = tuple(at for at, op in enumerate(learned.ops) if op not in measured)
+        learned = learned.model_copy(update={"predicted": only})
     return fitted.model_copy(
         update={
+            "learned": learned,
+            "fitted_kinds": tuple(sorted({op.kind for op in measured})),
             "origin": f"few-shot, with the tables of {lenders}",
             "intervals": {"same": same, "cross": cross, "analytic": cross},
         }

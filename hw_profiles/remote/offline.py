@@ -9,10 +9,14 @@ other tool, a file `measured.csv` of lines "name,median_ms".
 from __future__ import annotations
 
 import csv
+import itertools
+import json
 import math
+import os
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +31,7 @@ from nas.errors import NasctlError
 ROUNDS = 3
 BETWEEN_REFERENCES = 8  # networks
 REFERENCE, ORDER, SCRIPT, TABLE = "reference", "order.txt", "measure.sh", "measured.csv"
+SETTING = "setting.json"
 HEADER = ["name", "median_ms"]
 ROUNDS_DIFFER = 0.05  # relative: a network whose rounds differ more is in doubt
 PRECISIONS = ("fp32", "fp16")  # int8 needs calibrated files, which random weights cannot have
@@ -36,31 +41,63 @@ _SCRIPT = f"""#!/bin/sh
 # the folder back. After an interruption run it again: what has been timed is skipped.
 cd "$(dirname "$0")" || exit 1
 trtexec=${{TRTEXEC:-$(command -v trtexec || echo /usr/src/tensorrt/bin/trtexec)}}
-words=$("$trtexec" --help 2>/dev/null) ||
+words=$("$trtexec" --help </dev/null 2>/dev/null) ||
   {{ echo "no trtexec; set TRTEXEC to its path" >&2; exit 1; }}
 typed=
 case $words in *--stronglyTyped*) typed=--stronglyTyped ;; esac
+if [ -z "$typed" ] && grep -q '"precision": "fp16"' {SETTING}; then
+  echo "this TensorRT takes no precision from files; profile it in fp32" >&2; exit 1
+fi
+only=--buildOnly
+case $words in *--skipInference*) only=--skipInference ;; esac
 while read -r round name; do
   times=$name.$round.times.json
   [ -s "$times" ] && continue
   if [ ! -s "$name.engine" ]; then
-    "$trtexec" --onnx="$name.onnx" $typed --skipInference --saveEngine=engine.part >>log 2>&1 &&
+    "$trtexec" --onnx="$name.onnx" $typed $only --saveEngine=engine.part </dev/null >>log 2>&1 &&
       mv engine.part "$name.engine" || {{ echo "$name cannot be built, see log" >&2; continue; }}
   fi
   "$trtexec" --loadEngine="$name.engine" --useCudaGraph --noDataTransfers --warmUp=300 \\
-    --duration=1 --exportTimes=times.part >>log 2>&1 &&
+    --duration=1 --exportTimes=times.part </dev/null >>log 2>&1 &&
     mv times.part "$times" || echo "$name cannot be run, see log" >&2
 done < {ORDER}
 """
 
 
-def write(
-    folder: Path, networks: Sequence[Ops], *, batch: int, precision: str, rng: np.random.Generator
-) -> None:
+@dataclass(frozen=True)
+class Board:
+    """What a folder is measured on, and in what."""
+
+    device: str
+    runtime: str
+    precision: str
+    batch: int = 1
+
+
+def check(folder: Path, board: Board) -> None:
+    """Raises NasctlError where the folder was made for something else."""
+    path = folder / SETTING
+    there = trtexec.read_json(path)
+    if there != asdict(board):
+        theirs, ours = _words(there if isinstance(there, dict) else {}), _words(asdict(board))
+        raise NasctlError(
+            f"is for {theirs}", where=str(path), next=f"Use another folder for {ours}."
+        )
+
+
+def _words(setting: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in setting.items())
+
+
+def write(folder: Path, networks: Sequence[Ops], board: Board, rng: np.random.Generator) -> None:
     """Make the folder, or add what it lacks. Networks are named by their digests."""
+    batch, precision = board.batch, board.precision
     if precision not in PRECISIONS:
         raise NasctlError(f"no random network in {precision}", where="--on", allowed=PRECISIONS)
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / SETTING).exists():
+        check(folder, board)
+    (folder / SETTING).write_text(json.dumps(asdict(board), indent=1) + "\n")
     named: dict[str, tuple[Sequence[Op], int]] = {REFERENCE: (measure.reference_ops(), 1)}
     named |= {digest(ops): (ops, batch) for ops in networks}
     for name, (ops, images) in named.items():
@@ -68,7 +105,9 @@ def write(
         if not path.exists():
             model = onnx_graph(ops, batch=images)
             model = half.half(model, name) if precision == "fp16" else model
-            path.write_bytes(model.SerializeToString())
+            whole = path.with_suffix(".part")
+            whole.write_bytes(model.SerializeToString())
+            os.replace(whole, path)
     (folder / ORDER).write_text("".join(f"{at} {name}\n" for at, name in _order(named, rng)))
     (folder / SCRIPT).write_text(_SCRIPT)
     (folder / SCRIPT).chmod(0o755)
@@ -103,8 +142,10 @@ def measured(folder: Path, networks: Sequence[Ops]) -> Group:
     rounds = [_rounds(folder, digest(ops), listed) for ops in networks]
     repeats = [statistics.median(calls) for calls in _rounds(folder, REFERENCE, listed)]
     if len(repeats) < 2:
+        # differences of consecutive rounds vary by sqrt(2) times what a round does
         medians = ([statistics.median(calls) for calls in every] for every in rounds)
-        repeats = [ms / statistics.median(own) for own in medians if len(own) > 1 for ms in own]
+        pairs = (pair for own in medians for pair in itertools.pairwise(own))
+        repeats = [1 + math.sqrt(2) * (a - b) / (a + b) for a, b in pairs]
     if not repeats:
         raise NasctlError(
             "no network was timed twice, so nobody knows how well the board repeats itself",
@@ -126,6 +167,7 @@ def _timing(rounds: Sequence[Sequence[float]]) -> Timing:
     every = [ms for calls in rounds for ms in calls]
     low, high, p90, p95, p99 = (float(q) for q in np.percentile(every, [25, 75, 90, 95, 99]))
     doubt = f"its rounds differ by {apart:.0%}" if apart > ROUNDS_DIFFER else ""
+    doubt = "it was timed once only" if len(rounds) < 2 else doubt
     return Timing(statistics.median(medians), high - low, p90, p95, p99, len(rounds), doubt)
 
 
@@ -134,8 +176,11 @@ def _listed(folder: Path) -> dict[str, list[float]]:
     path = folder / TABLE
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        header, *rows = [row for row in csv.reader(file) if row] or [[]]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise NasctlError(f"cannot be read as UTF-8: {error}", where=str(path)) from error
+    header, *rows = [row for row in csv.reader(lines) if row] or [[]]
     if header != HEADER:
         raise NasctlError(f"begins with '{','.join(header)}'", where=str(path), allowed=HEADER)
     found: dict[str, list[float]] = defaultdict(list)
@@ -149,5 +194,5 @@ def _listed(folder: Path) -> dict[str, list[float]]:
             ) from error
         if not 0 < ms < math.inf:
             raise NasctlError(f"says {ms} ms", where=f"{path}, line {at}", allowed="above 0")
-        found[name].append(ms)
+        found[name.strip().removesuffix(".onnx")].append(ms)
     return found

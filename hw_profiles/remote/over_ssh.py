@@ -151,8 +151,9 @@ class _Job:
     def earlier(self) -> bytes:
         """The groups that have been measured before, in the file here as they will be there."""
         content = self.results.read_bytes() if self.results.is_file() else b""
-        groups = [one for one in runner.from_lines(content) if one["kind"] == "group"]
-        kept = b"".join(map(runner.to_line, groups))
+        known = ("session", "group")
+        records = [one for one in runner.from_lines(content) if one["kind"] in known]
+        kept = b"".join(map(runner.to_line, records))
         self.results.write_bytes(kept)
         return kept
 

@@ -7,6 +7,7 @@ folder, as `python3 -m hw_profiles.remote.runner`:
     run ID OFFSET    measure on, apart from the connection, and print result lines from OFFSET
                      bytes on until it ends
     stop             end measuring
+    group N SAID     measure one group (`run` starts these)
 
 Models are measured in groups, each in a process of its own. A group's results are one line of
 `results.jsonl`, written and synced when the group is finished: what is lost with the power is at
@@ -29,13 +30,13 @@ import random
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import zlib
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, Iterator, Mapping, cast
+from typing import IO, Any, Callable, Dict, Mapping, cast
 
 from hw_profiles import clocks, protocol
 from hw_profiles.fingerprint import fingerprint
@@ -80,7 +81,16 @@ def finished(records: list[Record]) -> set[str]:
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def measure(folder: Path) -> int:
+def spawned(folder: Path, number: int, said: bool) -> int:
+    """`group` in a process of its own, as if somebody had started it: where a process lies in
+    memory makes all that it runs some per cent faster or slower; a fork lies where its parent does.
+    """
+    module = "hw_profiles.remote.runner"
+    words = [sys.executable, "-m", module, "group", str(number), str(int(said))]
+    return subprocess.run(words, cwd=folder, check=False).returncode
+
+
+def measure(folder: Path, run: Callable[[Path, int, bool], int] = spawned) -> int:
     """Measure the groups that have no results yet, appending to the folder's results."""
     manifest = json.loads((folder / MANIFEST).read_text())
     with _results(folder) as out:
@@ -94,59 +104,48 @@ def measure(folder: Path) -> int:
             if done.issuperset(names):
                 continue
             _log(f"measuring group {number + 1} of {len(manifest['groups'])}: {', '.join(names)}")
-            if code := _in_fresh_process(partial(_group, folder, manifest, number, said)):
+            if code := run(folder, number, said):
                 return code
             said = True
         _append(out, {"kind": "done"})
     return 0
 
 
-def _in_fresh_process(work: Callable[[], int]) -> int:
-    """The exit code of `work`. This process never loads a runtime, so a fork of it is a fresh one.
-
-    Where a process lies in memory makes all that it runs some per cent faster or slower.
-    """
-    child = os.fork()
-    if child == 0:
-        os._exit(work())
-    _, status = os.waitpid(child, 0)
-    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
-
-
 def _names(manifest: Mapping[str, Any]) -> list[str]:
     return [model["name"] for group in manifest["groups"] for model in group]
 
 
-def _group(folder: Path, manifest: Mapping[str, Any], number: int, said: bool) -> int:
+def group(folder: Path, number: int, said: bool) -> int:
     """Measure one group and append its records; the exit code. `said`: the session's is there."""
+    manifest = json.loads((folder / MANIFEST).read_text())
     with _results(folder) as out:
         records = from_lines(out.read())
         paces = [one["pace_ms"] for one in records if one["kind"] == "group"]
         try:
-            for record in _measured(folder, manifest, number, min(paces, default=math.inf)):
-                if not (said and record["kind"] == "session"):
-                    _append(out, record)
+            session, found = _measured(folder, manifest, number, min(paces, default=math.inf))
         except NasctlError as error:
             _append(out, {"kind": "failed", "why": str(error)})
             return REFUSED
+        for record in [found] if said else [session, found]:
+            _append(out, record)
     return 0
 
 
 def _measured(
     folder: Path, manifest: Mapping[str, Any], number: int, pace_ms: float
-) -> Iterator[Record]:
-    """Yields a record of the session and one of the group. `pace_ms`: the reference's so far."""
+) -> tuple[Record, Record]:
+    """The record of the session and that of the group. `pace_ms`: the reference's so far."""
     runtime = load_module(manifest["runtime"])
     version = f"{manifest['runtime']} {runtime.version()}"
-    yield {"kind": "session", "fingerprint": dict(fingerprint(version))}
+    here = {"kind": "session", "fingerprint": dict(fingerprint(version))}
     plan, clock = protocol.Plan.from_json(manifest["plan"]), Clock()
     read = clocks.read_nvidia if shutil.which("nvidia-smi") else clocks.read
-    group = manifest["groups"][number]
+    models = manifest["groups"][number]
     with protocol.pinned(manifest["cores"]):
         load = _loader(folder, runtime, manifest, clock)
         reference = load(manifest["reference"], "the reference")
         session = protocol.session(
-            [load(model["file"], f"model '{model['name']}'") for model in group],
+            [load(model["file"], f"model '{model['name']}'") for model in models],
             rng=random.Random(manifest["seed"] + number),
             plan=plan,
             reference=reference,
@@ -154,11 +153,8 @@ def _measured(
                 clock, read, pace_ms * (1 + protocol.PROCESSES_DIFFER)
             ),
         )
-    yield {
-        "kind": "group",
-        "names": [model["name"] for model in group],
-        **asdict(session),
-    }
+    names = [model["name"] for model in models]
+    return here, {"kind": "group", "names": names, **asdict(session)}
 
 
 def _loader(
@@ -172,12 +168,11 @@ def _loader(
 
     def load(file: str, name: str) -> protocol.Call:
         path = folder / file
+        built = path.with_suffix(runtime.SUFFIX)
         try:
-            if path.suffix != runtime.SUFFIX:
-                built = path.with_suffix(runtime.SUFFIX)
-                if not built.exists():  # the reference serves every group
-                    cast(Compiled, runtime).build(path, built, **how)
-                path = built
+            if not built.exists():  # else it is what is run, or was built for an earlier group
+                cast(Compiled, runtime).build(path, built, **how)
+            path = built
             session = runtime.load(path, **how)
             return clock.of(runtime.timed(session, random_feeds(session, rng)))
         except NasctlError as error:  # the user knows the name, not our file
@@ -313,7 +308,17 @@ def _running(folder: Path) -> bool:
     return False
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"check": check, "run": run, "stop": stop}
+def _group(number: str, said: str) -> int:
+    faulthandler.enable()
+    return group(Path.cwd(), int(number), said == "1")
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "check": check,
+    "run": run,
+    "stop": stop,
+    "group": _group,
+}
 
 
 def main(arguments: list[str]) -> int:
