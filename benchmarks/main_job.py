@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1 if arguments.quick else arguments.threads)
     folder = contract.data("cifar10")
     if arguments.quick:
-        quick = ("--epochs", "2", "--finetune", "2", "--evaluations", "8", "--threads", "1")
+        quick = ("--epochs", "1", "--finetune", "1", "--evaluations", "4", "--threads", "1")
         setting = Setting("digits", None, "150us", quick, seeds=1)
     elif folder is None:
         return outcome.skip("NASCTL_DATA/cifar10 is absent")

@@ -95,8 +95,8 @@ def _made_for(job: Job) -> dict[str, str | int | float]:
     """What `nasctl profile` must have said of a table of this machine for it to serve this run."""
     task, spec = job.task, job.spec
     images = {"size": task.size, "channels": task.channels, "classes": task.n_classes}
-    own = {"threads": 1, "space": spec.space, "width": 0.0 if spec.width is None else spec.width}
-    return {**verify.runs_in(), **own, **images}
+    width = 0.0 if spec.width is None else spec.width
+    return {**verify.runs_in(), "threads": 1, "space": spec.space, "width": width, **images}
 
 
 def _profile(job: Job) -> None:

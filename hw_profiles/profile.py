@@ -32,7 +32,7 @@ from hw_profiles.models import calibrate
 from hw_profiles.models.calibrate import CHAINS as CHAINS
 from hw_profiles.models.calibrate import MIN_NETWORKS
 from hw_profiles.op import Op, to_row
-from hw_profiles.protocol import Progress, Timing, noise
+from hw_profiles.protocol import SLOW, Progress, Timing, noise
 from nas.errors import NasctlError
 
 Ops = Sequence[Op]
@@ -69,8 +69,8 @@ class Timings:
     def __init__(self, path: Path, header: Mapping[str, object]) -> None:
         self.path = path
         self.found: dict[str, Timing] = {}
-        self.reference_ms: list[float] = []
-        self.pace_ms = math.inf
+        self.groups: list[tuple[float, list[float]]] = []  # pace, reference, of each
+        self.paces: dict[str, float] = {}  # of the group that each network was measured in
         if not path.exists():
             lines.append(path, {"header": header})
             return
@@ -96,13 +96,24 @@ class Timings:
 
     def _add(self, row: Mapping[str, Any]) -> None:
         self.found |= {name: Timing(**values) for name, values in row["timings"].items()}
-        self.reference_ms += row["reference_ms"]
-        self.pace_ms = min(self.pace_ms, row.get("pace_ms") or math.inf)
+        pace = row.get("pace_ms") or math.nan
+        self.groups.append((pace, row["reference_ms"]))
+        self.paces |= dict.fromkeys(row["timings"], pace)
+
+    @property
+    def pace_ms(self) -> float:
+        """The fastest that the reference was seen; infinite where nobody knows."""
+        return min((pace for pace, _ in self.groups if pace == pace), default=math.inf)
+
+    def _slow(self, pace: float) -> bool:
+        """Was the machine slow for a whole group? Only a faster one shows it."""
+        return pace > SLOW * self.pace_ms
 
     @property
     def noise(self) -> float:
         """The noise floor over all groups so far, relative."""
-        return noise(self.reference_ms)
+        calm = (found for pace, found in self.groups if not self._slow(pace))
+        return noise([ms for found in calm for ms in found])
 
     def missing(self, networks: Sequence[Ops]) -> list[Ops]:
         """Those not measured yet, each once, and after them those whose timing is in doubt."""
@@ -111,8 +122,12 @@ class Timings:
         doubtful = [ops for name, ops in names.items() if name in self.found and self._doubt(name)]
         return new + doubtful
 
+    @property
+    def doubtful(self) -> int:
+        return sum(map(self._doubt, self.found))
+
     def _doubt(self, name: str) -> bool:
-        return bool(self.found[name].noisy)
+        return bool(self.found[name].noisy) or self._slow(self.paces[name])
 
     def measure(
         self,
@@ -152,8 +167,12 @@ class Timings:
 
     def samples(self, networks: Sequence[Ops]) -> list[tuple[Ops, float]]:
         """(network, its median in ms) of those that were measured and are not in doubt."""
-        named = [(ops, self.found.get(digest(ops))) for ops in networks]
-        return [(ops, timing.median_ms) for ops, timing in named if timing and not timing.noisy]
+        named = [(ops, digest(ops)) for ops in networks]
+        return [
+            (ops, self.found[name].median_ms)
+            for ops, name in named
+            if name in self.found and not self._doubt(name)
+        ]
 
 
 @dataclass(frozen=True)
@@ -196,7 +215,7 @@ def table(
     """
     mine, chains = timings.samples(plan.mine), timings.samples(plan.chains)
     held_out = timings.samples(plan.held_out)
-    doubtful = sum(bool(timing.noisy) for timing in timings.found.values())
+    doubtful = timings.doubtful
     samples, others = (mine, chains) if plan.space else (chains, [])
     if len(samples) < MIN_NETWORKS:
         raise NasctlError(

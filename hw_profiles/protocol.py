@@ -35,6 +35,7 @@ Progress = Callable[[float], object]  # told the share that is done, from 0 to 1
 PACE = 0.05
 CLOCKS_EVERY = 10  # rounds
 PROCESSES_DIFFER = 0.05  # relative, in how fast they run the very same
+SLOW = 1.10  # times the machine's best pace: more is no difference of processes any more
 
 #: what of the calls of a round counts, by the name that a bundle's manifest gives it
 PER_ROUND: dict[str, Callable[[Sequence[float]], float]] = {

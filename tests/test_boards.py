@@ -12,6 +12,7 @@ TINY = ("search", "--width", 0.25, "--threads", 1, "--epochs", 0.2, "--batch", 6
 TINY = (*TINY, "--evaluations", 3)
 
 
+@pytest.mark.slow
 def test_two_devices_share_one_supernet_and_get_a_file_each(nasctl, workdir):
     boards = ("--hw", "jetson,jetson-tx2", "--latency", "6ms,15ms")
     outcome = nasctl(*TINY, *boards, "--run", workdir / "both", "--json")

@@ -129,6 +129,7 @@ def test_an_energy_budget_takes_measured_energies(nasctl, monkeypatch):
     assert nasctl(*measured, "--energy", offered, "--run", "s").code == 130
 
 
+@pytest.mark.slow  # a search for each strategy
 def test_every_strategy_keeps_every_budget_and_the_report_says_so(nasctl, workdir):
     """One supernet; what was evaluated is read back from the study."""
     asked = ("--latency", "6ms", "--macs", "120kMACs", "--params", "90kparams")

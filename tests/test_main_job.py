@@ -84,6 +84,7 @@ def uninterrupted(tmp_path_factory):
     return outcome(folder)
 
 
+@pytest.mark.slow
 def test_killed_while_searching_it_ends_the_same(tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     journal = folder / "study.journal"

@@ -23,6 +23,7 @@ import numpy as np
 
 from hw_profiles import half, measure, trtexec
 from hw_profiles.graph import onnx_graph
+from hw_profiles.ingest import read_json
 from hw_profiles.op import Op
 from hw_profiles.profile import Group, Ops, digest
 from hw_profiles.protocol import Timing
@@ -77,7 +78,7 @@ class Board:
 def check(folder: Path, board: Board) -> None:
     """Raises NasctlError where the folder was made for something else."""
     path = folder / SETTING
-    there = trtexec.read_json(path)
+    there = read_json(path)
     if there != asdict(board):
         theirs, ours = _words(there if isinstance(there, dict) else {}), _words(asdict(board))
         raise NasctlError(
