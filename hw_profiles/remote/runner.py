@@ -122,22 +122,20 @@ def group(folder: Path, number: int, said: bool) -> int:
         records = from_lines(out.read())
         paces = [one["pace_ms"] for one in records if one["kind"] == "group"]
         try:
-            session, found = _measured(folder, manifest, number, min(paces, default=math.inf))
+            if not said:
+                runtime = load_module(manifest["runtime"])
+                here = fingerprint(f"{manifest['runtime']} {runtime.version()}")
+                _append(out, {"kind": "session", "fingerprint": dict(here)})
+            _append(out, _measured(folder, manifest, number, min(paces, default=math.inf)))
         except NasctlError as error:
             _append(out, {"kind": "failed", "why": str(error)})
             return REFUSED
-        for record in [found] if said else [session, found]:
-            _append(out, record)
     return 0
 
 
-def _measured(
-    folder: Path, manifest: Mapping[str, Any], number: int, pace_ms: float
-) -> tuple[Record, Record]:
-    """The record of the session and that of the group. `pace_ms`: the reference's so far."""
+def _measured(folder: Path, manifest: Mapping[str, Any], number: int, pace_ms: float) -> Record:
+    """The record of a group. `pace_ms`: the reference's so far."""
     runtime = load_module(manifest["runtime"])
-    version = f"{manifest['runtime']} {runtime.version()}"
-    here = {"kind": "session", "fingerprint": dict(fingerprint(version))}
     plan, clock = protocol.Plan.from_json(manifest["plan"]), Clock()
     read = clocks.read_nvidia if shutil.which("nvidia-smi") else clocks.read
     models = manifest["groups"][number]
@@ -154,7 +152,7 @@ def _measured(
             ),
         )
     names = [model["name"] for model in models]
-    return here, {"kind": "group", "names": names, **asdict(session)}
+    return {"kind": "group", "names": names, **asdict(session)}
 
 
 def _loader(
