@@ -33,7 +33,7 @@ def test_a_profile_killed_while_measuring_goes_on_and_repeats_nothing(workdir):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     before = groups(TIMINGS)
     done = subprocess.run(command, capture_output=True, text=True)
     after = groups(TIMINGS)
