@@ -80,11 +80,13 @@ def command(
     folder = out or Path(os.environ.get("NASCTL_PROFILES", "profiles"))
     header = {**asdict(setting), "device": board.name, "on": on, "seed": seed, **_here(on)}
     header |= {"space": space or "", **{k: v for k, v in shape.items() if v is not None}}
-    lent = _lent(lenders, board.name, space, shape, seed, networks)
-    plan = lent.plan if lent else _plan(space, shape, seed, seconds)
     table = _table(folder, board, header) if validate else None
+    lent = None
     if validate:
         plan = _unseen(_plan(space, shape, seed + 1000, seconds), folder / _file(board))
+    else:
+        lent = _lent(lenders, board.name, space, shape, seed, networks)
+        plan = lent.plan if lent else _plan(space, shape, seed, seconds)
     say = console.say
     say(f"{board.name}, {board.runtime} {board.precision}, batch {batch}, {on}", "device")
     say(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli import budgets, console
+from cli import budgets, console, options
 from cli.train import resolved
 from nas.errors import NasctlError, UsageError
 
@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    data: Annotated[
-        str | None,
-        typer.Option(help="digits, an image folder, parquet, or my_pkg.my_mod:task. [digits]"),
-    ] = None,
+    data: options.Data = None,
     hw: Annotated[
         str | None,
         typer.Option(help="Device (see `nasctl devices`), .toml file, or several: a,b. [cpu]"),
@@ -39,12 +36,12 @@ def command(
     memory: Annotated[
         str | None, typer.Option(help="Budget of activations at their peak, as 8MB.")
     ] = None,
-    space: Annotated[str | None, typer.Option(help="See `nasctl spaces`. [resnet]")] = None,
-    width: Annotated[float | None, typer.Option(help="Scale of the space's channels.")] = None,
-    size: Annotated[int | None, typer.Option(help="Resize images to this many pixels.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Of supernet training.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images per step. [128]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    space: options.Space = None,
+    width: options.Width = None,
+    size: options.Size = None,
+    epochs: options.Epochs = None,
+    batch: options.Batch = None,
+    lr: options.Rate = None,
     evaluations: Annotated[int | None, typer.Option(help="Networks to evaluate. [128]")] = None,
     energy: Annotated[
         str | None, typer.Option(help="Budget per call, as 40mJ; where energies were measured.")
@@ -56,21 +53,17 @@ def command(
     finetune: Annotated[
         float | None, typer.Option(help="Epochs of training the chosen network alone. [0]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random. [0]")] = None,
+    seed: options.Seed = None,
     threads: Annotated[int | None, typer.Option(help="For training. [all cores]")] = None,
     supernet: Annotated[str | None, typer.Option(help="Search a finished run's supernet.")] = None,
     storage: Annotated[str | None, typer.Option(help="Optuna storage URL to share.")] = None,
     study_name: Annotated[str | None, typer.Option(help="In that storage. [nasctl]")] = None,
-    spec: Annotated[Path | None, typer.Option(help="TOML file of these options.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Run directory. [runs/...]")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A fifth of the training: a try-out.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and a time estimate.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    spec: options.Spec = None,
+    run: options.Run = None,
+    quick: options.Quick = False,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
 ) -> None:
     """Search a network for a task and a board within a latency budget, and verify the file.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli import console
+from cli import console, options
 from nas.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,18 +26,13 @@ EVALUATIONS, QUICK_EVALUATIONS = 128, 32  # of a search, whose spec has the same
 
 
 def command(
-    data: Annotated[
-        str | None,
-        typer.Option(help="digits, an image folder, parquet, or my_pkg.my_mod:task. [digits]"),
-    ] = None,
-    space: Annotated[str | None, typer.Option(help="See `nasctl spaces`. [resnet]")] = None,
-    width: Annotated[float | None, typer.Option(help="Scale of the space's channels.")] = None,
-    size: Annotated[int | None, typer.Option(help="Resize images to this many pixels.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Of training.")] = None,
-    batch: Annotated[
-        int | None, typer.Option(help="Images per step, over all processes. [128]")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    data: options.Data = None,
+    space: options.Space = None,
+    width: options.Width = None,
+    size: options.Size = None,
+    epochs: options.Epochs = None,
+    batch: options.Batch = None,
+    lr: options.Rate = None,
     floor: Annotated[
         float | None,
         typer.Option(help="Decay to this share of --lr and stay, as BigNAS. [linear to zero]"),
@@ -60,20 +55,16 @@ def command(
     accumulate: Annotated[
         int, typer.Option(min=1, help="Micro-batches per process and step, to save memory.")
     ] = 1,
-    seed: Annotated[int | None, typer.Option(help="Of everything random. [0]")] = None,
+    seed: options.Seed = None,
     threads: Annotated[
         int | None, typer.Option(help="Of this machine, shared by its processes. [all cores]")
     ] = None,
-    spec: Annotated[Path | None, typer.Option(help="TOML file of these options.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Run directory. [runs/...]")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A fifth of the training: a try-out.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and a time estimate.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
+    spec: options.Spec = None,
+    run: options.Run = None,
+    quick: options.Quick = False,
+    force: options.Force = False,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
 ) -> None:
     """Train a supernet, every network of which works without retraining.
 

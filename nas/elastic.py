@@ -11,6 +11,7 @@ where `nas.once_for_all` has added them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -69,11 +70,11 @@ class Middle(NamedTuple):
     reader: Tensor  # [out, channels, ...]: whoever reads them says how much each counts
 
 
-class Residual(nn.Module):
+class Residual(nn.Module, ABC):
     """A block that can say which of its channels may be reordered (`nas.once_for_all`)."""
 
-    def middles(self) -> list[Middle]:
-        raise NotImplementedError
+    @abstractmethod
+    def middles(self) -> list[Middle]: ...
 
 
 N = TypeVar("N", bound=nn.Module)

@@ -85,7 +85,8 @@ def test_models_are_measured_and_nothing_is_left(board, tmp_path):
     assert big.median_ms > small.median_ms > 0  # 140 times the MACs
     assert big.median_ms <= big.p90_ms <= big.p95_ms <= big.p99_ms
     assert [len(result.rounds_ms[name]) for name in models] == [4, 4]
-    assert result.noise >= 0  # infinite where too little of so short a session was quiet
+    assert result.reference_ms
+    assert min(result.reference_ms) > 0
     assert str(result.fingerprint["runtime"]).startswith("onnxruntime 1.")
     assert result.fingerprint["memory_mb"] > 0
     assert shares == sorted(shares)

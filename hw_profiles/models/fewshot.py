@@ -3,7 +3,8 @@
 `transfer` learns from devices that were measured at length; here what their tables predict stands
 for such measurements, so that a table is all that must be kept or handed on. What `transfer` then
 predicts for networks of the space is fitted again as a table (`calibrate`), because a search takes
-latencies operator by operator. docs/methods/transfer.md has the evidence for each step.
+latencies operator by operator. docs/methods/transfer.md has the evidence for the transfer; what is
+lost on the way into a table is for benchmarks/fewshot.py to say.
 """
 
 from __future__ import annotations

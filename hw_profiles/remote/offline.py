@@ -128,13 +128,17 @@ def _order(names: Iterable[str], rng: np.random.Generator) -> list[tuple[str, st
 
 def there(folder: Path, networks: Sequence[Ops]) -> list[Ops]:
     """Those of the networks that came back with a time."""
-    names = {path.name.split(".")[0] for path in folder.glob("*.times.json")} | set(_listed(folder))
+    names = _names(folder, _listed(folder))
     return [ops for ops in networks if digest(ops) in names]
+
+
+def _names(folder: Path, listed: Iterable[str]) -> set[str]:
+    return {path.name.split(".")[0] for path in folder.glob("*.times.json")} | set(listed)
 
 
 def measured(folder: Path, networks: Sequence[Ops]) -> Group:
     """The timings of networks that are `there`. For the noise floor stand the reference's rounds
-    or, without them, how far rounds of the same network lie apart.
+    or, without them, how far rounds of the same network lie apart, over all that came back.
 
     Raises NasctlError for damaged or impossible files (see `trtexec.times`), or when nothing was
     timed twice.
@@ -144,7 +148,11 @@ def measured(folder: Path, networks: Sequence[Ops]) -> Group:
     repeats = [statistics.median(calls) for calls in _rounds(folder, REFERENCE, listed)]
     if len(repeats) < 2:
         # differences of consecutive rounds vary by sqrt(2) times what a round does
-        medians = ([statistics.median(calls) for calls in every] for every in rounds)
+        every_name = sorted(_names(folder, listed))
+        medians = (
+            [statistics.median(calls) for calls in _rounds(folder, name, listed)]
+            for name in every_name
+        )
         pairs = (pair for own in medians for pair in itertools.pairwise(own))
         repeats = [1 + math.sqrt(2) * (a - b) / (a + b) for a, b in pairs]
     if not repeats:

@@ -1,0 +1,26 @@
+"""Options that several verbs take, in the same words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Data = Annotated[
+    str | None,
+    typer.Option(help="digits, an image folder, parquet, or my_pkg.my_mod:task. [digits]"),
+]
+Space = Annotated[str | None, typer.Option(help="See `nasctl spaces`. [resnet]")]
+Width = Annotated[float | None, typer.Option(help="Scale of the space's channels.")]
+Size = Annotated[int | None, typer.Option(help="Resize images to this many pixels.")]
+Epochs = Annotated[float | None, typer.Option(help="Of supernet training.")]
+Batch = Annotated[int | None, typer.Option(help="Images per step, over all processes. [128]")]
+Rate = Annotated[float | None, typer.Option(help="Peak learning rate.")]
+Seed = Annotated[int | None, typer.Option(help="Of everything random. [0]")]
+Spec = Annotated[Path | None, typer.Option(help="TOML file of these options.")]
+Run = Annotated[Path | None, typer.Option(help="Run directory. [runs/...]")]
+Quick = Annotated[bool, typer.Option("--quick", help="A fifth of the training: a try-out.")]
+Force = Annotated[bool, typer.Option("--force", help="Start over.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and a time estimate.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")]
