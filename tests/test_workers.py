@@ -19,6 +19,7 @@ import toy
 from optuna.trial import TrialState
 
 from nas import search, strategies, study
+from nas.strategies import predictor
 
 WORKER = """
 import sys
@@ -27,9 +28,10 @@ from dataclasses import replace
 from pathlib import Path
 import toy
 from nas import search, strategies, study
+from nas.strategies import predictor
 
 url, evaluations, strategy, pause = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
-search.POOL = 300
+search.POOL = predictor.POOL = 300
 study.BEAT_S, study.PATIENCE_S, study.POLL_S = 0.2, 2.0, 0.1
 opened = study.open_study(Path("unused"), "same", storage=url)
 problem = toy.problem(toy.Space(n=6, options=4), budget_ms=8.0)
@@ -45,6 +47,13 @@ slowly = replace(problem, evaluate=evaluate)
 for candidate in search.search(slowly, opened, evaluations, strategies.load(strategy)):
     print(candidate.slot, flush=True)
 """
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """As in the workers."""
+    for module in (search, predictor):
+        monkeypatch.setattr(module, "POOL", 300)
 
 
 def make_tables(url):

@@ -55,8 +55,9 @@ def fit(features: Features, targets: Array) -> Fitted:
         values, vectors = np.linalg.eigh(_kernel(rows, rows, length).astype(np.float64))
         projected = vectors.T @ (targets - bias)
         spectra[length] = values, vectors, projected
-        for noise in NOISES:
-            best = max(best, (_likelihood(values + noise, projected), length, noise))
+        likelihoods = _likelihoods(values[:, None] + np.array(NOISES), projected)
+        at = int(likelihoods.argmax())
+        best = max(best, (float(likelihoods[at]), length, NOISES[at]))
     _, length, noise = best
     values, vectors, projected = spectra[length]
     spectrum = np.maximum(values + noise, 1e-9)
@@ -76,8 +77,9 @@ def _kernel(a: NDArray[np.float32], b: NDArray[np.float32], length: float) -> ND
     return np.exp(-squared / np.float32(length))
 
 
-def _likelihood(spectrum: Array, projected: Array) -> float:
-    """Marginal log-likelihood, up to a constant, at the best amplitude."""
-    spectrum = np.maximum(spectrum, 1e-9)
-    amplitude = max(float((projected**2 / spectrum).mean()), 1e-30)
-    return float(-0.5 * (len(projected) * np.log(amplitude) + np.log(spectrum).sum()))
+def _likelihoods(spectra: Array, projected: Array) -> Array:
+    """Marginal log-likelihoods [K], up to a constant, at the best amplitude of each of the spectra
+    [N, K]."""
+    spectra = np.maximum(spectra, 1e-9)
+    amplitudes = np.maximum((projected[:, None] ** 2 / spectra).mean(axis=0), 1e-30)
+    return -0.5 * (len(projected) * np.log(amplitudes) + np.log(spectra).sum(axis=0))
