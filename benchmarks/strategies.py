@@ -207,13 +207,11 @@ def on_supernet(folder: Path, seeds: int, evaluations: int, outcome: contract.Ou
 def judged_once(job: Any, judge: Callable[[Any], tuple[float, float]]) -> Problem:
     """The run's own search problem, its scores kept on disk by (supernet, network)."""
     from cli import stages
-    from nas import file
 
-    weights = file.sha256(job.supernet_path)
     kept = contract.Rows(contract.RESULTS / "strategies.rows.jsonl")
 
     def evaluate(genes: Any) -> tuple[float, float]:
-        key = {"supernet": weights, "genes": genes.tolist()}
+        key = {"supernet": job.weights_key, "genes": genes.tolist()}
         row = kept.get(key)
         if row is None:
             cross_entropy, accuracy = judge(genes)

@@ -1,7 +1,7 @@
 """Several devices in one `nasctl search`: one supernet, then a search and a delivery for each.
 
 Every device has a run directory of its own inside the common one; the first trains the supernet
-that the others search. A device that misses its budget does not stop the others.
+that the others search, if there is one at all. A device that misses its budget does not stop the others.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def prepare(
     jobs = [replace(first, run=Run(root / boards[0].name))]
     trained = given.get("supernet") or str(jobs[0].run.folder)
     for board, spec in zip(boards[1:], specs[1:], strict=True):
-        spec["supernet"] = trained
+        if not first.spec.alone:
+            spec["supernet"] = trained
         jobs.append(one.prepare(spec, root / board.name, quick=quick, task=first.task))
     return jobs
 

@@ -114,7 +114,7 @@ def describe(training: Training, genes: Genes) -> dict[str, Any]:
         "network": {"genes": genes.tolist(), "arch": arch_to_dict(arch)},
         "task": {"data": training.spec.data, "size": training.spec.size, "classes": task.classes},
         "input": {"resolution": arch.resolution, "mean": task.mean, "std": task.std},
-        "supernet": file.sha256(training.supernet_path),
+        "supernet": None if training.spec.alone else file.sha256(training.supernet_path),
         "written_by": f"nasctl {metadata.version('nasctl')}",
     }
 

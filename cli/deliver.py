@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from cli import budgets, child, console, stages, training
-from cli.stages import Job, Judge
+from cli.judges import Judge
+from cli.stages import Job
 from cli.training import ARCH
 from deploy import onnx, report, verify
 from hw_profiles import energy, measure, op
@@ -37,7 +38,7 @@ MODEL, WEIGHTS, REPORT, PAGE = (
     "report.html",
 )
 MEASURED, FINETUNE = "measured.json", "finetune.safetensors"
-FINETUNE_LR = 0.5  # of the supernet's peak learning rate
+FINETUNE_LR = 0.5  # of the supernet's peak learning rate, where the network comes from one
 STAGES = ("profile", "train", "search")  # before this one; what it does itself is in its own time
 MARGIN = 1.02  # a file is measured twice, each time to about 2 %
 ATTEMPTS = 5  # networks exported and measured before a local budget is given up
@@ -183,12 +184,12 @@ def _first_inside(
 def _finetuned(
     job: Job, judge: Judge, net: Network, candidate: Candidate
 ) -> tuple[Network, Candidate]:
-    """The chosen network trained on alone from the supernet's weights, and its new validation
+    """The chosen network trained on alone from the weights it was judged by, and its new validation
     score. It goes on where it was interrupted."""
     recipe = job.recipe
     steps = max(1, round(job.spec.finetune * len(job.task.train) / recipe.batch))
-    start = digest([candidate.genes, file.sha256(job.supernet_path)])
-    rate, seed = recipe.lr * FINETUNE_LR, recipe.seed + 1
+    start = digest([candidate.genes, job.weights_key])
+    rate, seed = recipe.lr * (1 if job.spec.alone else FINETUNE_LR), recipe.seed + 1
     recipe = replace(recipe, steps=steps, lr=rate, seed=seed, start=start)
     state = job.run.path(FINETUNE)
     steps_of = supernet.train(net, supernet.alone(net), job.task, recipe, resume=state)

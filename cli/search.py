@@ -15,7 +15,8 @@ from cli.train import resolved
 from nas.errors import NasctlError, UsageError
 
 if TYPE_CHECKING:
-    from cli.stages import Job, Judge
+    from cli.judges import Judge
+    from cli.stages import Job
     from hw_profiles.device import Device
     from nas.run import Run, Spec
     from nas.search import Candidate
@@ -56,6 +57,13 @@ def command(
     seed: options.Seed = None,
     threads: Annotated[int | None, typer.Option(help="For training. [all cores]")] = None,
     supernet: Annotated[str | None, typer.Option(help="Search a finished run's supernet.")] = None,
+    alone: Annotated[
+        bool | None,
+        typer.Option(
+            "--alone/--no-alone",
+            help="Judge each network by its own training, --epochs long, instead of a supernet.",
+        ),
+    ] = None,
     storage: Annotated[str | None, typer.Option(help="Optuna storage URL to share.")] = None,
     study_name: Annotated[str | None, typer.Option(help="In that storage. [nasctl]")] = None,
     spec: options.Spec = None,
@@ -88,6 +96,7 @@ def command(
         "seed": seed,
         "threads": threads,
         "supernet": supernet,
+        "alone": alone,
         "storage": storage,
         "study_name": study_name,
     }
@@ -122,6 +131,8 @@ def prepare(
 
     board = device.load(str(given.get("hw", "cpu")))
     strategies.load(str(given.get("strategy", "predictor")))
+    if given.get("alone") and given.get("supernet"):
+        raise UsageError("networks are judged by the one or the other", where="--alone, --supernet")
     spec, task = resolved(given, quick=quick, task=task)
     name = f"{spec.space}-{Path(spec.data).stem}-{board.name}-{spec.digest()[:8]}"
     run = runs.Run(folder or Path("runs") / name.replace(":", "-"))
@@ -138,7 +149,8 @@ def resume(folder: Path, latency_ms: float | None) -> Iterator[tuple[Job, Judge,
 
     run = runs.Run(folder)
     with run.locked():
-        own = run.manifest()["spec"].get("supernet") is None
+        said = run.manifest()["spec"]
+        own = said.get("supernet") is None and not said.get("alone")
         for stage in ("train", "search") if own else ("search",):
             if not run.unchanged(stage):
                 raise NasctlError(
@@ -150,7 +162,7 @@ def resume(folder: Path, latency_ms: float | None) -> Iterator[tuple[Job, Judge,
 
 
 def _resumed(run: Run, latency_ms: float | None) -> tuple[Job, Judge, list[Candidate]]:
-    from cli import stages, training
+    from cli import judges, stages
     from hw_profiles import device
     from nas import run as runs
     from nas import study, tasks
@@ -159,7 +171,7 @@ def _resumed(run: Run, latency_ms: float | None) -> tuple[Job, Judge, list[Candi
     task = tasks.load(spec.data, size=spec.size)
     job = _job(spec, run, task, device.load(spec.hw))
     stages.check_inputs(job)
-    judge = stages.Judge(job, training.finished_supernet(job))
+    judge = judges.made(job)
     candidates = study.finished(run.path(stages.JOURNAL), spec.storage, spec.study_name)
     return job, judge, candidates
 
@@ -181,7 +193,7 @@ def locked_search(job: Job, *, force: bool) -> dict[str, Any]:
 
 
 def _search(job: Job) -> dict[str, Any]:
-    from cli import deliver, stages, summary
+    from cli import deliver, judges, stages, summary
 
     began = time.monotonic()
     task, spec = job.task, job.spec
@@ -194,10 +206,11 @@ def _search(job: Job) -> dict[str, Any]:
     stages.check_inputs(job)
     table = stages.latency_table(job)
     stages.make_problem(job, table, lambda genes: (0.0, 0.0))  # an impossible budget ends it here
-    console.say(f"{spec.space}, {job.space.count():.3g} networks", "supernet")
-    net = stages.trained_supernet(job)
-    judge = stages.Judge(job, net)
-    console.say(f"{spec.evaluations} evaluations on validation images", "search")
+    judge = judges.made(job)
+    how = f", each trained alone for {spec.epochs:g} epochs" if spec.alone else ""
+    console.say(
+        f"{spec.strategy}, {spec.evaluations} evaluations on validation images{how}", "search"
+    )
     candidates = stages.searched(job, stages.make_problem(job, table, judge), table)
     console.say("extract, export, verify", "deliver")
     report = deliver.deliver(job, table, judge, candidates)
@@ -207,21 +220,11 @@ def _search(job: Job) -> dict[str, Any]:
 
 def plan(job: Job) -> dict[str, Any]:
     """What would be done and for how long, from three steps and one evaluation timed now."""
-    from cli import stages, training
-
     began = time.monotonic()
-    step_s, net = training.step_seconds(job, job.recipe)
-    judge = stages.Judge(job, net)
-    start = time.monotonic()
-    judge(job.space.largest)
-    judge(job.space.smallest)
-    evaluation_s = (time.monotonic() - start) / 2
+    seconds_of = _alone if job.spec.alone else _with_supernet
     parts = {
         "profile": 45.0 if job.device.local else 0.0,
-        "train": 0.0 if job.spec.supernet else step_s * job.recipe.steps,
-        "search": evaluation_s * job.spec.evaluations,
-        # the largest network's step is at most half of a sandwich step
-        "finetune": step_s / 2 * job.spec.finetune * len(job.task.train) / job.spec.batch,
+        **seconds_of(job),
         "deliver": 20.0,
     }
     planned = {
@@ -237,3 +240,33 @@ def plan(job: Job) -> dict[str, Any]:
     total = console.format_seconds(sum(parts.values()))
     console.say(f"{total}, into {job.run.folder}", "in all")
     return planned
+
+
+def _with_supernet(job: Job) -> dict[str, float]:
+    """Seconds of training, searching and fine-tuning."""
+    from cli import judges, training
+
+    spec, recipe = job.spec, job.recipe
+    step_s, net = training.step_seconds(job, recipe)
+    judge = judges.Inherited(job, net)
+    start = time.monotonic()
+    judge(job.space.largest)
+    judge(job.space.smallest)
+    return {
+        "train": 0.0 if spec.supernet else step_s * recipe.steps,
+        "search": (time.monotonic() - start) / 2 * spec.evaluations,
+        # the largest network's step is at most half of a sandwich step
+        "finetune": step_s / 2 * spec.finetune * len(job.task.train) / spec.batch,
+    }
+
+
+def _alone(job: Job) -> dict[str, float]:
+    """The same where every network is trained alone, if they are halfway between the ends."""
+    from cli import training
+
+    spec, ends = job.spec, (job.space.smallest, job.space.largest)
+    step_s = sum(training.step_seconds(job, job.recipe, genes)[0] for genes in ends) / 2
+    return {
+        "search": step_s * job.recipe.steps * spec.evaluations,
+        "finetune": step_s * spec.finetune * len(job.task.train) / spec.batch,
+    }

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from cli import budgets, console, training
 from cli.training import STATE, SUPERNET, Training
@@ -23,19 +22,16 @@ from hw_profiles import measure, op
 from hw_profiles.device import Device
 from hw_profiles.latency import LatencyTable
 from hw_profiles.models import calibrate
-from nas import checkpoint, file, search, space, strategies, supernet
+from nas import checkpoint, search, space, strategies
 from nas import run as runs
 from nas import study as studies
 from nas.elastic import Network
 from nas.errors import NasctlError, UsageError
 from nas.search import Candidate, Problem
 from nas.space import Genes
-from nas.supernet import Score
-from nas.tasks import Split
 
 PROFILED = 64  # networks measured to fit a local device's table
 CLEAN = 24  # of them beyond doubt are enough
-JUDGED_ON = 2_000  # validation images that rank sub-networks; all of them if there are fewer
 
 TABLE, JOURNAL, FRONT = "latency.json", "study.journal", "pareto.json"
 
@@ -146,6 +142,7 @@ def make_problem(job: Job, table: LatencyTable, evaluate: Callable[[Genes], Any]
 def trained_supernet(job: Job) -> Network:
     """The space's largest network, trained in this run or taken from the run it names."""
     if job.spec.supernet is None:
+        console.say(f"{job.spec.space}, {job.space.count():.3g} networks", "supernet")
         work = functools.partial(training.train_supernet, job, job.recipe)
         staged(job, "train", job.train_key, [SUPERNET], work)
         job.run.path(STATE).unlink(missing_ok=True)
@@ -178,34 +175,12 @@ def check_inputs(job: Job) -> None:
 # ---- search --------------------------------------------------------------------------------------
 
 
-class Judge:
-    """Validation score of a sub-network cut from the supernet: `judge(genes) -> (ce, metric)`."""
-
-    def __init__(self, job: Job, net: nn.Module) -> None:
-        self.job, self.net = job, net
-        self.calibration = supernet.calibration_images(job.task)
-        val = job.task.val
-        self.val = Split(val.images[:JUDGED_ON], val.labels[:JUDGED_ON])
-
-    def child(self, genes: Genes) -> Network:
-        """The stand-alone network of `genes` with its weights from the supernet, in eval mode."""
-        return supernet.child(self.net, self.job.space, genes, self.calibration)
-
-    def score(self, net: nn.Module, resolution: int) -> Score:
-        return supernet.evaluate(net, self.job.task, self.val, resolution)
-
-    def __call__(self, genes: Genes) -> tuple[float, float]:
-        resolution = self.job.space.decode(genes).resolution
-        score = self.score(self.child(genes), resolution)
-        return score.cross_entropy, score.accuracy
-
-
 def search_key(job: Job, table: LatencyTable) -> str:
     """What a search's results depend on: weights, data, latencies, budget and seed."""
-    weights = file.sha256(job.supernet_path)
     limits = ("latency_ms", "macs", "params", "memory_bytes", "energy_mj")
     settings = job.spec.digest("space", "width", "seed", "strategy", *limits)
-    return runs.digest([weights, job.task.fingerprint, table.model_dump(mode="json"), settings])
+    measured = table.model_dump(mode="json")
+    return runs.digest([job.weights_key, job.task.fingerprint, measured, settings])
 
 
 def searched(job: Job, problem: Problem, table: LatencyTable) -> list[Candidate]:

@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -21,8 +21,17 @@ if TYPE_CHECKING:
     from nas.supernet import Recipe
     from nas.tasks import Task
 
-STEPS, QUICK_STEPS = 1500, 300  # that the default --epochs amounts to
-EVALUATIONS, QUICK_EVALUATIONS = 128, 32  # of a search, whose spec has the same defaults
+
+class Effort(NamedTuple):
+    """How long things take where nothing was said."""
+
+    steps: int  # of training: of the supernet, or of each network that is judged by its own
+    evaluations: int  # of a search, whose spec has the same defaults
+    finetune: int  # steps of the chosen network alone
+
+
+EFFORT, QUICK = Effort(1500, 128, 0), Effort(300, 32, 0)
+ALONE, QUICK_ALONE = Effort(150, 20, 3000), Effort(50, 8, 600)
 
 
 def command(
@@ -149,10 +158,16 @@ def resolved(given: dict[str, Any], *, quick: bool, task: Task | None = None) ->
 
 def _defaults(spec: Spec, n_train: int, *, quick: bool) -> dict[str, Any]:
     """The defaults that depend on the data, the machine and --quick."""
-    steps = QUICK_STEPS if quick else STEPS
+    full, short = (ALONE, QUICK_ALONE) if spec.alone else (EFFORT, QUICK)
+    effort = short if quick else full
+
+    def epochs(steps: int) -> float:
+        return float(f"{steps * spec.batch / n_train:.3g}")
+
     return {
-        "epochs": float(f"{steps * spec.batch / n_train:.3g}"),
-        "evaluations": QUICK_EVALUATIONS if quick else EVALUATIONS,
+        "epochs": epochs(effort.steps),
+        "evaluations": effort.evaluations,
+        "finetune": epochs(effort.finetune),
         "threads": cores(),
     }
 

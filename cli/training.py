@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from cli import console
-from nas import checkpoint, parallel, supernet, tasks
+from nas import checkpoint, file, parallel, supernet, tasks
 from nas import run as runs
 from nas import space as spaces
 from nas.elastic import Network, channels_last
 from nas.errors import NasctlError, UsageError
 from nas.run import Run, Spec
-from nas.space import SearchSpace
+from nas.space import Genes, SearchSpace
 from nas.supernet import Recipe, Step
 from nas.tasks import Task
 
@@ -51,6 +51,11 @@ class Training:
         return checkpoint.describe(spec.space, spec.width, self.space, self.task.fingerprint)
 
     @property
+    def weights_key(self) -> str:
+        """What the weights that networks are judged by come from."""
+        return self.train_key if self.spec.alone else file.sha256(self.supernet_path)
+
+    @property
     def supernet_path(self) -> Path:
         """The supernet's file, in this run or in the one that it was taken from."""
         own = self.spec.supernet
@@ -77,6 +82,12 @@ def opened(folder: Path) -> Training:
     if not run.path(runs.MANIFEST).is_file():
         raise UsageError(f"no run in {folder}", where="RUN", next="See the runs/ folder.")
     recorded = run.manifest()["spec"]
+    if recorded.get("alone"):
+        raise NasctlError(
+            "this search trained each network alone: it has no supernet",
+            where=str(folder),
+            next="Name its model.safetensors, or search again with --no-alone.",
+        )
     if recorded.get("supernet") is None and not run.unchanged("train"):
         raise NasctlError(
             "stage 'train' is not finished, or its files were changed since",
@@ -92,11 +103,12 @@ def opened(folder: Path) -> Training:
 # ---- training ------------------------------------------------------------------------------------
 
 
-def fresh_supernet(training: Training) -> Network:
-    """The space's largest network, initialised from the seed."""
+def fresh(training: Training, genes: Genes | None = None) -> Network:
+    """The network of `genes`, or the space's largest as a supernet, initialised from the seed."""
+    arch = training.space.decode(training.space.largest if genes is None else genes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.spec.seed)  # torch's initialisers know no other generator
-        net = training.space.build(training.space.decode(training.space.largest))
+        net = training.space.build(arch)
     return channels_last(net)
 
 
@@ -106,7 +118,7 @@ def train_supernet(training: Training, recipe: Recipe) -> None:
     In a process group every process calls this with the same recipe; the first writes.
     """
     workers = parallel.workers()
-    net, state = fresh_supernet(training), training.run.path(STATE)
+    net, state = fresh(training), training.run.path(STATE)
     archs = supernet.sandwich(training.space, recipe)
     steps = supernet.train(net, archs, training.task, recipe, resume=state)
     follow(steps, recipe.steps, "training the supernet")
@@ -137,10 +149,14 @@ def follow(steps: Generator[Step, None, None], total: int, title: str) -> None:
                 raise KeyboardInterrupt
 
 
-def step_seconds(training: Training, recipe: Recipe) -> tuple[float, nn.Module]:
-    """Seconds per step, from three steps after the first, and the network they trained."""
-    net = fresh_supernet(training)
-    steps = supernet.train(net, supernet.sandwich(training.space, recipe), training.task, recipe)
+def step_seconds(
+    training: Training, recipe: Recipe, genes: Genes | None = None
+) -> tuple[float, nn.Module]:
+    """Seconds per step of the supernet, or of the network of `genes` alone, from three steps after
+    the first, and the network they trained."""
+    net = fresh(training, genes)
+    archs = supernet.sandwich(training.space, recipe) if genes is None else supernet.alone(net)
+    steps = supernet.train(net, archs, training.task, recipe)
     next(steps)  # the first step also allocates
     n = min(3, recipe.steps - 1)
     start = time.monotonic()
@@ -160,7 +176,7 @@ def finished_supernet(training: Training) -> Network:
     path = training.supernet_path
     tensors, meta = checkpoint.read(path)
     require_same(training, meta, path)
-    net = fresh_supernet(training)
+    net = fresh(training)
     checkpoint.fill(net, tensors, path)
     return net
 

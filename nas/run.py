@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from nas.recipe import Recipe
 MANIFEST = "run.json"
 #: what stages keep in order to go on: removed when a run starts over
 STATES = ("training.safetensors", "finetune.safetensors", "study.journal")
+TRAINED = "trained"  # folder of the networks that a search trained alone, likewise
 #: what of a recipe can be asked for (see there), besides its length
 HOW = (
     *("batch", "lr", "seed", "floor", "policy", "loss"),
@@ -63,6 +65,7 @@ class Spec(BaseModel):
     operations: int = 0
     cutout: float = 0.0
     ema: float = 0.0
+    alone: bool = False  # networks are judged by a short training each, not by a supernet
     evaluations: int = Field(64, ge=1)
     finetune: float = Field(0.0, ge=0)  # epochs of the chosen network alone; 0: as extracted
     seed: int = Field(0, ge=0)
@@ -154,6 +157,7 @@ class Run:
         if force:
             for name in (MANIFEST, *STATES):
                 self.path(name).unlink(missing_ok=True)
+            shutil.rmtree(self.path(TRAINED), ignore_errors=True)
         manifest = self.manifest()
         before = manifest.get("spec", {})
         changed = [
