@@ -28,7 +28,9 @@ NETWORKS = 5
 PLAIN = "as shipped"
 SWITCHES: dict[str, dict[str, Any]] = {
     PLAIN: {},
+    "distillation alone, no labels": {"loss": "kl"},
     "no distillation": {"loss": "labels"},
+    "rate of one network": {"lr": 0.05},
     "rate with a floor": {"floor": 0.05},
     "bestup": {"policy": "bestup"},
     "alpha-divergence": {"loss": "alpha"},

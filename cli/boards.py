@@ -1,7 +1,8 @@
 """Several devices in one `nasctl search`: one supernet, then a search and a delivery for each.
 
 Every device has a run directory of its own inside the common one; the first trains the supernet
-that the others search, if there is one at all. A device that misses its budget does not stop the others.
+that the others search, if there is one at all. A device that misses its budget does not stop the
+others.
 """
 
 from __future__ import annotations

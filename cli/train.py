@@ -50,7 +50,7 @@ def command(
         str | None, typer.Option(help="Random networks: uniform, bestup or worstup. [uniform]")
     ] = None,
     loss: Annotated[
-        str | None, typer.Option(help="What they learn from: kl, alpha or labels. [kl]")
+        str | None, typer.Option(help="What they learn from: mixed, kl, alpha or labels. [mixed]")
     ] = None,
     dropout: Annotated[float | None, typer.Option(help="Of the largest's features. [0]")] = None,
     drop_connect: Annotated[float | None, typer.Option(help="Of its blocks. [0]")] = None,

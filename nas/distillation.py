@@ -1,8 +1,10 @@
 """What each network of a step learns from: labels, the largest of the step, or a frozen teacher.
 
 In place (universally slimmable networks, arXiv 1903.05134; BigNAS, 2003.11142): the first network
-of a step learns from labels, the others only from its prediction. With a frozen teacher (Once-for-
-All, 1908.09791, section 3.3) every network learns from labels and from the teacher in equal parts.
+of a step learns from labels, the others only from its prediction (`kl`). With a frozen teacher
+(Once-for-All, 1908.09791, section 3.3) every network learns from labels and from the teacher in
+equal parts. `mixed`, the default, takes this second lesson from the first network of the step: in
+trainings of minutes that network has little to teach for long (docs/methods/supernet.md).
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ class Lesson:
             return (self._hard(logits) + self._soft(logits, self.taught)) / 2
         if largest is None or self.recipe.loss == "labels":
             return self._hard(logits)
+        if self.recipe.loss == "mixed":
+            return (self._hard(logits) + self._soft(logits, largest)) / 2
         return self._soft(logits, largest)
 
     def _hard(self, logits: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from nas.errors import UsageError, unknown
 
 POLICIES = ("uniform", "bestup", "worstup")
-LOSSES = ("kl", "alpha", "labels")
+LOSSES = ("mixed", "kl", "alpha", "labels")
 FLOOR_AT = 2 / 3  # of the steps: where an exponential decay has come down to its floor
 
 
@@ -24,7 +24,7 @@ class Recipe:
 
     steps: int
     batch: int = 128
-    lr: float = 0.2  # peak, Nesterov SGD on the mean of the networks' losses
+    lr: float = 0.2  # peak per network: a step takes that times the number of its networks
     momentum: float = 0.9
     weight_decay: float = 5e-4  # not on norms and biases
     label_smoothing: float = 0.1
@@ -34,7 +34,7 @@ class Recipe:
     n_random: int = 2
     policy: str = "uniform"  # how random networks are chosen: one of POLICIES
     candidates: int = 3  # networks of one cost that bestup and worstup choose among
-    loss: str = "kl"  # what all but the largest learn from: one of LOSSES
+    loss: str = "mixed"  # what all but the largest learn from: one of LOSSES
     dropout: float = 0.0  # of the largest's features
     drop_connect: float = 0.0  # of the largest's last block, linearly less towards the first
     operations: int = 0  # of random augmentation on each image

@@ -59,7 +59,7 @@ class Spec(BaseModel):
     lr: float = Field(0.2, gt=0)
     floor: float | None = None  # from here on as in Recipe
     policy: str = "uniform"
-    loss: str = "kl"
+    loss: str = "mixed"
     dropout: float = 0.0
     drop_connect: float = 0.0
     operations: int = 0

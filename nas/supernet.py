@@ -3,9 +3,9 @@ distillation (BigNAS, arXiv 2003.11142, section 3.1; universally slimmable netwo
 
 Each step runs the largest, the smallest and `n_random` other networks on the same images, each at
 its own resolution. The largest learns from labels and is regularised; the others learn only its
-prediction of the same step (`nas.distillation`). The four gradients are averaged (several published
-codes sum them: divide their learning rates by four) and the optimiser steps once, so weight decay
-acts once, as the largest network's.
+prediction of the same step (`nas.distillation`), or that and the labels. The four gradients are
+averaged and the optimiser steps once, at four times the rate of one network: published codes that
+sum gradients take the same step, but for weight decay, which here grows with the rate.
 
 Everything random is a function of (seed, step), never of a generator's history, so a run continues
 from a checkpoint exactly as if it had not stopped. The device is the network's own.
@@ -157,7 +157,7 @@ class _Training:
             self.safe = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
             self.safe_step = self.done
         recipe = self.course.recipe
-        rate = recipe.lr_at(self.done) / 2**self.watch.halvings
+        rate = len(archs) * recipe.lr_at(self.done) / 2**self.watch.halvings
         _update(self.net, self.optimiser, rate, recipe.clip_norm)
         if recipe.ema:
             _average(self.net, self.optimiser, recipe, self.done)

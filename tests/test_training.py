@@ -53,7 +53,8 @@ LOGITS = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=
 def test_a_child_equal_to_its_teacher_has_the_loss_of_its_entropy(tiny):
     p = LOGITS[0].softmax(1)
     entropy = -(p * p.log()).sum(1).mean()
-    assert torch.isclose(lesson(tiny).loss(LOGITS[0], LOGITS[0]), entropy)
+    kl = lesson(tiny, replace(RECIPE, loss="kl")).loss(LOGITS[0], LOGITS[0])
+    assert torch.isclose(kl, entropy)
     alpha = lesson(tiny, replace(RECIPE, loss="alpha")).loss(LOGITS[0], LOGITS[0])
     assert alpha.item() == pytest.approx(0, abs=1e-12)
 
@@ -62,6 +63,13 @@ def test_without_distillation_children_learn_from_labels(tiny):
     found = lesson(tiny, replace(RECIPE, loss="labels"))
     hard = F.cross_entropy(LOGITS[0], found.labels, label_smoothing=0.1)
     assert found.loss(LOGITS[0], LOGITS[1]) == hard == found.loss(LOGITS[0], None)
+
+
+def test_mixed_takes_labels_and_the_largest_in_equal_parts(tiny):
+    parts = [lesson(tiny, replace(RECIPE, loss=name)) for name in ("labels", "kl", "mixed")]
+    hard, soft, mixed = (part.loss(LOGITS[0], LOGITS[1]) for part in parts)
+    assert torch.isclose(mixed, (hard + soft) / 2)
+    assert parts[2].loss(LOGITS[0], None) == hard
 
 
 def test_with_a_frozen_teacher_labels_and_teacher_count_the_same(tiny):
@@ -74,7 +82,8 @@ def test_with_a_frozen_teacher_labels_and_teacher_count_the_same(tiny):
 
 def test_the_first_of_a_step_teaches_even_where_all_are_the_largest(tiny, monkeypatch):
     """With every place the largest and no noise, the children's loss is the teacher's entropy."""
-    _, steps = trained(tiny, replace(RECIPE, steps=1), lambda step: [LARGEST] * 3)
+    recipe = replace(RECIPE, steps=1, loss="kl")
+    _, steps = trained(tiny, recipe, lambda step: [LARGEST] * 3)
     seen = []
     soft = distillation.Lesson._soft
     monkeypatch.setattr(
@@ -82,7 +91,7 @@ def test_the_first_of_a_step_teaches_even_where_all_are_the_largest(tiny, monkey
         "_soft",
         lambda self, logits, target: seen.append((logits, target)) or soft(self, logits, target),
     )
-    trained(tiny, replace(RECIPE, steps=1), lambda step: [LARGEST] * 3)
+    trained(tiny, recipe, lambda step: [LARGEST] * 3)
     assert len(seen) == 2
     for logits, target in seen:
         assert torch.equal(logits, target) and logits.requires_grad and not target.requires_grad
@@ -90,7 +99,7 @@ def test_the_first_of_a_step_teaches_even_where_all_are_the_largest(tiny, monkey
         assert steps[0].losses[1] == pytest.approx(float(entropy), rel=1e-6)
 
 
-@pytest.mark.parametrize("loss", ["alpha", "labels"])
+@pytest.mark.parametrize("loss", ["kl", "alpha", "labels"])
 def test_every_loss_trains(loss, tiny):
     _, steps = trained(tiny, Recipe(steps=15, batch=16, loss=loss))
     assert steps[-1].losses[0] < 0.7 * steps[0].losses[0]
