@@ -62,7 +62,7 @@ def load(root: Path) -> list[Table]:
     return [*tables, *sampled, *whole]
 
 
-# ---- NAS-Bench-201, the 9,445 networks without unreachable branches -------------------------------
+# ---- NAS-Bench-201, the 9,445 networks without unreachable branches ------------------------------
 
 
 def nb201(root: Path, seconds: Mapping[str, float]) -> list[Table]:
@@ -77,7 +77,7 @@ def nb201(root: Path, seconds: Mapping[str, float]) -> list[Table]:
         if not column.endswith("_hp200_test_acc"):
             continue
         dataset = column.removesuffix("_hp200_test_acc")
-        own = [row for row in metrics if row["dataset"].lower().startswith(dataset + "")]
+        own = [row for row in metrics if row["dataset"].lower().startswith(dataset)]
         full = [row for row in own if _complete(row)]
         rows = full or [row for row in metrics if row["dataset"] == "cifar10" and _complete(row)]
         index = np.array([row["arch_index"] for row in rows])
