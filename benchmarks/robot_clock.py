@@ -16,45 +16,65 @@ import numpy as np
 from benchmarks import contract
 from benchmarks.robot_pools import Table
 from nas import pool as pools
-from nas.pool import Array, Method, evolution, gp, random, robot
+from nas.pool import Array, Method, evolution, random, robot
 
 QUERIES = 20
 POOLS = (100, 250, 1000)
 COUNTED = ("flops", "params")  # read off the architecture
 
 
-def part(table: Table, seeds: Sequence[int], outcome: contract.Outcome, *, quick: bool) -> None:
+def part(
+    table: Table,
+    seeds: Sequence[int],
+    outcome: contract.Outcome,
+    rows: contract.Rows | None,
+    sizes: Sequence[int] = POOLS,
+) -> None:
     """A line per pool size and method: test accuracy of the pick, seconds, queries."""
-    assert table.train_s is not None and table.proxy_s is not None
-    names = [name for name in table.pool.names if name not in COUNTED]
-    each = float(np.nansum([table.proxy_s.get(name, np.nan) for name in names]))
-    print(f"\nequal seconds: {each:.1f} s for the metrics of a network")
-    rivals: dict[str, tuple[Table, Method]] = {
-        "robot, counts alone": (counts_alone(table), robot.search),
-        "random": (table, random.search),
-        "evolution": (table, evolution.search),
-        "gp": (table, gp.search),
-    }
     lines = []
-    for n in POOLS[:1] if quick else POOLS:
-        results: dict[str, list[tuple[float, float]]] = {}
-        for seed in seeds:
-            order = np.random.default_rng((seed, 41)).permutation(len(table.pool))
-            small = table.take(np.sort(order[:n]))
-            truth, seconds, _ = searched(small, robot.search, np.inf, QUERIES, seed)
-            allowed = seconds + n * each
-            results.setdefault("robot, all metrics", []).append((truth, QUERIES))
-            for name, (whole, method) in rivals.items():
-                truth, _, queries = searched(whole, method, allowed, len(table.pool), seed)
-                results.setdefault(name, []).append((truth, queries))
-        for name, found in results.items():
-            truths, queries = np.array(found).T
+    for n in sizes:
+        key = {"part": "clock", "pool": n, "seeds": [seeds[0], seeds[-1]]}
+        found = rows.get(key) if rows else None
+        if found is None:
+            found = of_size(table, n, seeds)
+            if rows:
+                rows.add(key, found)
+        for name, runs in found.items():
+            truths, queries = np.array(runs).T
             figures = {"mean": truths.mean(), "std": truths.std(ddof=1), "worst": truths.min()}
             title = f"clock: pool of {n}: {name}"
             outcome.figures |= {f"{title}: {key}": value for key, value in figures.items()}
             shown = [f"{value:.2f}" for value in figures.values()]
             lines.append([n, name, *shown, f"{queries.mean():.0f}"])
+    print(f"\nequal seconds: {metric_s(table):.1f} s for the metrics of a network")
     print(contract.table(["pool", "method", "mean", "std", "worst", "queries"], lines))
+
+
+def metric_s(table: Table) -> float:
+    """Seconds per network for every metric that is not read off the architecture."""
+    assert table.proxy_s is not None
+    each = [table.proxy_s.get(name, np.nan) for name in table.pool.names if name not in COUNTED]
+    return float(np.nansum(each))
+
+
+def of_size(table: Table, n: int, seeds: Sequence[int]) -> dict[str, list[tuple[float, int]]]:
+    """(truth, queries) of every seed: metrics for n networks and their rivals."""
+    rivals: dict[str, tuple[Table, Method]] = {
+        "robot, counts alone": (counts_alone(table), robot.search),
+        "random": (table, random.search),
+        "evolution": (table, evolution.search),
+    }
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in ("robot", *rivals)}
+    for seed in seeds:
+        order = np.random.default_rng((seed, 41)).permutation(len(table.pool))
+        small = table.take(np.sort(order[:n]))
+        truth, seconds, queries = searched(small, robot.search, np.inf, QUERIES, seed)
+        found["robot"].append((truth, queries))
+        allowed = seconds + n * metric_s(table)
+        for name, (whole, method) in rivals.items():
+            truth, _, queries = searched(whole, method, allowed, len(table.pool), seed)
+            found[name].append((truth, queries))
+    return found
 
 
 def counts_alone(table: Table) -> Table:

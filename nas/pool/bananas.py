@@ -16,7 +16,7 @@ STARTUP = 5
 BATCH = 5  # queries between two fits
 MEMBERS = 5
 HIDDEN = 16
-STEPS = 200  # of Adam, on everything seen at once
+STEPS = 100  # of Adam, on everything seen at once
 RATE = 0.02
 DECAY = 1e-3
 

@@ -10,7 +10,7 @@ from nas.pool.scales import best_unseen, graded, normal_scores
 
 STARTUP = 5
 TREES = 50
-BATCH = 3  # queries between two fits, each by the last fit's ranking
+BATCH = 5  # queries between two fits, each by the last fit's ranking
 
 
 def search(pool: Pool, budget: int, seed: int) -> Search:

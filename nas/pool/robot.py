@@ -4,21 +4,22 @@ The published method (`robot_paper`) learns one weight per metric from which net
 ranks first. Here a Gaussian process predicts a network's worth from its metrics and its
 architecture, so that every answer counts for every network and a metric may mislead, saturate or
 interact. What few answers cannot teach is assumed: until shown otherwise, the networks that the
-metrics agree on are better (the prior mean), and so they are asked for first.
+metrics agree on are better (the prior mean). The first queries are networks that are all among the
+best by that agreement and as different by their metrics as such networks can be.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nas.pool import Array, Pool, Search
-from nas.pool.scales import best_unseen, graded, normal_scores
+from nas.pool.scales import best_unseen, descending, graded, normal_scores
 
 # Chosen by the protocol of docs/methods/robot.md, and frozen.
-START = 5  # queries by consensus alone
-AGREEMENT = 0.75  # prior slope: deviations of worth per unit of consensus
-NOISE = 0.2  # variance, as a share of the kernel's
+START = 5  # queries before the surrogate is asked
+AGREED = 0.05  # of the pool is what they are chosen from
+AGREEMENT = 0.5  # prior slope: deviations of worth per unit of consensus
+NOISE = 0.4  # variance, as a share of the kernel's
 KAPPA = 1.0  # deviations of the upper confidence bound
 
 
@@ -42,8 +43,9 @@ class Surrogate:
     """
 
     def __init__(self, pool: Pool, seed: int) -> None:
-        self.scores = normal_scores(pool.features)
+        self.scores = normal_scores(pool.features)  # [N, m]
         n, m = self.scores.shape
+        self.dimensions = max(m, 1)
         self.consensus = self.scores.mean(axis=1) if m else np.zeros(n)
         # without features nobody is a favourite: then the first are random
         self.first = self.consensus if m else np.random.default_rng((seed, 29)).random(n)
@@ -54,37 +56,46 @@ class Surrogate:
 
     def favourite(self, seen: list[int], answers: list[float]) -> int:
         """The row to query after `answers` [t] (NaN: failed) to the rows `seen`; there is one."""
-        bound = self.first if len(seen) < START else self.bound(seen, answers)
-        return best_unseen(bound, seen)
+        if not seen:
+            return best_unseen(self.first, seen)
+        if len(seen) < START:
+            return best_unseen(self._apart(seen), seen)
+        return best_unseen(self.bound(seen, answers), seen)
+
+    def _apart(self, seen: list[int]) -> Array:
+        """How far by its metrics each network [N] is from the nearest of `seen`; -inf for those
+        that the metrics do not agree on."""
+        agreed = descending(self.first)[: max(int(AGREED * len(self.first)), START)]
+        distance = np.full(len(self.first), -np.inf)
+        distance[agreed] = _squared(self.scores[agreed], self.scores[seen]).min(axis=1)
+        return distance
 
     def kernel(self, rows: list[int]) -> Array:
         """[N, t] between all networks and these."""
-        m = max(self.scores.shape[1], 1)
         some, cells = self.scores[rows], self.encoding[rows]
-        linear = self.scores @ some.T / m
-        metrics = np.exp(-_squared(self.scores, some) / (2 * m))
+        linear = self.scores @ some.T / self.dimensions
+        metrics = np.exp(-_squared(self.scores, some) / (2 * self.dimensions))
         return (linear + metrics + np.exp(-_squared(self.encoding, cells) / self.span)) / 3
 
     def bound(self, seen: list[int], answers: list[float]) -> Array:
         """Upper confidence bound [N] of the normal scores of the answers, all networks'."""
         new = [row for row in seen if row not in self.columns]
         self.columns |= dict(zip(new, self.kernel(new).T, strict=True))
-        k = np.array([self.columns[row] for row in seen]).T
-        m = max(self.scores.shape[1], 1)
-        own = ((self.scores**2).sum(axis=1) / m + 2) / 3
+        k = np.array([self.columns[row] for row in seen])
+        own = ((self.scores**2).sum(axis=1) / self.dimensions + 2) / 3
         scale = float(own[seen].mean())
         residual = graded(np.array(answers)) - AGREEMENT * self.consensus[seen]
         constant = float(residual.mean())
-        root = np.linalg.cholesky(k[seen] / scale + NOISE * np.eye(len(seen)))
+        root = np.linalg.cholesky(k[:, seen] / scale + NOISE * np.eye(len(seen)))
         white = np.linalg.solve(root, residual - constant)
+        half = np.linalg.solve(root, k / scale)
         amplitude = max(float((white**2).mean()), 1e-3)
-        half = np.linalg.solve(root, k.T / scale)
-        mean = constant + AGREEMENT * self.consensus + half.T @ white
+        mean = constant + AGREEMENT * self.consensus + white @ half
         variance = amplitude * np.maximum(own / scale - (half**2).sum(axis=0), 0.0)
         bound: Array = mean + KAPPA * np.sqrt(variance)
         return bound
 
 
-def _squared(a: Array, b: Array) -> NDArray[np.float64]:
+def _squared(a: Array, b: Array) -> Array:
     squared: Array = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
     return np.maximum(squared, 0.0)
