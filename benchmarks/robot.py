@@ -214,9 +214,9 @@ def clock(bench: Bench) -> None:
 
 PARTS: dict[str, Callable[[Bench], None]] = {
     "headline": headline,
+    "clock": clock,
     "nb201": nb201,
     "latency": latency,
-    "clock": clock,
 }
 
 if __name__ == "__main__":

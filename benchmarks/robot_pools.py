@@ -162,14 +162,13 @@ def _counts(benchmark: str, archs: Sequence[Any], known: Pool) -> tuple[Array, t
 
     Both are sums over a network's parts (an operator on an edge; a module at its width and
     resolution), so least squares on the sampled networks recovers them to float32 rounding. NaN
-    where a network has a part that none of those has.
+    where a network has a part that none of those has; a count that is no such sum is left out.
     """
     names = tuple(name for name in ("flops", "params") if name in known.names)
     table = [known.features[:, known.names.index(name)] for name in names]
     truth = np.array(table).reshape(len(names), len(known)).T
-    # known.ids are positions in the enumeration of the space (`_identity`), which name the network
     here = {_identity(benchmark, arch): at for at, arch in enumerate(archs)}
-    at = np.array([here[int(one)] for one in known.ids])
+    at = np.array([here[int(one)] for one in known.ids])  # an id names the architecture
     parts = [_parts(benchmark, arch) for arch in archs]
     columns = {part: i for i, part in enumerate(sorted({p for some in parts for p in some}))}
     design = np.zeros((len(archs), len(columns)))
@@ -177,9 +176,11 @@ def _counts(benchmark: str, archs: Sequence[Any], known: Pool) -> tuple[Array, t
         for part in some:
             design[row, columns[part]] += 1
     weights, *_ = np.linalg.lstsq(design[at], truth, rcond=None)
-    assert np.allclose(design[at] @ weights, truth, rtol=1e-4, atol=1e-4), "counts are sums"
-    unseen = (design[:, ~design[at].any(0)] > 0).any(1)
-    return np.where(unseen[:, None], np.nan, design @ weights), names
+    exact = np.isclose(design[at] @ weights, truth, rtol=1e-4, atol=1e-4).all(axis=0)
+    covered = design[at].sum(axis=0) > 0
+    unseen = design[:, ~covered].sum(axis=1) > 0
+    counts = np.where(unseen[:, None], np.nan, design @ weights)[:, exact]
+    return counts, tuple(name for name, fits in zip(names, exact, strict=True) if fits)
 
 
 def _parts(benchmark: str, arch: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -46,9 +46,9 @@ class Surrogate:
         self.scores = normal_scores(pool.features)  # [N, m]
         n, m = self.scores.shape
         self.dimensions = max(m, 1)
-        self.consensus = self.scores.mean(axis=1) if m else np.zeros(n)
+        self.consensus: Array = self.scores.sum(axis=1) / self.dimensions
         # without features nobody is a favourite: then the first are random
-        self.first = self.consensus if m else np.random.default_rng((seed, 29)).random(n)
+        self.first: Array = self.consensus if m else np.random.default_rng((seed, 29)).random(n)
         self.encoding = pool.encoding.astype(np.float64)
         # twice the mean squared norm: what two one-hot rows without a common gene are apart
         self.span = max(2 * float((self.encoding**2).sum(axis=1).mean()) if n else 0.0, 1.0)

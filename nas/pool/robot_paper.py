@@ -39,7 +39,9 @@ def search(pool: Pool, budget: int, seed: int) -> Search:
     best: tuple[float, Array] | None = None
     for step in range(budget):
         rng = np.random.default_rng((seed, 28, step))
-        weight = rng.uniform(-1, 1, table.shape[1]) if step == 0 else _next(weights, values, rng)
+        weight: Array = rng.uniform(-1, 1, table.shape[1])
+        if step:
+            weight = _next(weights, values, rng)
         row = int(np.argmax(table @ weight))
         if row not in seen:
             seen[row] = yield row
