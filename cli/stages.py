@@ -189,13 +189,13 @@ def searched(job: Job, problem: Problem, table: LatencyTable) -> list[Candidate]
     study = studies.open_study(
         job.run.path(JOURNAL), key, storage=spec.storage, name=spec.study_name
     )
-    propose = strategies.load(spec.strategy)
+    propose, size = strategies.load(spec.strategy), strategies.generation(spec.strategy)
     found: list[Candidate] = []
 
     def work() -> None:
         where = spec.storage or str(job.run.path(JOURNAL))
         with console.bar("searching", spec.evaluations) as update, studies.reachable(where):
-            for candidate in search.search(problem, study, spec.evaluations, propose):
+            for candidate in search.search(problem, study, spec.evaluations, propose, size):
                 found.append(candidate)
                 best = min(found, key=lambda c: c.cross_entropy)
                 update(len(found), f"best cross-entropy {best.cross_entropy:.4f}")

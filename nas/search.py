@@ -12,7 +12,7 @@ Imports without torch: evaluation is a callable.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,7 @@ class Problem:
 
     `latency(genes [N, G]) -> (value_ms [N], high_ms [N])`; `evaluate(genes [G]) -> (ce, accuracy)`.
     A network is inside the latency budget when `high_ms` is; `limits` are the other budgets.
+    `features` are scores that need no training (`nas.strategies.robot` asks for them, of few rows).
     """
 
     space: SearchSpace
@@ -68,6 +69,8 @@ class Problem:
     budget_ms: float | None = None
     seed: int = 0
     limits: tuple[Limit, ...] = ()
+    #: genes [N, G] -> values [N] of each cheap feature by name, NaN where one is missing
+    features: Callable[[Genes], Mapping[str, Array]] | None = None
 
     @property
     def budgets(self) -> tuple[Limit, ...]:
@@ -102,7 +105,7 @@ class Problem:
         return least(self, lambda genes: _excess(self.budgets, genes))
 
 
-#: (problem, generation, everything evaluated in earlier generations) -> up to GENERATION rows
+#: (problem, generation, everything evaluated in earlier generations) -> rows of one generation
 Propose = Callable[[Problem, int, Sequence[Candidate]], Genes]
 
 
@@ -174,9 +177,15 @@ def topped_up(
 
 
 def search(
-    problem: Problem, study: optuna.Study, evaluations: int, propose: Propose
+    problem: Problem,
+    study: optuna.Study,
+    evaluations: int,
+    propose: Propose,
+    size: int = GENERATION,
 ) -> Iterator[Candidate]:
     """Evaluate up to `evaluations` networks, yielding each (those already in the study first).
+
+    A generation is `size` networks: what the strategy's file says (`strategies.generation`).
 
     Several processes may share a study: each takes the next free slot, waits at the end of a
     generation until the others' are complete and takes over the slots of dead ones. Ends early when
@@ -189,14 +198,15 @@ def search(
     proposals: tuple[int, Genes] = (-1, np.zeros((0, 0), np.int64))
     while True:
         slot = studies.next_slot(study)
-        generation, place = divmod(slot, GENERATION)
-        if not watch.complete(evaluations if slot >= evaluations else generation * GENERATION):
+        generation, place = divmod(slot, size)
+        if not watch.complete(evaluations if slot >= evaluations else generation * size):
             continue
         if slot >= evaluations:
             return
         if proposals[0] != generation:
-            before = [c for c in studies.candidates(study) if c.slot < generation * GENERATION]
-            proposals = generation, _checked(problem, propose(problem, generation, before), before)
+            before = [c for c in studies.candidates(study) if c.slot < generation * size]
+            rows = propose(problem, generation, before)
+            proposals = generation, _checked(problem, rows, before, size)
         if place >= len(proposals[1]):
             evaluations = slot  # nothing is left to evaluate but what others are at
             continue
@@ -205,12 +215,12 @@ def search(
             yield candidate
 
 
-def _checked(problem: Problem, rows: Genes, history: Sequence[Candidate]) -> Genes:
+def _checked(problem: Problem, rows: Genes, history: Sequence[Candidate], size: int) -> Genes:
     """The rows, if they keep to a strategy's contract: it may be the user's own module."""
-    if len(rows) > GENERATION or len(problem.fresh(rows, history)[0]) != len(rows):
+    if len(rows) > size or len(problem.fresh(rows, history)[0]) != len(rows):
         raise NasctlError(
             "the strategy proposed a network outside the budgets, or one twice, or more than "
-            f"{GENERATION}",
+            f"{size}",
             where="--strategy",
             next="Propose from Problem.fresh (docs/methods/strategies.md).",
         )

@@ -1,17 +1,19 @@
 """Search strategies: one file per method, found by its name.
 
 A file gives one function, `propose(problem, generation, history) -> rows [n, G]`: the networks to
-evaluate next, at most `nas.search.GENERATION`, new and inside every budget. It is a function of its
-arguments (randomness from `problem.seed` and `generation`), never of what it did before.
+evaluate next, at most `nas.search.GENERATION` (or the file's own `GENERATION`: 1 where every answer
+counts for the next question), new and inside every budget. It is a function of its arguments
+(randomness from `problem.seed` and `generation`), never of what it did before.
 """
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 from nas.data import module
 from nas.errors import NasctlError, unknown
-from nas.search import Propose
+from nas.search import GENERATION, Propose
 
 
 def names() -> list[str]:
@@ -26,8 +28,7 @@ def load(name: str) -> Propose:
     """The `propose` of strategy `name`: a file here, or the user's own `my_pkg.my_mod`."""
     if "." not in name and name not in names():
         raise unknown("strategy", name, names(), where="--strategy")
-    module_name = name if "." in name else f"nas.strategies.{name.replace('-', '_')}"
-    propose: Propose = module.attribute(f"{module_name}:propose", "--strategy")
+    propose: Propose = module.attribute(f"{_module(name)}:propose", "--strategy")
     if not callable(propose):
         raise NasctlError(
             f"{name}.propose is no function",
@@ -35,3 +36,13 @@ def load(name: str) -> Propose:
             next="See docs/methods/strategies.md.",
         )
     return propose
+
+
+def generation(name: str) -> int:
+    """How many networks strategy `name` proposes at once, at most."""
+    load(name)
+    return int(getattr(importlib.import_module(_module(name)), "GENERATION", GENERATION))
+
+
+def _module(name: str) -> str:
+    return name if "." in name else f"nas.strategies.{name.replace('-', '_')}"
