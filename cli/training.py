@@ -93,10 +93,10 @@ def opened(folder: Path) -> Training:
 
 
 def fresh_supernet(training: Training) -> Network:
-    """The space's largest network, initialised from the seed."""
+    """The space's supernet, initialised from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.spec.seed)  # torch's initialisers know no other generator
-        net = training.space.build(training.space.decode(training.space.largest))
+        net = training.space.supernet()
     return channels_last(net)
 
 

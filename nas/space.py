@@ -69,6 +69,11 @@ class SearchSpace(ABC):
     def build(self, arch: Any) -> Network:
         """A network `net(x, arch=None)`, freshly initialised, that runs any arch up to this one."""
 
+    def supernet(self) -> Network:
+        """A network that runs every arch of the space: the largest, where sizes are what is chosen;
+        a space that chooses operators overrides this by a network that holds all of them."""
+        return self.build(self.decode(self.largest))
+
     # ---- derived -------------------------------------------------------------------------------
 
     @property
