@@ -76,6 +76,10 @@ class SearchSpace(ABC):
 
     # ---- derived -------------------------------------------------------------------------------
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes: without the compiled tables, which are closures."""
+        return {name: value for name, value in vars(self).items() if not callable(value)}
+
     @property
     def sizes(self) -> NDArray[np.int64]:
         """Number of options of each gene [G]."""

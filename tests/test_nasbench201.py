@@ -16,6 +16,9 @@ from nas.search_spaces import nasbench201 as nb
 TABLE_IDS = (nb.OPS.index("skip_connect"), 0, *map(nb.OPS.index, ("nor_conv_3x3", "nor_conv_1x1")))
 
 
+LIVE = [("dataset", "==", "cifar10")]
+
+
 @pytest.fixture(scope="module")
 def every():
     """Genes of all networks in the benchmark's order [15625, 6]."""
@@ -94,12 +97,14 @@ def test_counts_are_the_published_ones(every, space):
     folder = contract.data("nb201_zerocost")
     if folder is None:
         pytest.skip("NASCTL_DATA/nb201_zerocost is absent")
-    table = pq.read_table(folder / "nb201_zerocost.parquet").to_pandas()
-    table = table[(table.dataset == "cifar10") & table.params.notna()]
-    macs, params = space.costs(every[table.arch_index.to_numpy()]).T
-    np.testing.assert_allclose(params / 1e6, table.params, atol=1e-6)
+    rows = pq.read_table(folder / "nb201_zerocost.parquet", filters=LIVE).to_pylist()
+    rows = [row for row in rows if row["params"] > 0]
+    assert len(rows) == 9_445
+    macs, params = space.costs(every[[row["arch_index"] for row in rows]]).T
+    np.testing.assert_allclose(params / 1e6, [row["params"] for row in rows], atol=1e-6)
     # theirs count batch norms and poolings too
-    assert np.corrcoef(macs, table.flops)[0, 1] > 0.9999
+    more = np.array([row["flops"] for row in rows]) - macs / 1e6
+    assert more.min() > 0 and more.max() < 8
 
 
 def test_the_supernet_holds_both_convolutions_of_every_edge(space):
