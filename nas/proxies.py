@@ -45,8 +45,8 @@ def check(chosen: Iterable[str]) -> None:
 
 
 def load(name: str) -> Value:
-    """The formula of proxy `name`: a file here, or `my_pkg.my_mod` with `score(net, batch)` (or with
-    `value(seen)`, to share passes with others)."""
+    """The formula of proxy `name`: a file here, or `my_pkg.my_mod` with `score(net, batch)`, and
+    with `value(seen)` if it is to share passes with others."""
     check([name])
     module_name = name if "." in name else f"nas.predictors.{name}"
     score = module.attribute(f"{module_name}:score", "--proxies")

@@ -85,7 +85,9 @@ class Recorder(TorchFunctionMode):
             self._note(name.rstrip("_"), args, kwargs, out)
         return out
 
-    def _note(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> None:
+    def _note(
+        self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor
+    ) -> None:
         if name in CONVOLUTIONS or name in TRANSPOSED or name == "linear":
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             self.layers.append(Layer(weight, out, out.dim() - 1 if name == "linear" else 1))

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from hw_profiles import lines
 from nas import proxies as shipped
-from nas.elastic import Network, resize
+from nas.elastic import Network, channels_last, resize
 from nas.errors import NasctlError
 from nas.passes import Batch, Missing, Score, attempt, measure
 from nas.space import Genes, SearchSpace
@@ -79,7 +79,7 @@ def fresh(space: SearchSpace, genes: Sequence[int] | Genes, seed: int) -> Networ
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
             nn.init.ones_(module.weight)
-    return net
+    return channels_last(net)
 
 
 def scored(

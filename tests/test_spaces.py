@@ -288,7 +288,11 @@ def test_peak_memory_is_the_worst_moment(name, images):
         size.update((at, o.elements_out) for at, o in enumerate(ops))
         readers = {t: [at for at, o in enumerate(ops) if t in o.reads] for t in size}
         moments = [
-            sum(n for t, n in size.items() if t <= at and (t == at or max(readers[t], default=-1) >= at))
+            sum(
+                n
+                for t, n in size.items()
+                if t <= at and (t == at or max(readers[t], default=-1) >= at)
+            )
             for at in range(len(ops))
         ]
         assert op.peak_activation_bytes(ops, 2) == 2 * max(moments)

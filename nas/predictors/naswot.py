@@ -17,7 +17,9 @@ def value(seen: Passes) -> float:
     k = torch.zeros(len(found[0]), len(found[0]), dtype=torch.float64, device=seen.device)
     for code in found:
         on = code.float()
-        k += (on @ on.T + (1 - on) @ (1 - on).T).double()  # exact: counts below 2^24
+        both = (on @ on.T).double()  # exact: counts below 2^24
+        ones = both.diagonal()
+        k += code.shape[1] - ones[:, None] - ones[None] + 2 * both
     sign, log_det = torch.linalg.slogdet(k)
     # two equal rows cancel to a determinant of rounding errors at best
     if float(sign) <= 0 or torch.linalg.matrix_rank(k) < len(k):

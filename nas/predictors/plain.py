@@ -1,6 +1,6 @@
 """Plain: the sum of W dL/dW, SNIP without the absolute value (arXiv 2101.08134).
 
-Mostly cancels, so it is the noisiest of the gradient proxies; on NAS-Bench-201 its sign is negative.
+Mostly cancels, so it is the noisiest of the gradient proxies; negative on NAS-Bench-201.
 """
 
 from __future__ import annotations
