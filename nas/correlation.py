@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 RESAMPLES = 1000
-LEAST = 5  # networks: with fewer an interval means nothing
+LEAST = 10  # networks: bootstraps of fewer are far too sure
 TAIL = 2.5  # per cent on either side
 
 
