@@ -21,6 +21,7 @@ from cli import (
     extract,
     ingest,
     profile,
+    proxies,
     report,
     search,
     spaces,
@@ -42,7 +43,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: the decorated one takes as long to load as all else
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-NETWORKS = (search, train, extract, evaluate, export, report)
+NETWORKS = (search, train, extract, evaluate, export, report, proxies)
 DEVICES = (profile, ingest, bench, devices, spaces, doctor)
 for verb in (*NETWORKS, *DEVICES):
     app.command(verb.__name__.removeprefix("cli."))(verb.command)

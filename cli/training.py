@@ -104,11 +104,11 @@ def opened(folder: Path) -> Training:
 
 
 def fresh(training: Training, genes: Genes | None = None) -> Network:
-    """The network of `genes`, or the space's largest as a supernet, initialised from the seed."""
-    arch = training.space.decode(training.space.largest if genes is None else genes)
+    """The network of `genes`, or the space's supernet, initialised from the seed."""
+    space = training.space
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.spec.seed)  # torch's initialisers know no other generator
-        net = training.space.build(arch)
+        net = space.supernet() if genes is None else space.build(space.decode(genes))
     return channels_last(net)
 
 

@@ -157,13 +157,23 @@ def _join(graph: _Graph, op: Op, names: list[str], out: str) -> None:
     if op.kind == "concat":
         graph.node("Concat", names, out, axis=1)
     elif op.kind == "act":
-        _activate(graph, op.act, names[0], out)
+        _activate(graph, op.act, _scaled(graph, op, names[0], out), out)
     else:
         graph.node("Add" if op.kind == "add" else "Mul", names, out)
 
 
+def _scaled(graph: _Graph, op: Op, x: str, out: str) -> str:
+    """A batch norm without a layer before it is folded into nothing: scale and shift remain."""
+    if not (op.norm or op.bias):
+        return x
+    factors = _weights(graph, op, (op.c_out, 1, 1, 1), out)
+    return graph.node("Conv", [x, *factors], f"{out}.scaled", group=op.c_out)
+
+
 def _activate(graph: _Graph, act: str, x: str, out: str) -> None:
-    if act == "relu":
+    if act == "zero":
+        graph.node("Mul", [x, graph.constant(f"{out}.zero", np.zeros(1, np.float32))], out)
+    elif act == "relu":
         graph.node("Relu", [x], out)
     elif act == "hswish":
         graph.node("HardSwish", [x], out)

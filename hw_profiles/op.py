@@ -34,7 +34,8 @@ class Op:
     kernel: int = 1
     stride: int = 1
     groups: int = 1
-    act: str = ""  # fused activation: relu, hswish, hsigmoid, silu or nothing
+    #: fused activation: relu, hswish, hsigmoid, silu or nothing; zero, alone, forgets its input
+    act: str = ""
     norm: bool = False  # followed by a batch norm, folded when deployed
     bias: bool = False
     #: positions in the op list of what this op reads; INPUT is the network's input
@@ -202,8 +203,9 @@ class Tape:
             Op("concat", c, c, xs[0].h, xs[0].w, reads=tuple(wire.at for wire in xs))
         )
 
-    def act(self, x: Wire, act: str) -> Wire:
-        return self._append(Op("act", x.c, x.c, x.h, x.w, act=act, reads=(x.at,)))
+    def act(self, x: Wire, act: str, *, norm: bool = False) -> Wire:
+        """An activation that follows no layer, with `norm` behind a batch norm of its own."""
+        return self._append(Op("act", x.c, x.c, x.h, x.w, act=act, norm=norm, reads=(x.at,)))
 
     def _append(self, op: Op) -> Wire:
         if self.slot:

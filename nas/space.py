@@ -69,7 +69,16 @@ class SearchSpace(ABC):
     def build(self, arch: Any) -> Network:
         """A network `net(x, arch=None)`, freshly initialised, that runs any arch up to this one."""
 
+    def supernet(self) -> Network:
+        """A network that runs every arch of the space: the largest, where sizes are what is chosen;
+        a space that chooses operators overrides this by a network that holds all of them."""
+        return self.build(self.decode(self.largest))
+
     # ---- derived -------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes: without the compiled tables, which are closures."""
+        return {name: value for name, value in vars(self).items() if not callable(value)}
 
     @property
     def sizes(self) -> NDArray[np.int64]:

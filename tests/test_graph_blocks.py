@@ -4,6 +4,8 @@ measured with, computes what the space's torch network computes, once it has tha
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 import pytest
 import torch
@@ -27,12 +29,14 @@ def place(kind, shape, reads):
 
 
 class Trace(TorchFunctionMode):
-    """The layers of a forward pass by their place, whoever calls them: weight and bias with the
-    norm that follows folded in. Activations have no place of their own: an op carries its own."""
+    """The layers of a forward pass by their place, whoever calls them, in the order in which they
+    run: weight and bias with the norm that follows folded in; a norm that follows no layer is a
+    depthwise one. Activations have no place of their own: an op carries its own."""
 
     def __init__(self):
         super().__init__()
-        self.layers = {}
+        self.layers = defaultdict(list)
+        self.normed = set()
         self.places = {}
         self.alive = []  # tensors are told apart by their ids
 
@@ -43,21 +47,30 @@ class Trace(TorchFunctionMode):
         name = func.__name__
         if name in ("conv2d", "linear"):
             found = place("layer", tuple(args[1].shape), reads[:1])
-            assert found not in self.layers
-            self.layers[found] = [args[1], args[2] if len(args) > 2 else None]
+            self.layers[found].append([args[1], args[2] if len(args) > 2 else None])
         elif name in KINDS:
             found = place(KINDS[name], (), reads)
-        elif name in ("batch_norm", "relu", "hardswish", "hardsigmoid"):
+        elif name == "batch_norm":
+            found = self.fold(id(args[0]), reads[0], args, kwargs)
+            self.normed.add(id(out))
+        elif name in ("relu", "hardswish", "hardsigmoid"):
             found = reads[0]
         else:  # sizes and such
             return out
-        if name == "batch_norm":
-            (_, mean, var), layer = args, self.layers[found]
-            scale = kwargs["weight"] / torch.sqrt(var + kwargs["eps"])
-            layer[0] = layer[0] * scale[:, None, None, None]
-            layer[1] = kwargs["bias"] - mean * scale
         self.places[id(out)] = found
         return out
+
+    def fold(self, read, found, args, kwargs):
+        x, mean, var = args
+        scale = (kwargs["weight"] / torch.sqrt(var + kwargs["eps"]))[:, None, None, None]
+        shift = kwargs["bias"] - mean * scale.flatten()
+        if read in self.normed or not self.layers[found]:
+            found = place("layer", (x.shape[1], 1, 1, 1), [found])
+            self.layers[found].append([scale, shift])
+        else:
+            weight, _ = self.layers[found][-1]
+            self.layers[found][-1] = [weight * scale, shift]
+        return found
 
 
 def lively(net, seed):
@@ -77,18 +90,23 @@ def with_weights_of(net, ops, x):
         expected = net(x)
     model, places = onnx_graph(ops), {INPUT: 0}
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    read = {at for op in ops for at in op.reads}
     for at, op in enumerate(ops):
-        name = ("output" if at == len(ops) - 1 else f"t{at}") + (".pre" if op.act else "")
+        name = "output" if at == len(ops) - 1 else f"t{at}" if at in read else f"output_{at}"
+        name += ".pre" if op.act and op.kind != "act" else ""
         reads = [places[read] for read in op.reads]
+        if op.kind == "act" and op.act != "zero" and not op.norm:
+            places[at] = reads[0]
+            continue
         if f"{name}.weight" not in tensors:
-            places[at] = place(op.kind, (), reads)
+            places[at] = place("mul" if op.act == "zero" else op.kind, (), reads)
             continue
         places[at] = place("layer", tuple(tensors[f"{name}.weight"].dims), reads)
-        for part, values in zip(("weight", "bias"), trace.layers.pop(places[at]), strict=True):
+        for part, values in zip(("weight", "bias"), trace.layers[places[at]].pop(0), strict=True):
             if values is not None:
                 array = numpy_helper.from_array(values.numpy(), f"{name}.{part}")
                 tensors[array.name].CopyFrom(array)
-    assert not trace.layers  # the op list has every layer that ran
+    assert not any(trace.layers.values())  # the op list has every layer that ran
     return model.SerializeToString(), expected.numpy()
 
 
@@ -104,7 +122,7 @@ def test_the_timed_graph_computes_what_the_network_computes(name):
         model, expected = with_weights_of(net, found.ops(arch), x)
         assert expected.std() > 1e-3
         limit = 1e-4 * np.abs(expected).max()
-        (timed,) = onnxruntime.run(onnxruntime.load(model), {"input": x.numpy()})
+        *_, timed = onnxruntime.run(onnxruntime.load(model), {"input": x.numpy()})
         np.testing.assert_allclose(timed, expected, atol=limit)
-        (in_torch,) = _torch_graph.read(model, None)(x)
+        *_, in_torch = _torch_graph.read(model, None)(x)
         np.testing.assert_allclose(in_torch.numpy(), expected, atol=limit)
