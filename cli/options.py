@@ -16,9 +16,7 @@ Width = Annotated[float | None, typer.Option(help="Scale of the space's channels
 Size = Annotated[int | None, typer.Option(help="Resize images to this many pixels.")]
 Epochs = Annotated[float | None, typer.Option(help="Of supernet training.")]
 Batch = Annotated[int | None, typer.Option(help="Images per step, over all processes. [128]")]
-Rate = Annotated[
-    float | None, typer.Option(help="Peak learning rate per network of a step. [0.2]")
-]
+Rate = Annotated[float | None, typer.Option(help="Peak learning rate per network of a step. [0.2]")]
 Seed = Annotated[int | None, typer.Option(help="Of everything random. [0]")]
 Spec = Annotated[Path | None, typer.Option(help="TOML file of these options.")]
 Run = Annotated[Path | None, typer.Option(help="Run directory. [runs/...]")]

@@ -158,20 +158,8 @@ def _devices(text: str) -> list[str]:
 def _scored(plan: Plan, workers: int, devices: Sequence[str]) -> list[Row]:
     from nas import scores
 
-    rows: list[Row] = []
     work = scores.scored(plan.job, plan.genes, path=plan.path, workers=workers, devices=devices)
-    with (
-        console.bar("scoring networks", len(plan.genes)) as update,
-        console.deferred_interrupt() as interrupted,
-    ):
-        for row in work:
-            rows.append(row)
-            missing = sum(bool(score.reason) for row in rows for score in row.scores.values())
-            update(len(rows), f"{missing} values missing" if missing else "")
-            if interrupted() and len(rows) < len(plan.genes):
-                work.close()
-                raise KeyboardInterrupt
-    return rows
+    return list(console.interruptible(work, len(plan.genes), "scoring networks"))
 
 
 def _estimate(plan: Plan, workers: int, devices: Sequence[str]) -> dict[str, Any]:

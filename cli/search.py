@@ -193,7 +193,7 @@ def locked_search(job: Job, *, force: bool) -> dict[str, Any]:
 
 
 def _search(job: Job) -> dict[str, Any]:
-    from cli import deliver, judges, stages, summary
+    from cli import deliver, judges, scoring, stages, summary
 
     began = time.monotonic()
     task, spec = job.task, job.spec
@@ -207,11 +207,12 @@ def _search(job: Job) -> dict[str, Any]:
     table = stages.latency_table(job)
     stages.make_problem(job, table, lambda genes: (0.0, 0.0))  # an impossible budget ends it here
     judge = judges.made(job)
+    problem = scoring.with_features(job, stages.make_problem(job, table, judge))
     how = f", each trained alone for {spec.epochs:g} epochs" if spec.alone else ""
     console.say(
         f"{spec.strategy}, {spec.evaluations} evaluations on validation images{how}", "search"
     )
-    candidates = stages.searched(job, stages.make_problem(job, table, judge), table)
+    candidates = stages.searched(job, problem, table)
     console.say("extract, export, verify", "deliver")
     report = deliver.deliver(job, table, judge, candidates)
     summary.summarise(report, job.run.folder, time.monotonic() - began)

@@ -27,7 +27,7 @@ from nas.recipe import Recipe
 
 MANIFEST = "run.json"
 #: what stages keep in order to go on: removed when a run starts over
-STATES = ("training.safetensors", "finetune.safetensors", "study.journal")
+STATES = ("training.safetensors", "finetune.safetensors", "study.journal", "scores.jsonl")
 TRAINED = "trained"  # folder of the networks that a search trained alone, likewise
 #: what of a recipe can be asked for (see there), besides its length
 HOW = (

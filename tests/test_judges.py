@@ -10,6 +10,7 @@ import pytest
 
 from cli import judges, search
 from nas import supernet
+from nas.strategies import robot
 
 FLAGS = {"hw": "jetson", "width": 0.25, "epochs": 0.3, "batch": 64, "threads": 1, "alone": True}
 LITTLE = ["--width", "0.25", "--epochs", "0.3", "--batch", "64", "--evaluations", "3"]
@@ -83,3 +84,21 @@ def test_the_plan_counts_its_trainings(nasctl, workdir):
     assert set(parts) == {"profile", "search", "finetune", "deliver"}
     assert parts["search"] > 0
     assert np.isfinite(sum(parts.values()))
+
+
+def test_robot_asks_for_scores_of_its_pool_once(nasctl, workdir, monkeypatch):
+    monkeypatch.setattr(robot, "POOL", 12)
+    words = ["search", "--alone", "--strategy", "robot", "--hw", "jetson", "--latency", "5ms"]
+    words += [*LITTLE, "--threads", "1", "--finetune", "0", "--json", "--run", "run"]
+    first = nasctl(*words)
+    assert first.code == 0, first.err
+    scores = workdir / "run/scores.jsonl"
+    assert len(scores.read_text().splitlines()) == 1 + 12
+    evaluated = json.loads(first.out)["evaluated"]
+    assert len(evaluated) == 3
+    (workdir / "run/study.journal").unlink()  # the search alone is done again
+    (workdir / "run/pareto.json").unlink()
+    before = scores.read_bytes()
+    again = nasctl(*words)
+    assert json.loads(again.out)["evaluated"] == evaluated
+    assert scores.read_bytes() == before

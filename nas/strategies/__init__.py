@@ -13,7 +13,8 @@ from pathlib import Path
 
 from nas.data import module
 from nas.errors import NasctlError, unknown
-from nas.search import GENERATION, Propose
+from nas.search import GENERATION, Problem, Propose
+from nas.space import Genes
 
 
 def names() -> list[str]:
@@ -42,6 +43,13 @@ def generation(name: str) -> int:
     """How many networks strategy `name` proposes at once, at most."""
     load(name)
     return int(getattr(importlib.import_module(_module(name)), "GENERATION", GENERATION))
+
+
+def drawn(name: str, problem: Problem) -> Genes | None:
+    """The rows [N, G] whose `features` strategy `name` will ask for; None if it asks for none."""
+    load(name)
+    found = getattr(importlib.import_module(_module(name)), "drawn", None)
+    return None if found is None else found(problem)
 
 
 def _module(name: str) -> str:
