@@ -25,7 +25,7 @@ from scipy import stats
 
 from benchmarks import contract, nb201
 from nas import pareto, search, strategies
-from nas.search import GENERATION, Candidate, Problem, Propose
+from nas.search import GENERATION, Candidate, Problem
 
 DEVICES = ("edgegpu", "raspi4")  # a Jetson TX2 and a Raspberry Pi 4
 SHARE = 0.5  # of the networks are inside the latency budget
@@ -59,10 +59,11 @@ def main(argv: list[str] | None = None) -> int:
     return outcome.finish(arguments.save)
 
 
-def searched(problem: Problem, propose: Propose, evaluations: int) -> list[Candidate]:
+def searched(problem: Problem, name: str, evaluations: int) -> list[Candidate]:
     """What `nas.search.search` evaluates, without the study that would remember it."""
+    propose, size = strategies.load(name), strategies.generation(name)
     history: list[Candidate] = []
-    for generation in range(-(-evaluations // GENERATION)):
+    for generation in range(-(-evaluations // size)):
         rows = propose(problem, generation, history)[: evaluations - len(history)]
         value, high = problem.latency(rows)
         for row, ms, upper in zip(rows, value, high, strict=True):
@@ -101,8 +102,7 @@ def on_table(
 
     runs = {
         name: [
-            judge(searched(table.problem(budget, seed), strategies.load(name), evaluations))
-            for seed in range(seeds)
+            judge(searched(table.problem(budget, seed), name, evaluations)) for seed in range(seeds)
         ]
         for name in strategies.names()
     }
@@ -163,17 +163,20 @@ def on_supernet(folder: Path, seeds: int, evaluations: int, outcome: contract.Ou
     Each network is judged once, whoever proposes it: scores are kept in a file of rows, so that a
     stopped benchmark goes on. Areas are shares of what all searches together found.
     """
+    from cli.scoring import with_features
     from cli.search import resume
     from nas.run import Run
 
     budget_ms = Run(folder).manifest()["spec"]["latency_ms"]
     with resume(folder, budget_ms) as (job, judge, _):
         problem = judged_once(job, judge)
+
+        def seeded(name: str, seed: int) -> Problem:
+            asking = replace(job, spec=job.spec.model_copy(update={"strategy": name}))
+            return with_features(asking, replace(problem, seed=seed))
+
         runs = {
-            name: [
-                searched(replace(problem, seed=seed), strategies.load(name), evaluations)
-                for seed in range(seeds)
-            ]
+            name: [searched(seeded(name, seed), name, evaluations) for seed in range(seeds)]
             for name in strategies.names()
         }
         assert all(
