@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", type=int, default=16, help="pixels, so that minutes suffice")
     parser.add_argument("--latency", default="150us")
-    parser.add_argument("--epochs", default="0.6")
-    parser.add_argument("--finetune", default="2.5")
+    parser.add_argument("--flags", default="", help="more flags of nasctl search, in quotes")
     parser.add_argument("--threads", type=int, default=1, help="of training, for both sides")
     parser.add_argument("--report", action="store_true", help="only the rows on disk")
     parser.add_argument("--alone", action="store_true", help="also the choice trained alone")
@@ -66,8 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     elif folder is None:
         return outcome.skip("NASCTL_DATA/cifar10 is absent")
     else:
-        epochs, finetune = ("--epochs", arguments.epochs), ("--finetune", arguments.finetune)
-        full = (*epochs, *finetune, "--evaluations", "32", "--threads", str(arguments.threads))
+        full = (*arguments.flags.split(), "--threads", str(arguments.threads))
         size = arguments.size
         setting = Setting(str(folder), size, arguments.latency, full, arguments.seeds)
     rows = finished_rows(

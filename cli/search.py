@@ -49,7 +49,10 @@ def command(
     ] = None,
     strategy: Annotated[
         str | None,
-        typer.Option(help="predictor, coarse-to-fine, evolution, nsga2 or random. [predictor]"),
+        typer.Option(
+            help="robot, predictor, coarse-to-fine, evolution, nsga2 or random. "
+            "[robot; of a supernet: predictor]"
+        ),
     ] = None,
     finetune: Annotated[
         float | None, typer.Option(help="Epochs of training the chosen network alone. [0]")
@@ -130,13 +133,24 @@ def prepare(
     from nas import strategies
 
     board = device.load(str(given.get("hw", "cpu")))
-    strategies.load(str(given.get("strategy", "predictor")))
-    if given.get("alone") and given.get("supernet"):
-        raise UsageError("networks are judged by the one or the other", where="--alone, --supernet")
+    strategies.load(str(given.get("strategy", "robot")))
+    given = _judged(given)
     spec, task = resolved(given, quick=quick, task=task)
     name = f"{spec.space}-{Path(spec.data).stem}-{board.name}-{spec.digest()[:8]}"
     run = runs.Run(folder or Path("runs") / name.replace(":", "-"))
     return _job(spec, run, task, board)
+
+
+def _judged(given: dict[str, Any]) -> dict[str, Any]:
+    """Who judges, where that was not said: a supernet where there is one already, where workers are
+    to share the search, or where a strategy was named that asks for many evaluations."""
+    if given.get("alone") and given.get("supernet"):
+        raise UsageError("networks are judged by the one or the other", where="--alone, --supernet")
+    alone = given.get("alone")
+    if alone is None:
+        shared = given.get("supernet") or given.get("storage")
+        alone = not shared and given.get("strategy", "robot") == "robot"
+    return {"strategy": "robot" if alone else "predictor", **given, "alone": alone}
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from onnx import save as save_onnx
 from hw_profiles.graph import onnx_graph
 from hw_profiles.op import Tape
 
-TINY = ("search", "--width", 0.25, "--threads", 1, "--epochs", 0.2, "--batch", 64)
+TINY = ("search", "--no-alone", "--width", 0.25, "--threads", 1, "--epochs", 0.2, "--batch", 64)
 TINY = (*TINY, "--evaluations", 3)
 
 

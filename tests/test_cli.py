@@ -19,7 +19,7 @@ from nas import strategies, study
 from nas.errors import BudgetInfeasible
 from nas.search import Limit
 
-SEARCH = ("search", "--hw", "jetson", "--width", 0.25, "--threads", 1)
+SEARCH = ("search", "--no-alone", "--hw", "jetson", "--width", 0.25, "--threads", 1)
 TINY = (*SEARCH, "--epochs", 0.2, "--batch", 64, "--evaluations", 3)
 
 

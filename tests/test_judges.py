@@ -102,3 +102,20 @@ def test_robot_asks_for_scores_of_its_pool_once(nasctl, workdir, monkeypatch):
     again = nasctl(*words)
     assert json.loads(again.out)["evaluated"] == evaluated
     assert scores.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "strategy", "alone"),
+    [
+        ({}, "robot", True),
+        ({"supernet": "run"}, "predictor", False),
+        ({"storage": "postgresql://"}, "predictor", False),
+        ({"strategy": "evolution"}, "evolution", False),
+        ({"strategy": "evolution", "alone": True}, "evolution", True),
+        ({"alone": False}, "predictor", False),
+        ({"strategy": "robot", "supernet": "run"}, "robot", False),
+    ],
+)
+def test_who_judges_where_nobody_said(given, strategy, alone):
+    found = search._judged(given)
+    assert (found["strategy"], found["alone"]) == (strategy, alone)

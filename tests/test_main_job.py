@@ -15,7 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-COMMAND = [sys.executable, "-m", "cli.main", "search", "--hw", "jetson", "--width", "0.25"]
+COMMAND = [
+    sys.executable,
+    "-m",
+    "cli.main",
+    "search",
+    "--no-alone",
+    "--hw",
+    "jetson",
+    "--width",
+    "0.25",
+]
 COMMAND += ["--threads", "1", "--batch", "64"]
 TINY = ["--epochs", "0.5", "--evaluations", "5"]
 SHORT = ["--epochs", "3", "--evaluations", "20"]

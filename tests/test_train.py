@@ -18,7 +18,7 @@ from tests.test_cli import assert_one_line
 
 FLAGS = ("--width", 0.25, "--threads", 1, "--epochs", 0.2, "--batch", 64)
 TRAIN = ("train", *FLAGS)
-SEARCH = ("search", "--hw", "jetson", "--evaluations", 3, *FLAGS)
+SEARCH = ("search", "--no-alone", "--hw", "jetson", "--evaluations", 3, *FLAGS)
 
 
 @pytest.fixture(scope="module")
