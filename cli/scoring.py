@@ -14,8 +14,8 @@ from nas import scores, strategies
 from nas.search import Problem, row_keys
 from nas.space import Genes
 
-#: cheap, and of different kinds: saliency, its sum along paths, how well samples are told apart
-PROXIES = ("synflow", "snip", "naswot", "jacob_cov")
+#: of different kinds, from few passes, and none worse than counting (docs/methods/proxies.md)
+PROXIES = ("synflow", "meco", "near", "naswot", "jacob_cov")
 IMAGES = 32  # training images that they see
 SCORES = "scores.jsonl"
 
