@@ -283,34 +283,32 @@ def _plain(found: Interval) -> dict[str, float] | None:
 def _show(outcome: dict[str, Any]) -> None:
     from rich.table import Table
 
+    judged = outcome["truth"] is not None
     table = Table(box=None, pad_edge=False)
-    titles = ["proxy", "median", "missing", "s / network", "rho MACs", "rho params"]
-    if outcome["truth"]:
-        titles += ["rho truth", "gain"]
-    for title in (*titles, "verdict"):
-        table.add_column(title, no_wrap=title != "verdict")
+    for title in ("proxy", "s/network", "MACs", "params", *(("truth", "gain") if judged else ())):
+        table.add_column(title, no_wrap=True)
     for row in outcome["proxies"]:
-        keys = ["with_macs", "with_params"] + (["with_truth", "gain"] if outcome["truth"] else [])
-        median = "" if row["median"] is None else f"{row['median']:.4g}"
-        table.add_row(
-            row["proxy"],
-            median,
-            str(sum(row["missing"].values()) or ""),
-            f"{row['seconds']:.3f}",
-            *(_interval(row[key]) for key in keys),
-            row["verdict"] if row["kept"] else f"dropped: {row['verdict']}",
-        )
+        counts = [_interval(row[f"with_{name}"], ends=not judged) for name in ("macs", "params")]
+        truths = [_interval(row[key], ends=True) for key in ("with_truth", "gain") if judged]
+        table.add_row(row["proxy"], f"{row['seconds']:.3f}", *counts, *truths)
     console.show(table)
+    said = "rank correlation with MACs, parameters"
+    said += ", the truth; its gain over the better of the two" if judged else ""
+    console.say(f"{said} (95 % intervals)", "columns")
     for row in outcome["proxies"]:
         for reason, times in row["missing"].items():
             console.say(f"{row['proxy']}, {times} networks: {reason}", "missing")
     truth = outcome["truth"] or "none given (--truth, --run)"
     console.say(f"{outcome['networks']}, {outcome['batch']} images; truth: {truth}", "networks")
-    console.say(", ".join(outcome["kept"]), "kept")
+    for verdict in dict.fromkeys(row["verdict"] for row in outcome["proxies"]):
+        of = [row for row in outcome["proxies"] if row["verdict"] == verdict]
+        label = "kept" if of[0]["kept"] else "dropped"
+        console.say(f"{verdict}: {', '.join(row['proxy'] for row in of)}", label)
     console.say(outcome["file"], "file")
 
 
-def _interval(found: dict[str, float] | None) -> str:
+def _interval(found: dict[str, float] | None, *, ends: bool) -> str:
     if found is None:
         return ""
-    return f"{found['value']:.2f} ({found['low']:.2f} {found['high']:.2f})"
+    value, low, high = (f"{found[key]:.2f}" for key in ("value", "low", "high"))
+    return f"{value} ({low} {high})" if ends else value

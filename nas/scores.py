@@ -175,10 +175,15 @@ def _begin(here: str, payload: bytes, turns: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     sys.path.append(here)  # a space or proxy of the user's own
     _worker.update(job=pickle.loads(payload), device=turns.get())
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _in_worker(task: tuple[Key, tuple[str, ...]]) -> dict[str, Score]:
