@@ -141,7 +141,7 @@ def _measured(
     turns = spawn.SimpleQueue()
     for device in islice(cycle(devices), workers):
         turns.put(device)
-    payload = pickle.dumps(job)
+    payload = _payload(job)
     pool = ProcessPoolExecutor(workers, spawn, _begin, (os.getcwd(), payload, turns))
     try:
         keys = [key for key, _ in todo]
@@ -154,6 +154,17 @@ def _measured(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _payload(job: Job) -> bytes:
+    try:
+        return pickle.dumps(job)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise NasctlError(
+            f"the space or the task's loss cannot be sent to other processes ({error})",
+            where="--workers",
+            next="Define them at the top of a module, or use one worker.",
+        ) from error
 
 
 @contextmanager

@@ -143,6 +143,7 @@ def test_a_wrong_word_is_one_line_and_exit_code_2(words, fragments, nasctl, told
         ('genes,accuracy\n"[0, 1, 2, 3, 4, 9]",3\n', "row 1: [0, 1, 2, 3, 4, 9] is outside"),
         ("arch,accuracy\nresnet50,3\n", "row 1: no NAS-Bench-201 cell: 'resnet50'"),
         ('genes,accuracy\n"[0, 1, 2, 3, 4, 4]",good\n', "row 1: could not convert"),
+        ("genes,accuracy\n", "no row has a number in 'accuracy'"),
         ("genes,accuracy\n1,2,3\n", "cannot read it as a table"),
     ],
 )
