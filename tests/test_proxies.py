@@ -21,6 +21,7 @@ from nas.search_spaces import nasbench201
 COUNTS = {"params", "macs", "az_complexity"}
 #: what has no value for a kind of network, and why
 WITHOUT = {
+    "gated": {"naswot": "most of its activations", "swap": "most of its activations"},
     "transformer": {"naswot": "no ReLU", "swap": "no ReLU", "zen": "hidden by layer_norm"},
 }
 every_proxy = pytest.mark.parametrize("name", proxies.names())
