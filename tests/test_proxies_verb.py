@@ -11,7 +11,7 @@ import torch
 from test_cli import TINY, assert_one_line
 
 from cli import main
-from nas import scores
+from nas import correlation, scores
 from nas import space as spaces
 from nas.passes import Score
 from nas.search_spaces import nasbench201
@@ -41,6 +41,7 @@ def told(monkeypatch):
         return {**{name: dead for name in names}, **found}
 
     monkeypatch.setattr(scores, "_measure", measured)
+    monkeypatch.setattr(correlation, "RESAMPLES", 200)
     return calls
 
 
