@@ -163,7 +163,7 @@ def on_supernet(folder: Path, seeds: int, evaluations: int, outcome: contract.Ou
     Each network is judged once, whoever proposes it: scores are kept in a file of rows, so that a
     stopped benchmark goes on. Areas are shares of what all searches together found.
     """
-    from cli.scoring import with_features
+    from cli.features import with_features
     from cli.search import resume
     from nas.run import Run
 

@@ -7,13 +7,11 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 from nas.errors import UsageError
-
-T = TypeVar("T")
 
 UNITS_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
@@ -125,14 +123,3 @@ def deferred_interrupt(*, once: bool = True) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def interruptible(work: Generator[T, None, None], total: int, title: str) -> Iterator[T]:
-    """What `work` yields, under a progress bar; Ctrl-C closes it between two of them."""
-    with bar(title, total) as update, deferred_interrupt() as interrupted:
-        for done, found in enumerate(work, 1):
-            yield found
-            update(done, "")
-            if interrupted() and done < total:
-                work.close()
-                raise KeyboardInterrupt

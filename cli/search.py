@@ -207,7 +207,7 @@ def locked_search(job: Job, *, force: bool) -> dict[str, Any]:
 
 
 def _search(job: Job) -> dict[str, Any]:
-    from cli import deliver, judges, scoring, stages, summary
+    from cli import deliver, features, judges, stages, summary
 
     began = time.monotonic()
     task, spec = job.task, job.spec
@@ -221,7 +221,7 @@ def _search(job: Job) -> dict[str, Any]:
     table = stages.latency_table(job)
     stages.make_problem(job, table, lambda genes: (0.0, 0.0))  # an impossible budget ends it here
     judge = judges.made(job)
-    problem = scoring.with_features(job, stages.make_problem(job, table, judge))
+    problem = features.with_features(job, stages.make_problem(job, table, judge))
     how = f", each trained alone for {spec.epochs:g} epochs" if spec.alone else ""
     console.say(
         f"{spec.strategy}, {spec.evaluations} evaluations on validation images{how}", "search"

@@ -40,6 +40,8 @@ def read(text: str, space: SearchSpace) -> tuple[Genes, NDArray[np.float64]]:
             raise NasctlError(f"row {at + 1}: {error}", where=f"--truth {path}") from error
         if np.isfinite(truth):
             found.setdefault(tuple(genes.tolist()), truth)
+    if not found:
+        raise NasctlError(f"no row has a number in '{column}'", where=f"--truth {path}")
     return np.array(list(found), np.int64), np.array(list(found.values()), np.float64)
 
 

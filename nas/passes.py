@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nas.record import Layer, Recorder
+from nas.record import RELUS, Layer, Recorder
 
 T = TypeVar("T")
 SAME = 1e-6  # of the largest logit: samples that differ by less are not told apart
@@ -145,14 +145,14 @@ class Passes:
             raise Missing(f"the network gives {list(logits.shape)}, not logits [{len(x)}, classes]")
         return logits
 
-    def generator(self) -> torch.Generator:
+    def generator(self, stream: int = 0) -> torch.Generator:
         """On the CPU, so that a seed means the same on every device."""
-        return torch.Generator().manual_seed(self.batch.seed)
+        return torch.Generator().manual_seed(self.batch.seed + (stream << 32))
 
     def fresh(self, std: Callable[[Tensor], float]) -> dict[str, Tensor]:
         """Parameters for proxies that bring their own: matrices normal with deviation
         `std(matrix)`, biases 0, the factors of norms 1."""
-        generator, found = self.generator(), dict(self.parameters)
+        generator, found = self.generator(1), dict(self.parameters)  # not the stream of inputs
         for name, p in self.parameters.items():
             if name in self.matrices:
                 drawn = torch.randn(p.shape, generator=generator, dtype=torch.float32)
@@ -292,10 +292,14 @@ def correlation(rows: Tensor) -> Tensor:
     return (unit @ unit.T).clamp(-1, 1)
 
 
+def places(x: Tensor) -> Tensor:
+    """Rows of channels, one per sample and place: channels are dimension 1 of images [B, C, ...],
+    the last of anything else."""
+    return (x.movedim(1, -1) if x.dim() > 3 else x).flatten(0, -2)
+
+
 def codes(seen: Passes) -> list[Tensor]:
     """Per ReLU, which of its inputs are above zero: bool [B, units]."""
-    from nas.record import RELUS
-
     activations = seen.read(forward).record.activations
     found = [call.entered.detach().flatten(1) > 0 for call in activations if call.name in RELUS]
     if not found:

@@ -28,7 +28,20 @@ RELUS = ("relu", "relu6", "leaky_relu", "prelu")
 SMOOTH = ("gelu", "silu", "mish", "hardswish", "elu", "celu", "selu", "softplus", "tanh")
 GATES = ("sigmoid", "hardsigmoid", "logsigmoid")
 NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
-OUT_OF_PLACE = {"relu_": torch.relu, "leaky_relu_": F.leaky_relu, "elu_": F.elu}
+
+
+def _hard_sigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    """torch's own has no second derivative."""
+    return (x / 6 + 0.5).clamp(0, 1)
+
+
+#: what runs in the place of what was called
+INSTEAD: dict[str, Callable[..., Tensor]] = {
+    "relu_": torch.relu,
+    "leaky_relu_": F.leaky_relu,
+    "elu_": F.elu,
+    "hardsigmoid": _hard_sigmoid,
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ class Recorder(TorchFunctionMode):
                 with self:
                     return _attention(call)
             self.opaque.append("attention with masks of padding or extra keys")
-        func, args, kwargs = _out_of_place(func, name, args, kwargs or {})
+        func, args, kwargs = _instead(func, name, args, kwargs or {})
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and args and isinstance(args[0], Tensor):
             self._note(name.rstrip("_"), args, kwargs, out)
@@ -110,11 +123,11 @@ def _signature(func: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(func)
 
 
-def _out_of_place(
+def _instead(
     func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]:
-    if name in OUT_OF_PLACE:
-        return OUT_OF_PLACE[name], args, kwargs
+    if name in INSTEAD:
+        return INSTEAD[name], args, kwargs
     if not inspect.isfunction(func) or "inplace" not in _signature(func).parameters:
         return func, args, kwargs
     call = _signature(func).bind(*args, **kwargs)

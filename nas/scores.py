@@ -141,7 +141,7 @@ def _measured(
     turns = spawn.SimpleQueue()
     for device in islice(cycle(devices), workers):
         turns.put(device)
-    payload = pickle.dumps(job)
+    payload = _payload(job)
     pool = ProcessPoolExecutor(workers, spawn, _begin, (os.getcwd(), payload, turns))
     try:
         keys = [key for key, _ in todo]
@@ -154,6 +154,17 @@ def _measured(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _payload(job: Job) -> bytes:
+    try:
+        return pickle.dumps(job)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise NasctlError(
+            f"the space or the task's loss cannot be sent to other processes ({error})",
+            where="--workers",
+            next="Define them at the top of a module, or use one worker.",
+        ) from error
 
 
 @contextmanager
@@ -175,10 +186,15 @@ def _begin(here: str, payload: bytes, turns: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     sys.path.append(here)  # a space or proxy of the user's own
     _worker.update(job=pickle.loads(payload), device=turns.get())
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _in_worker(task: tuple[Key, tuple[str, ...]]) -> dict[str, Score]:

@@ -64,6 +64,22 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Gated(nn.Module):
+    """Hard-swish, and a squeeze-excite gate whose one ReLU is no code of the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.gate = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.hardswish(self.norm(self.conv(x)))
+        x = x * F.hardsigmoid(self.gate(x.mean((2, 3), keepdim=True)))
+        return self.head(x.mean((2, 3)))
+
+
 class Transformer(nn.Module):
     """Patches as tokens [B, T, C], attention, GELU and layer norms."""
 
@@ -84,7 +100,13 @@ class Transformer(nn.Module):
         return self.head(self.norm(x).mean(1))
 
 
-KINDS = {"conv": conv, "depthwise": depthwise, "residual": Residual, "transformer": Transformer}
+KINDS = {
+    "conv": conv,
+    "depthwise": depthwise,
+    "residual": Residual,
+    "gated": Gated,
+    "transformer": Transformer,
+}
 
 
 def make(kind, seed=0):

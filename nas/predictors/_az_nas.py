@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nas.passes import Missing, Passes
+from nas.passes import Missing, Passes, places
 
 LISTS = (nn.Sequential, nn.ModuleList)
 
@@ -63,14 +63,9 @@ def _outermost(module: nn.Module) -> Iterator[nn.Module]:
             yield from _outermost(child)
 
 
-def rows(x: Tensor) -> Tensor:
-    """[samples and places, channels]: dimension 1 of images, the last of anything else."""
-    return (x.movedim(1, -1) if x.dim() > 3 else x).flatten(0, -2)
-
-
 def entropies(seen: Passes) -> list[float]:
     """Per block the entropy of the normalised spectrum of its features' covariance."""
-    return [_entropy(rows(block.left.detach()).double()) for block in seen.read(blocks)]
+    return [_entropy(places(block.left.detach()).double()) for block in seen.read(blocks)]
 
 
 def _entropy(features: Tensor) -> float:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.passes import Batch, Missing, Passes, alone, gradient
-from nas.predictors._az_nas import Block, blocks, rows
+from nas.passes import Batch, Missing, Passes, alone, gradient, places
+from nas.predictors._az_nas import Block, blocks
 
 
 def value(seen: Passes) -> float:
@@ -27,7 +27,7 @@ def _isometry(block: Block, generator: torch.Generator) -> float:
         raise Missing("no gradient reaches a block")
     signs = 2.0 * torch.randint(0, 2, left.shape, generator=generator).to(left) - 1
     (g_in,) = gradient((left * signs).sum(), [block.entered])
-    a, b = rows(_merged(g_in, left)), rows(signs)
+    a, b = places(_merged(g_in, left)), places(signs)
     if len(a) != len(b):
         raise Missing("a block changes the number of places by no whole stride")
     s = torch.linalg.svdvals(a.T @ b / len(a))[0].item()

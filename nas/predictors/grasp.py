@@ -6,6 +6,7 @@ The noisiest of all from seed to seed: average several seeds, or do not use it a
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from nas.passes import Batch, Missing, Passes, alone, forward, gradient
@@ -14,10 +15,10 @@ from nas.passes import Batch, Missing, Passes, alone, forward, gradient
 def value(seen: Passes) -> float:
     weights = seen.weights
     slopes = gradient(seen.read(forward).loss, weights, differentiable=True)
-    along = sum((g.detach() * g).sum() for g in slopes)
-    if not along.requires_grad:  # type: ignore[union-attr]
+    along = torch.stack([(g.detach() * g).sum() for g in slopes]).sum()
+    if not along.requires_grad:
         raise Missing("the gradient does not depend on the weights")
-    curved = gradient(along, weights)  # type: ignore[arg-type]
+    curved = gradient(along, weights)
     if not any(bool(h.any()) for h in curved):
         raise Missing("dead: no gradient reaches any weight")
     return -sum((w * h).sum().item() for w, h in zip(weights, curved, strict=True))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nas.passes import Batch, Missing, Passes, alone, forward
+from nas.passes import Batch, Missing, Passes, alone, correlation, forward
 from nas.record import Layer
 
 
@@ -27,12 +27,10 @@ def _channels(layer: Layer) -> Tensor:
 
 
 def _least(rows: Tensor) -> float:
-    centred = rows - rows.mean(1, keepdim=True)
-    lengths = centred.norm(dim=1, keepdim=True)
-    if len(rows) < 2 or not (lengths > 0).all():
+    try:
+        return torch.linalg.eigvalsh(correlation(rows))[0].clamp(min=0).item()
+    except Missing:
         return 0.0
-    unit = centred / lengths
-    return torch.linalg.eigvalsh(unit @ unit.T)[0].clamp(min=0).item()
 
 
 def score(net: nn.Module, batch: Batch) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nas.passes import Batch, Missing, Passes, alone, forward
+from nas.passes import Batch, Missing, Passes, alone, forward, places
 
 
 def value(seen: Passes) -> float:
@@ -20,15 +20,10 @@ def value(seen: Passes) -> float:
     generator = seen.generator()
     found = 0.0
     for call in activations:
-        rows = [_rows(t.detach()) for t in (call.entered, call.left)]
+        rows = [places(t.detach()) for t in (call.entered, call.left)]
         chosen = torch.randperm(len(rows[0]), generator=generator)[: rows[0].shape[1]]
         found += sum(effective_rank(each[chosen.to(each.device)]) for each in rows)
     return found
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[samples and places, channels]: dimension 1 of images, the last of anything else."""
-    return (x.movedim(1, -1) if x.dim() > 3 else x).flatten(0, -2)
 
 
 def effective_rank(matrix: Tensor) -> float:

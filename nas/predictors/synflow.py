@@ -29,7 +29,9 @@ class WithoutNorms(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        return args[0] if func.__name__ in NORMS else func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in NORMS:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def value(seen: Passes) -> float:

@@ -85,7 +85,7 @@ class Space(SearchSpace):
     def supernet(self) -> CellNet:
         return CellNet(self.decode(self.largest), self.channels, self.classes, every=True)
 
-    def peak_elements(self, genes: Genes) -> NDArray[np.float64]:  # type: ignore[override]
+    def peak_elements(self, genes: Genes) -> NDArray[np.float64]:
         """As for every space, by a walk over `ops`: what is live while an edge runs depends on all
         six, so there are no tables. Cells are alike: two of the first stage have every moment."""
         rows, back = np.unique(genes, axis=0, return_inverse=True)
