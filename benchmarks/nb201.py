@@ -14,71 +14,17 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hw_profiles.op import Op, Tape, Wire
 from nas.search import Problem
-from nas.space import Gene, Genes, SearchSpace
+from nas.search_spaces import nasbench201
+from nas.space import Genes
 
-#: options of an edge from the cheapest up, and their ids in the accuracy table
-OPS = {"none": 1, "skip_connect": 0, "avg_pool_3x3": 4, "nor_conv_1x1": 3, "nor_conv_3x3": 2}
-EDGES = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # in the accuracy table's column order
-STAGES = ((16, 32), (32, 16), (64, 8))  # channels and pixels of the three stages of cells
-CELLS = 5  # per stage
-
-
-@dataclass(frozen=True)
-class Cell:
-    ops: tuple[int, ...]  # option of each edge
-
-
-class Space(SearchSpace):
-    """One gene per edge. `ops` lists convolutions alone: enough for MACs and parameters."""
-
-    arch_type = Cell
-
-    def __init__(self) -> None:
-        self.genes = tuple(Gene(f"edge{a}{b}.op", tuple(range(len(OPS)))) for a, b in EDGES)
-        self.slots = {"rest": (), **{gene.name: (gene.name,) for gene in self.genes}}
-
-    def decode(self, genes: Genes) -> Cell:
-        return Cell(tuple(self.values(genes).values()))
-
-    def ops(self, arch: Cell) -> list[Op]:
-        tape = Tape(3, 32)
-        tape.slot = "rest"
-        x = tape.conv(tape.input, STAGES[0][0], kernel=3, norm=True)
-        for before, (channels, pixels) in zip((None, *STAGES), STAGES, strict=False):
-            tape.slot = "rest"
-            if before is not None:
-                x = _reduction(tape, Wire(x.at, *_shape(before)), channels)
-            for gene, option in zip(self.genes, arch.ops, strict=True):
-                kernel = {3: 1, 4: 3}.get(option)  # options that compute
-                tape.slot = gene.name
-                for _ in range(CELLS if kernel else 0):
-                    source = Wire(x.at, channels, pixels, pixels)
-                    tape.conv(source, channels, kernel=kernel or 1, norm=True, act="relu")
-        tape.slot = "rest"
-        tape.linear(tape.gap(Wire(x.at, *_shape(STAGES[-1]))), 10)
-        return tape.ops
-
-    def build(self, arch: Cell) -> Any:
-        raise NotImplementedError("a table of results has no networks")
-
-
-def _shape(stage: tuple[int, int]) -> tuple[int, int, int]:
-    return stage[0], stage[1], stage[1]
-
-
-def _reduction(tape: Tape, x: Wire, channels: int) -> Wire:
-    """The residual block that halves the image between two stages."""
-    y = tape.conv(x, channels, kernel=3, stride=2, norm=True, act="relu")
-    y = tape.conv(y, channels, kernel=3, norm=True)
-    tape.conv(tape.avgpool(x), channels)
-    return y
+#: ids of the operators of `nasbench201.OPS` in the accuracy table
+IDS = (1, 0, 4, 3, 2)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Arrays [5, 5, 5, 5, 5, 5], indexed by the genes of `Space`."""
+    """Arrays [5, 5, 5, 5, 5, 5], indexed by the genes of `nasbench201.Space`."""
 
     validation: NDArray[np.float64]  # share of images that are right, after 200 epochs, one run
     test: NDArray[np.float64]  # the same on test images, mean of the seeds
@@ -96,7 +42,7 @@ class Table:
             accuracy = float(self.validation[tuple(genes)])
             return 1 - accuracy, accuracy
 
-        return Problem(Space(), latency, evaluate, budget_ms, seed)
+        return Problem(nasbench201.Space(), latency, evaluate, budget_ms, seed)
 
 
 def load(accuracy: Path, hardware: Path, device: str) -> Table:
@@ -106,16 +52,15 @@ def load(accuracy: Path, hardware: Path, device: str) -> Table:
     measured = pq.read_table(
         hardware / "nb201_hw.parquet", columns=["arch_index", column]
     ).to_pydict()
-    ids = list(OPS.values())
-    edges = [np.array(nets[f"op_{a}_{b}"]) for a, b in EDGES]
-    at = tuple(np.array([ids.index(int(op)) for op in edge]) for edge in edges)
+    edges = [np.array(nets[f"op_{a}_{b}"]) for a, b in nasbench201.EDGES]
+    at = tuple(np.array([IDS.index(int(op)) for op in edge]) for edge in edges)
     by_index = dict(zip(measured["arch_index"], measured[column], strict=True))
     columns = (
         np.array(nets["cifar10_hp200_val_acc"]) / 100,
         np.array(nets["cifar10_hp200_test_acc"]) / 100,
         np.array([by_index[index] for index in nets["arch_index"]]),
     )
-    filled = [np.full((len(OPS),) * len(EDGES), np.nan) for _ in columns]
+    filled = [np.full((len(IDS),) * len(nasbench201.EDGES), np.nan) for _ in columns]
     for array, values in zip(filled, columns, strict=True):
         array[at] = values
     assert not np.isnan(np.array(filled)).any(), "every network has every figure"

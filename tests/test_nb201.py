@@ -7,19 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import contract, nb201, strategies
-from hw_profiles import op
-
-NAMES = list(nb201.OPS)
-
-
-def test_costs_are_the_published_ones():
-    """Of the network of 3x3 convolutions alone: 220.12 M and 1.531546 M, of which the last norm's
-    128 have no operator here."""
-    space = nb201.Space()
-    ops = space.ops(space.decode(space.largest))
-    assert (op.macs(ops), op.params(ops)) == (220_119_680, 1_531_546 - 128)
-    assert space.costs(space.largest[None]).tolist() == [[op.macs(ops), op.params(ops)]]
-    assert op.macs(space.ops(space.decode(space.smallest))) == 442_368 + 7_340_032 + 640
+from nas.search_spaces import nasbench201
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +31,7 @@ def test_every_row_is_where_its_own_text_says(folders, table):
         assert net["arch_str"] == hardware["arch_str"]
         nodes = [node.strip("|").split("|") for node in net["arch_str"].split("+")]
         edge = {(int(e[-1]), at + 1): e[:-2] for at, node in enumerate(nodes) for e in node}
-        genes = tuple(NAMES.index(edge[pair]) for pair in nb201.EDGES)
+        genes = tuple(nasbench201.OPS.index(edge[pair]) for pair in nasbench201.EDGES)
         assert table.validation[genes] == net["cifar10_hp200_val_acc"] / 100
         assert table.test[genes] == net["cifar10_hp200_test_acc"] / 100
         assert table.latency_ms[genes] == hardware["cifar10_edgegpu_latency_ms"]
