@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from nas import pool as pools
 from nas.errors import NasctlError, UsageError
-from nas.pool import Pool, bananas, forest, graph, robot_paper, scales, single
+from nas.pool import (
+    Pool,
+    bananas,
+    evolution,
+    forest,
+    graph,
+    robot,
+    robot_paper,
+    scales,
+    single,
+)
 
 every_method = pytest.mark.parametrize("name", pools.names())
 WARM = ("walk", "robot")  # begin with what the features say
@@ -219,6 +229,78 @@ def test_one_feature_alone_is_walked_down():
     assert [row for row, _ in found] == np.argsort(-pool.features[:, 2])[:10].tolist()
     with pytest.raises(UsageError, match="unknown feature 'nothing'"):
         pools.run(single.by("nothing"), pool, lambda row: truth[row], 10, 0)
+
+
+# ---- what each is known for ----------------------------------------------------------------------
+
+
+def grid(options=4, genes=4):
+    """A pool that holds a whole space; its truth is one gene's option, then the next's."""
+    digits = np.stack(np.meshgrid(*[np.arange(options)] * genes), -1).reshape(-1, genes)
+    hot = (digits[:, :, None] == np.arange(options)).reshape(len(digits), -1).astype(np.float32)
+    pool = Pool(np.zeros((len(digits), 0)), (), hot, np.arange(len(digits)))
+    return pool, digits, digits @ options ** np.arange(genes, dtype=float)
+
+
+def test_evolution_mutates_one_gene_of_a_living_network():
+    pool, digits, truth = grid()
+    rows = [row for row, _ in trace("evolution", pool, truth, budget=40)]
+    for at in range(evolution.POPULATION, 40):
+        alive = digits[rows[at - evolution.POPULATION : at]]
+        assert (alive != digits[rows[at]]).sum(axis=1).min() == 1
+
+
+def test_the_paper_asks_for_its_weightings_favourite_and_walks_the_best_weighting():
+    pool, truth = make(11, n=200)
+    table = scales.min_max(pool.features[np.argsort(pool.ids)])
+    weights = np.random.default_rng((3, 28, 0)).uniform(-1, 1, 4)
+    rows = [row for row, _ in trace("robot-paper", pool, truth)]
+    order = np.argsort(pool.ids)
+    assert rows[0] == order[np.argmax(table @ weights)]
+    assert rows[0] == order[np.argmax(table @ (7 * weights))]
+    alone = trace("robot-paper", Pool(pool.features[:, :1], ("a",), pool.encoding, pool.ids), truth)
+    ends = {int(np.argmax(pool.features[:, 0])), int(np.argmin(pool.features[:, 0]))}
+    assert {row for row, _ in alone[:2]} == ends  # one weight has two signs, the rest is the walk
+    up = truth[alone[0][0]] >= truth[alone[1][0]]
+    best_end = alone[0][0] if up else alone[1][0]
+    walked = np.argsort(pool.features[:, 0])[
+        :: -1 if best_end == np.argmax(pool.features[:, 0]) else 1
+    ]
+    assert [row for row, _ in alone[2:]] == [row for row in walked if row not in ends][:10]
+
+
+def test_the_bound_climbs_along_its_true_slope():
+    rng = np.random.default_rng(0)
+    process = robot_paper.fit(rng.uniform(-1, 1, (9, 3)), rng.normal(size=9))
+    at = rng.uniform(-1, 1, (5, 3))
+    _, slope = process.bound(at)
+    for axis in range(3):
+        step = np.zeros(3)
+        step[axis] = 1e-5
+        rise = process.bound(at + step)[0] - process.bound(at - step)[0]
+        np.testing.assert_allclose(slope[:, axis], rise / 2e-5, rtol=1e-3, atol=1e-4)
+
+
+def test_ours_begins_with_what_the_features_agree_on_but_not_with_its_twins():
+    pool, truth = make(12, n=300)
+    scores = scales.normal_scores(pool.features)
+    consensus = scores.mean(axis=1)
+    rows = [row for row, _ in trace("robot", pool, truth, budget=robot.START)]
+    top = np.argsort(-consensus)[: int(robot.AGREED * 300)]
+    assert rows[0] == top[0] and set(rows) <= set(top.tolist())
+    apart = ((scores[rows][:, None] - scores[rows]) ** 2).sum(-1)[np.triu_indices(len(rows), 1)]
+    twins = ((scores[top[:5]][:, None] - scores[top[:5]]) ** 2).sum(-1)[np.triu_indices(5, 1)]
+    assert apart.min() > twins.min()
+
+
+def test_ours_turns_round_when_the_features_are_wrong():
+    """All of them negated: the optimum is where the consensus says the worst are."""
+    ranks = []
+    for seed in range(10):
+        pool, truth = make(seed, n=300, m=5, genes=5)
+        wrong = Pool(-pool.features, pool.names, pool.encoding, pool.ids)
+        ranks.append(1 + (truth > truth[pools.best(trace("robot", wrong, truth, 20))]).sum())
+    assert np.exp(np.log(ranks).mean()) < 2  # random search: 11
 
 
 # ---- parts ---------------------------------------------------------------------------------------
