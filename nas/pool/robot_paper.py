@@ -39,7 +39,7 @@ def search(pool: Pool, budget: int, seed: int) -> Search:
     best: tuple[float, Array] | None = None
     for step in range(budget):
         rng = np.random.default_rng((seed, 28, step))
-        weight: Array = rng.uniform(-1, 1, table.shape[1])
+        weight: Array = rng.uniform(-1, 1, table.shape[1:])
         if step:
             weight = _next(weights, values, rng)
         row = int(np.argmax(table @ weight))
