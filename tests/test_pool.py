@@ -32,7 +32,7 @@ def small_models():
     patch = pytest.MonkeyPatch()
     patch.setattr(forest, "TREES", 5)
     patch.setattr(bananas, "STEPS", 50)
-    patch.setattr(robot_paper, "RANDOM", 500)
+    patch.setattr(robot_paper, "RANDOM", 200)
     yield
     patch.undo()
 
@@ -57,7 +57,7 @@ def trace(name, pool, truth, budget=12, seed=3):
 
 
 @every_method
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 99), budget=st.integers(1, 14), n=st.integers(1, 40))
 def test_it_asks_for_distinct_rows_exactly_as_many_as_it_may(name, seed, budget, n):
     pool, truth = make(seed, n=n)
@@ -102,7 +102,7 @@ def test_a_replayed_history_gives_the_next_query_at_every_step(name):
 
 
 @every_method
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(dead=st.sets(st.integers(0, 59)))
 def test_an_objective_that_fails_costs_its_query_and_nothing_else(name, dead):
     pool, truth = make(4)
@@ -137,7 +137,7 @@ def test_a_feature_that_says_nothing_has_no_influence(name, defect):
 
 
 @every_method
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(holes=st.sets(st.tuples(st.integers(0, 59), st.integers(0, 3)), min_size=1, max_size=90))
 def test_missing_and_infinite_entries_are_harmless(name, holes):
     pool, truth = make(7)
@@ -167,7 +167,7 @@ def test_units_and_offsets_of_features_mean_nothing(name):
 
 
 @pytest.mark.parametrize("name", WARM)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 99))
 def test_warm_starts_find_what_a_perfect_feature_knows(name, seed):
     """In one query per feature and one for all of them."""
@@ -314,6 +314,12 @@ def test_scales_by_hand():
     np.testing.assert_allclose(scores, [-0.9674, 0.9674, 0, 0], atol=1e-4)
     graded = scales.graded(np.array([2.0, np.nan, 2, 5]))
     np.testing.assert_allclose(graded, [-0.3186] * 3 + [1.1503], atol=1e-4)
+
+
+@every_method
+def test_an_empty_pool_has_nothing_to_ask_for(name):
+    pool, truth = make()
+    assert trace(name, pool.take(np.zeros(0, np.int64)), truth[:0]) == []
 
 
 def test_the_best_of_equals_is_the_first_found():

@@ -78,6 +78,8 @@ def queries(method: Method, pool: Pool, budget: int, seed: int) -> Search:
 
     Sorting by id here is why the order of a pool's rows means nothing to any method.
     """
+    if not len(pool):
+        return
     order = np.argsort(pool.ids)
     sorted_pool = pool if (np.diff(order) == 1).all() else pool.take(order)
     inner = method(sorted_pool, min(budget, len(pool)), seed)
