@@ -309,7 +309,7 @@ def test_ours_turns_round_when_the_features_are_wrong():
 def test_scales_by_hand():
     table = np.array([[1.0, 5, np.nan], [3, 5, np.inf], [np.nan, 5, np.nan], [2, 5, 1]])
     assert scales.finite(table).shape == (4, 1)
-    np.testing.assert_allclose(scales.min_max(table)[:, 0], [0, 1, 0.5, 0.5])
+    np.testing.assert_allclose(scales.min_max(table)[:, 0], [0, 1, np.nan, 0.5])
     scores = scales.normal_scores(table)[:, 0]
     np.testing.assert_allclose(scores, [-0.9674, 0.9674, 0, 0], atol=1e-4)
     graded = scales.graded(np.array([2.0, np.nan, 2, 5]))
