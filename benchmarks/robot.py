@@ -148,14 +148,15 @@ def headline(bench: Bench) -> None:
     lines = []
     for name, runs in sorted(found.items(), key=lambda item: _geometric(item[1].values())):
         every = _geometric(runs.values())
-        per = [_geometric([r for key, r in runs.items() if of[key] == each]) for each in families]
+        groups = {each: [r for key, r in runs.items() if of[key] == each] for each in families}
+        per = {each: _geometric(group) for each, group in groups.items() if group}
         arithmetic = float(np.mean([r.rank.mean() for r in runs.values()]))
-        cells = [f"{value:.2f}" for value in (every, arithmetic, *per)]
+        cells = [f"{value:.2f}" for value in (every, arithmetic)]
+        cells += [f"{per[each]:.2f}" if each in per else "" for each in families]
         lines.append([name, *cells, len(runs)])
         bench.outcome.figures[f"headline: {name}: rank"] = every
         bench.outcome.figures[f"headline: {name}: arithmetic"] = arithmetic
-        figures = dict(zip(families, per, strict=True))
-        bench.outcome.figures |= {f"headline: {name}: {k}": v for k, v in figures.items()}
+        bench.outcome.figures |= {f"headline: {name}: {k}": v for k, v in per.items()}
     print(f"\nheadline: {len(tables)} pools, {len(bench.seeds)} sub-pools each, 20 queries")
     print(contract.table(["method", "geo", "mean", *families, "pools"], lines))
     for name in (name for name in found if name != OURS):

@@ -77,9 +77,8 @@ def nb201(root: Path, seconds: Mapping[str, float]) -> list[Table]:
         if not column.endswith("_hp200_test_acc"):
             continue
         dataset = column.removesuffix("_hp200_test_acc")
-        own = [row for row in metrics if row["dataset"].lower().startswith(dataset)]
-        full = [row for row in own if _complete(row)]
-        rows = full or [row for row in metrics if row["dataset"] == "cifar10" and _complete(row)]
+        # a data set without metrics of its own borrows CIFAR-10's, as a transferred search would
+        rows = _complete(metrics, dataset) or _complete(metrics, "cifar10")
         index = np.array([row["arch_index"] for row in rows])
         features, names = _metrics(rows)
         tables.append(
@@ -96,9 +95,11 @@ def nb201(root: Path, seconds: Mapping[str, float]) -> list[Table]:
     return tables
 
 
-def _complete(row: Mapping[str, Any]) -> bool:
-    """Does a row have more than the one metric that was computed for all 15,625?"""
-    return sum(row[name] is not None for name in row if name not in NOT_METRICS) > 2
+def _complete(metrics: Rows, dataset: str) -> list[Mapping[str, Any]]:
+    """The data set's rows with more than zen, which alone was computed for all 15,625."""
+    own = [row for row in metrics if row["dataset"].lower().replace("-", "_") == dataset]
+    names = [name for name in metrics[0] if name not in NOT_METRICS]
+    return [row for row in own if sum(row[name] is not None for name in names) > 2]
 
 
 # ---- NAS-Bench-Suite-Zero, at most 725 networks per task -----------------------------------------

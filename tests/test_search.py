@@ -9,8 +9,8 @@ import toy
 
 from nas import search, study
 from nas.errors import NasctlError
-from nas.search import Candidate, Limit
-from nas.strategies import evolution
+from nas.search import GENERATION, Candidate, Limit
+from nas.strategies import evolution, robot
 
 
 @pytest.fixture(autouse=True)
@@ -19,9 +19,9 @@ def quickly(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-def run(path, problem, evaluations, propose=evolution.propose):
+def run(path, problem, evaluations, propose=evolution.propose, size=GENERATION):
     opened = study.open_study(path, "same")
-    return list(search.search(problem, opened, evaluations, propose))
+    return list(search.search(problem, opened, evaluations, propose, size))
 
 
 def test_same_seed_same_candidates(tmp_path):
@@ -41,6 +41,23 @@ def test_stopped_anywhere_it_goes_on_to_the_same_candidates(stop, tmp_path):
         next(parts)
     parts.close()
     assert run(tmp_path / "parts", toy.problem(), 40) == whole
+
+
+@pytest.mark.parametrize("stop", [1, 5, 8])
+def test_generations_of_one_go_on_to_the_same_candidates(stop, tmp_path):
+    problem = toy.problem(budget_ms=9.0)
+    whole = run(tmp_path / "whole", problem, 9, robot.propose, 1)
+    opened = study.open_study(tmp_path / "parts", "same")
+    parts = search.search(problem, opened, 9, robot.propose, 1)
+    for _ in range(stop):
+        next(parts)
+    parts.close()
+    robot.drawn.cache_clear()  # as a new process begins
+    robot.surrogate.cache_clear()
+    assert run(tmp_path / "parts", problem, 9, robot.propose, 1) == whole
+    assert [c.slot for c in whole] == list(range(9))
+    with pytest.raises(NasctlError, match="or more than 1"):
+        run(tmp_path / "other", problem, 9, evolution.propose, 1)
 
 
 @pytest.mark.parametrize("stop", [0, 9, 16, 20])

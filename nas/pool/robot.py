@@ -48,7 +48,9 @@ class Surrogate:
         self.dimensions = max(m, 1)
         self.consensus: Array = self.scores.sum(axis=1) / self.dimensions
         # without features nobody is a favourite: then the first are random
-        self.first: Array = self.consensus if m else np.random.default_rng((seed, 29)).random(n)
+        self.first: Array = (
+            self.consensus if m else np.random.default_rng((seed, 29)).random(len(pool))
+        )
         self.encoding = pool.encoding.astype(np.float64)
         # twice the mean squared norm: what two one-hot rows without a common gene are apart
         self.span = max(2 * float((self.encoding**2).sum(axis=1).mean()) if n else 0.0, 1.0)

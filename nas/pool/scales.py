@@ -20,15 +20,11 @@ def finite(features: Array) -> Array:
 
 
 def min_max(features: Array) -> Array:
-    """Each usable column over [0, 1]; a missing entry is in the middle of its column (its median).
-
-    The released code counts a missing entry as 0, which is the worst value under a positive weight
-    and the best under a negative one.
-    """
+    """Each usable column over [0, 1], missing entries NaN."""
     table = finite(features)
     low, high = np.nanmin(table, axis=0), np.nanmax(table, axis=0)
-    table = (table - low) / (high - low)
-    return np.where(np.isnan(table), np.nanmedian(table, axis=0), table) if table.size else table
+    scaled: Array = (table - low) / (high - low)
+    return scaled
 
 
 def normal_scores(features: Array) -> Array:
