@@ -199,6 +199,7 @@ def test_a_head_of_zeros_says_so():
 
 
 def test_a_few_relus_among_others_are_no_code():
+    torch.manual_seed(0)  # two ReLUs may all be off
     layers = [nn.Conv2d(3, 8, 1), nn.SiLU(), nn.Conv2d(8, 8, 1), nn.SiLU(), nn.Conv2d(8, 2, 1)]
     net = nn.Sequential(*layers, nn.ReLU(), *nets.head(2))
     assert "most of its activations" in measure(net, nets.batch(), values(["swap"]))["swap"].reason
