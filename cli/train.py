@@ -31,7 +31,7 @@ class Effort(NamedTuple):
 
 
 EFFORT, QUICK = Effort(1500, 128, 0), Effort(300, 32, 0)
-ALONE, QUICK_ALONE = Effort(150, 20, 3000), Effort(50, 8, 600)
+ALONE, QUICK_ALONE = Effort(100, 12, 2000), Effort(40, 6, 400)
 
 
 def command(

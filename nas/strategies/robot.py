@@ -18,7 +18,7 @@ from nas.search import Candidate, Problem, random_rows, row_keys
 from nas.space import Genes
 
 GENERATION = 1
-POOL = 512  # networks whose features are computed: a score of one costs about a training step
+POOL = 256  # networks whose features are computed: a score of one costs about a training step
 
 
 def propose(problem: Problem, generation: int, history: Sequence[Candidate]) -> Genes:
