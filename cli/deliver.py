@@ -174,10 +174,11 @@ def _first_inside(
             return candidate
         ratio = max(ratio, found[-1] / measured[candidate.slot])
     detail = f"; the files took {', '.join(map(console.format_ms, found))}" if found else ""
+    keeping = "" if job.spec.alone else f", with --supernet {job.run.folder} to keep it"
     raise BudgetMissed(
         f"no evaluated network was measured inside {budget:g} ms{detail}",
         where="--latency",
-        next=f"Raise the budget or --evaluations, with --supernet {job.run.folder} to keep it.",
+        next=f"Raise the budget or --evaluations{keeping}.",
     )
 
 
@@ -197,7 +198,7 @@ def _finetuned(
     supernet.calibrate(net, judge.calibration, net.arch.resolution)
     score = judge.score(net, net.arch.resolution)
     if score.cross_entropy > candidate.cross_entropy:
-        console.say("fine-tuning made it worse on validation: the extracted network is kept")
+        console.say("fine-tuning made it worse on validation: what it began with is kept")
         return judge.child(np.array(candidate.genes)), candidate
     return net, replace(candidate, cross_entropy=score.cross_entropy, accuracy=score.accuracy)
 
