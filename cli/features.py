@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -37,8 +38,22 @@ def with_features(job: Job, problem: Problem) -> Problem:
     return replace(problem, features=features)
 
 
+def seconds(job: Job) -> float:
+    """How long `with_features` will take, from the space's ends scored now."""
+    if (pool := strategies.pool_size(job.spec.strategy)) == 0:
+        return 0.0
+    ends = np.stack([job.space.smallest, job.space.largest])
+    began = time.monotonic()
+    for _ in scores.scored(_wanted(job), ends):
+        pass
+    return (time.monotonic() - began) / len(ends) * pool / job.spec.threads
+
+
+def _wanted(job: Job) -> scores.Job:
+    return scores.Job(job.space, scores.batch_of(job.task, IMAGES, job.spec.seed), PROXIES)
+
+
 def _matrix(job: Job, rows: Genes) -> NDArray[np.float64]:
     """[N, PROXIES], NaN where missing; those that the run's file has are not computed again."""
-    wanted = scores.Job(job.space, scores.batch_of(job.task, IMAGES, job.spec.seed), PROXIES)
-    work = scores.scored(wanted, rows, path=job.run.path(SCORES), workers=job.spec.threads)
+    work = scores.scored(_wanted(job), rows, path=job.run.path(SCORES), workers=job.spec.threads)
     return scores.matrix(scoring.watched(work, len(rows)), rows, PROXIES)

@@ -235,10 +235,13 @@ def _search(job: Job) -> dict[str, Any]:
 
 def plan(job: Job) -> dict[str, Any]:
     """What would be done and for how long, from three steps and one evaluation timed now."""
+    from cli import features
+
     began = time.monotonic()
     seconds_of = _alone if job.spec.alone else _with_supernet
     parts = {
         "profile": 45.0 if job.device.local else 0.0,
+        "scores": features.seconds(job),
         **seconds_of(job),
         "deliver": 20.0,
     }

@@ -189,6 +189,7 @@ def _begin(here: str, payload: bytes, turns: Any) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     sys.path.append(here)  # a space or proxy of the user's own
+    # bytes of the parent's own, never a file's; loaded here because the path had to be set first
     _worker.update(job=pickle.loads(payload), device=turns.get())
 
 

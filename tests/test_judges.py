@@ -81,7 +81,11 @@ def test_both_judges_are_refused(nasctl, workdir):
 
 def test_the_plan_counts_its_trainings(nasctl, workdir):
     parts = json.loads(nasctl(*ALONE, "--dry-run", "--json").out)["estimated_seconds"]
-    assert set(parts) == {"profile", "search", "finetune", "deliver"}
+    assert set(parts) == {"profile", "scores", "search", "finetune", "deliver"}
+    assert parts["scores"] == 0  # random search asks for none
+    words = [word if word != "random" else "robot" for word in ALONE]
+    parts = json.loads(nasctl(*words, "--dry-run", "--json").out)["estimated_seconds"]
+    assert parts["scores"] > 0
     assert parts["search"] > 0
     assert np.isfinite(sum(parts.values()))
 

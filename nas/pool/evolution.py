@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from nas.pool import Pool, Search
-from nas.pool.scales import nearest_unseen
+from nas.pool.scales import nearest_unseen, random_start
 
 POPULATION = 10
 TOURNAMENT = 5
@@ -20,11 +20,7 @@ TOURNAMENT = 5
 def search(pool: Pool, budget: int, seed: int) -> Search:
     """A random population, then one mutant at a time; a failed network loses every tournament."""
     rng = np.random.default_rng((seed, 21))
-    seen: list[int] = []
-    answers: list[float] = []
-    for row in rng.permutation(len(pool))[: min(POPULATION, budget)]:
-        seen.append(int(row))
-        answers.append((yield int(row)))
+    seen, answers = yield from random_start(pool, min(POPULATION, budget), rng)
     while len(seen) < budget:
         rivals = len(seen) - 1 - rng.permutation(min(POPULATION, len(seen)))[:TOURNAMENT]
         fitness = np.nan_to_num(np.array(answers)[rivals], nan=-np.inf)

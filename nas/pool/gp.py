@@ -6,7 +6,7 @@ import numpy as np
 from scipy import stats
 
 from nas.pool import Pool, Search
-from nas.pool.scales import best_unseen, graded
+from nas.pool.scales import best_unseen, graded, random_start
 from nas.predictors import gp
 
 STARTUP = 5
@@ -15,11 +15,7 @@ STARTUP = 5
 def search(pool: Pool, budget: int, seed: int) -> Search:
     """Random at first, then the largest expected improvement under `nas.predictors.gp`."""
     rng = np.random.default_rng((seed, 25))
-    seen: list[int] = []
-    answers: list[float] = []
-    for row in rng.permutation(len(pool))[: min(STARTUP, budget)]:
-        seen.append(int(row))
-        answers.append((yield int(row)))
+    seen, answers = yield from random_start(pool, min(STARTUP, budget), rng)
     while len(seen) < budget:
         target = graded(np.array(answers))
         mean, std = gp.fit(pool.encoding[seen], target)(pool.encoding)

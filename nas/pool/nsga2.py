@@ -11,7 +11,7 @@ import numpy as np
 
 from nas import pareto
 from nas.pool import Array, Pool, Search
-from nas.pool.scales import nearest_unseen, quantiles
+from nas.pool.scales import nearest_unseen, quantiles, random_start
 
 POPULATION = 10
 COSTS = ("latency", "latency_ms", "macs", "flops", "params")  # the first that the pool has
@@ -21,12 +21,9 @@ def search(pool: Pool, budget: int, seed: int) -> Search:
     """A random generation, then generations of children. Without a cost there is one objective."""
     rng = np.random.default_rng((seed, 24))
     cost, encoding = _cost(pool), pool.encoding
-    seen: list[int] = []
-    errors: list[float] = []
     parents: list[int] = []  # positions in `seen`
-    for row in rng.permutation(len(pool))[: min(POPULATION, budget)]:
-        seen.append(int(row))
-        errors.append(-(yield int(row)))
+    seen, answers = yield from random_start(pool, min(POPULATION, budget), rng)
+    errors = [-answer for answer in answers]
     while len(seen) < budget:
         if len(seen) % POPULATION == 0:
             alive = np.array([*parents, *range(len(seen) - POPULATION, len(seen))])

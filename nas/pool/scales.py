@@ -1,12 +1,15 @@
-"""Features on a common scale, and what is the same for every method: orders and neighbours."""
+"""Features on a common scale, and what is the same for many methods: beginnings, orders and
+neighbours."""
 
 from __future__ import annotations
+
+from collections.abc import Generator
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from nas.pool import Array
+from nas.pool import Array, Pool
 
 Rows = NDArray[np.int64]
 
@@ -64,6 +67,18 @@ def best_unseen(score: Array, seen: Rows | list[int]) -> int:
     left[seen] = -np.inf
     left[np.isnan(left)] = -np.finfo(np.float64).max
     return int(np.argmax(left))
+
+
+def random_start(
+    pool: Pool, n: int, rng: np.random.Generator
+) -> Generator[int, float, tuple[list[int], list[float]]]:
+    """Ask about `n` random rows; returns them and the answers."""
+    seen: list[int] = []
+    answers: list[float] = []
+    for row in rng.permutation(len(pool))[:n]:
+        seen.append(int(row))
+        answers.append((yield int(row)))
+    return seen, answers
 
 
 def nearest_unseen(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.pool import Array, Pool, Search
-from nas.pool.scales import graded
+from nas.pool.scales import graded, random_start
 
 STARTUP = 10
 CANDIDATES = 24
@@ -22,11 +22,7 @@ def search(pool: Pool, budget: int, seed: int) -> Search:
     """Random at first; densities are products over the encoding's columns with a prior of one."""
     rng = np.random.default_rng((seed, 23))
     encoding = pool.encoding.astype(np.float64)
-    seen: list[int] = []
-    answers: list[float] = []
-    for row in rng.permutation(len(pool))[: min(STARTUP, budget)]:
-        seen.append(int(row))
-        answers.append((yield int(row)))
+    seen, answers = yield from random_start(pool, min(STARTUP, budget), rng)
     while len(seen) < budget:
         order = np.argsort(-graded(np.array(answers)), kind="stable")
         split = int(np.ceil(GOOD * len(seen)))

@@ -52,5 +52,11 @@ def drawn(name: str, problem: Problem) -> Genes | None:
     return None if found is None else found(problem)
 
 
+def pool_size(name: str) -> int:
+    """How many rows `drawn` has at most; 0 for a strategy without it."""
+    module_ = importlib.import_module(_module(name))
+    return int(module_.POOL) if hasattr(module_, "drawn") else 0
+
+
 def _module(name: str) -> str:
     return name if "." in name else f"nas.strategies.{name.replace('-', '_')}"
