@@ -65,6 +65,7 @@ def find(net: nn.Module, example_inputs: Inputs) -> Found:
     Raises NasctlError where the network cannot be traced.
     """
     graph = Graph(net, example_inputs)
+    factors = divisions(graph.net, example_inputs)
     shared = _shared(net)
     units: list[Unit] = []
     left: list[LeftAlone] = []
@@ -75,27 +76,33 @@ def find(net: nn.Module, example_inputs: Inputs) -> Found:
         members = graph.members(root)
         outputs = {m.name for m in members if not m.inputs and isinstance(m.module, LAYERS)}
         done |= outputs
-        found = _unit(net, example_inputs, graph, root, shared)
+        found = _unit(net, example_inputs, members, factors, shared)
         if isinstance(found, Unit):
             units.append(found)
         else:
             left += [LeftAlone(name, found) for name in sorted(outputs)]
-    unseen = [n for n, m in net.named_modules() if isinstance(m, LAYERS) and n not in done]
+        done |= {m.name for m in members if isinstance(m.module, nn.MultiheadAttention)}
+    layers = [name for name, module in net.named_modules() if isinstance(module, LAYERS)]
+    unseen = [n for n in layers if n not in done and n.rpartition(".")[0] not in done]
     left += [LeftAlone(name, "the graph does not reach it from the outputs") for name in unseen]
     return Found(tuple(units), tuple(left))
 
 
 def _unit(
-    net: nn.Module, inputs: Inputs, graph: Graph, root: str, shared: dict[str, str]
+    net: nn.Module,
+    inputs: Inputs,
+    members: Sequence[Member],
+    factors: Sequence[int],
+    shared: dict[str, str],
 ) -> Unit | str:
-    """The unit of `root`, or why there is none."""
-    members = graph.members(root)
+    """The unit of these members, the root first, or why there is none."""
+    root = members[0].name
     for member in members:
         if member.name in shared:
             return f"{member.name} shares its weights with {shared[member.name]}"
     total = width(net.get_submodule(root))
     reason = f"it has {total} channels only"
-    for parts in _parts(members, total, graph.divisions):
+    for parts in _parts(members, total, factors):
         refusal = _refused(net, inputs, Unit(root, total, parts, ()))
         if not refusal:
             names = tuple(dict.fromkeys(member.name for member in members))
