@@ -24,7 +24,7 @@ from nas.errors import NasctlError
 Inputs = Tensor | tuple[Any, ...]  # of one forward call
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 #: change what stays when channels go: the statistics are over channels
-MIXING = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.MultiheadAttention)
+MIXING = (nn.LayerNorm, nn.GroupNorm, nn.MultiheadAttention)
 #: what forward calls of networks with other widths raise, whatever their authors checked with
 FAILS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
@@ -95,7 +95,7 @@ class Graph:
                 at=item.idxs,
                 roots=item.root_idxs,
             )
-            for item in self._group(root, indices)
+            for item in self.group(root, indices)
             if isinstance(item.dep.target.module, nn.Parameter)
             or item.dep.target.module in self._names
         ]
@@ -103,12 +103,13 @@ class Graph:
     def without(self, root: str, indices: Sequence[int]) -> nn.Module:
         """The copy with these channels gone; afterwards the graph is of no use."""
         if indices:
-            self._group(root, indices).prune(record_history=False)
+            self.group(root, indices).prune(record_history=False)
         for name, parameter in self.net.named_parameters():
             parameter.requires_grad_(self._trained[name])
         return self.net
 
-    def _group(self, root: str, indices: Sequence[int] | None) -> tp.Group:
+    def group(self, root: str, indices: Sequence[int] | None = None) -> tp.Group:
+        """The same as Torch-Pruning has it, for its importances."""
         module = self.net.get_submodule(root)
         if indices is None:
             indices = range(width(module))
@@ -126,6 +127,11 @@ def width(module: nn.Module) -> int:
     found = module.out_features if isinstance(module, nn.Linear) else module.out_channels
     assert isinstance(found, int)
     return found
+
+
+def gives(module: nn.Module) -> int:
+    """The dimension of a layer's weight that counts what it gives."""
+    return 1 if getattr(module, "transposed", False) and not is_depthwise(module) else 0
 
 
 def is_depthwise(module: nn.Module | nn.Parameter) -> bool:

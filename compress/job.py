@@ -105,10 +105,11 @@ class Row:
 
     root: str
     width: int
-    kept: int
-    losses: Mapping[str, float] = field(default_factory=dict)  # of the network with this accepted
+    kept: int  # in the result
+    accepted: int  # the least width that every task bore; what a baseline keeps
+    losses: Mapping[str, float] = field(default_factory=dict)  # of the network with it accepted
     limits: Mapping[str, float] = field(default_factory=dict)  # that they were held to
-    limiting: str = ""  # the task that refused the next smaller width
+    limiting: str = ""  # the task that refused the next smaller width; "" if there was none
     saved: float = 0.0  # cost, when it was accepted
     score: float = math.nan  # increase of the losses per cost saved
     round: int = 0
@@ -148,5 +149,3 @@ def finish(steps: Steps) -> Pruned:
             next(steps)
         except StopIteration as end:
             return end.value
-
-

@@ -52,7 +52,8 @@ def prune(
     same call goes on from there. Bounds hold for a round, against the network that it begins with.
     Raises BudgetInfeasible, naming the task that limits, where the target is not met in the end.
     """
-    result, history, rows = None, History(), ()
+    result, history = None, History()
+    rows: tuple[Row, ...] = ()
     for number in range(rounds):
         path = record and record.with_stem(f"{record.stem}-{number}")
         found = yield from one_round(job, settings, path)
@@ -91,14 +92,14 @@ class _Visit:
     used: Mapping[int, float]  # by width, those accepted
     row: Row
 
-    def step(self, share: float) -> Step | None:
-        """Down to the last width before one used more than `share` of the threshold."""
-        kept = None
+    def stop(self, share: float) -> int:
+        """The last width before one used more than `share` of the threshold."""
+        kept = self.unit.width
         for width, used in self.used.items():
             if used > share:
                 break
             kept = width
-        return None if kept is None else widths.step(self.unit, self.order, kept)
+        return kept
 
 
 @dataclass
@@ -149,13 +150,14 @@ class _Round:
         if self.settings.one_shot:
             net, history = self.job.net, History()
         members = Graph(net, self.job.example_inputs).members(unit.root)
-        order = widths.weakest_first(widths.magnitude(members, unit.width), unit)
+        order = widths.weakest_first(widths.by_place(widths.magnitude(members, unit.width), unit))
         accepted = sum(bool(visit.used) for visit in self.visits)
         thresholds = self.schedule.thresholds(accepted)
         limits = {task: loss * (1 + thresholds[task]) for task, loss in self.base.items()}
         prefix = Prefix(unit.members)
         used: dict[int, float] = {}
-        limiting, last = "", self.at
+        limiting = ""
+        last: Mapping[str, float] = self.at
         for kept in self.stairs[unit].widths:
             step = widths.step(unit, order, kept)
             found = self._trial(net, history.then(step), limits, prefix)
@@ -166,7 +168,7 @@ class _Round:
                 (found.values[t] / self.base[t] - 1) / thresholds[t] for t in self.base
             )
             last = found.values
-        row = Row(unit.root, unit.width, unit.width, last, limits, limiting)
+        row = Row(unit.root, unit.width, unit.width, unit.width, last, limits, limiting)
         if used:
             row = self._accept(unit, widths.step(unit, order, list(used)[-1]), row)
         return _Visit(unit, order, used, row)
@@ -196,9 +198,9 @@ class _Round:
             self.at = dict(row.losses)
             self.base = {t: max(loss, row.losses[t]) for t, loss in self.base.items()}
         self.cost = cost
-        kept = unit.width - len(step.indices)
+        accepted = unit.width - len(step.indices)
         score = grown / saved if saved > 0 else math.inf
-        return replace(row, kept=kept, saved=saved, score=score)
+        return replace(row, accepted=accepted, saved=saved, score=score)
 
     # ---- which of the accepted steps are kept --------------------------------------------------
 
@@ -208,32 +210,51 @@ class _Round:
         # a unit that makes the network slower is never kept
         pruned = [visit for visit in pruned if visit.row.score < math.inf]
         least = math.ceil(self.settings.keep * len(pruned))
-        history, net = History(), self.job.net
+        stops: dict[Unit, int] = {}
         for n in range(least, len(pruned) + 1):
-            kept = {visit.unit for visit in pruned[:n]}
-            history, net = self._applied(kept, 1.0)
-            if self._cost(net) <= self.job.target:
-                history, net = self._eased(kept)
+            stops = {visit.unit: visit.stop(1.0) for visit in pruned[:n]}
+            if self._meets(stops):
+                stops = self._eased(pruned[:n])
                 break
-        return self._result(history, net)
+        return self._result(*self._applied(stops))
 
-    def _eased(self, kept: set[Unit]) -> tuple[History, nn.Module]:
+    def _eased(self, visits: Sequence[_Visit]) -> dict[Unit, int]:
         """Prune no further than the target asks: every unit stops at the same share of its
-        threshold, the smallest that meets the target."""
-        shares = sorted({u for v in self.visits if v.unit in kept for u in v.used.values()})
+        threshold, the least that meets the target; the unit that makes the difference stops as
+        soon as the target is met."""
+        shares = sorted({used for visit in visits for used in visit.used.values()})
         low, high = 0, len(shares) - 1
         while low < high:
             middle = (low + high) // 2
-            if self._cost(self._applied(kept, shares[middle])[1]) <= self.job.target:
+            if self._meets({visit.unit: visit.stop(shares[middle]) for visit in visits}):
                 high = middle
             else:
                 low = middle + 1
-        return self._applied(kept, shares[high])
+        stops = {v.unit: v.stop(shares[high - 1]) if high else v.unit.width for v in visits}
+        for visit in visits:
+            last = visit.stop(shares[high])
+            for width in [w for w in visit.used if stops[visit.unit] > w >= last]:
+                stops[visit.unit] = width
+                if self._meets(stops):
+                    return stops
+        return stops
 
-    def _applied(self, kept: set[Unit], share: float) -> tuple[History, nn.Module]:
-        """The accepted steps of these units in the order they were taken, on the unpruned net."""
-        steps = [visit.step(share) for visit in self.visits if visit.unit in kept]
-        history = History(tuple(step for step in steps if step))
+    def _meets(self, stops: Mapping[Unit, int]) -> bool:
+        named = {unit.root: width for unit, width in stops.items()}
+        cost = self.known.of(
+            f"{self.job.cost.unit} at {named}", lambda: self._cost(self._applied(stops)[1])
+        )
+        return float(cost) <= self.job.target
+
+    def _applied(self, stops: Mapping[Unit, int]) -> tuple[History, nn.Module]:
+        """The accepted steps down to these widths, in the order they were taken, on the unpruned
+        network; units that are not named stay whole."""
+        steps = [
+            widths.step(visit.unit, visit.order, stops[visit.unit])
+            for visit in self.visits
+            if stops.get(visit.unit, visit.unit.width) < visit.unit.width
+        ]
+        history = History(tuple(steps))
         return history, history.replay(self.job.net, self.job.example_inputs)
 
     def _result(self, history: History, net: nn.Module) -> Pruned:
@@ -300,8 +321,8 @@ def _infeasible(job: Job, settings: Settings, result: Pruned) -> BudgetInfeasibl
     limits = Counter(row.limiting for row in result.rows if row.limiting)
     task, times = limits.most_common(1)[0] if limits else ("no task", 0)
     return BudgetInfeasible(
-        f"{result.cost:.4g} {job.cost.unit} of {result.cost_before:.4g} is as far as it goes within "
-        f"the bounds; {task} limits ({times} of {len(result.rows)} units)",
+        f"{result.cost:.4g} {job.cost.unit} of {result.cost_before:.4g} is as far as it goes "
+        f"within the bounds; {task} limits ({times} of {len(result.rows)} units)",
         where=f"target {job.target:.4g} {job.cost.unit}",
         next="Permit larger drops, more rounds with fine-tuning, or a smaller divisor than "
         f"{settings.divisor}.",

@@ -58,9 +58,7 @@ class Schedule:
             first = loosest - 1
         self.factor = solve(first, loosest, n)
         self._logs = {task: math.log(total) for task, total in bounds.items()}
-        self._shares = [
-            math.log1p(first * self.factor**i) / math.log(loosest) for i in range(n)
-        ]
+        self._shares = [math.log1p(first * self.factor**i) / math.log(loosest) for i in range(n)]
 
     @property
     def ascending(self) -> bool:

@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from compress.graph import (
     Member,
     divisions,
     forward,
+    gives,
     is_depthwise,
     tensors,
     width,
@@ -134,8 +136,8 @@ def places(unit: Unit, at: Sequence[int]) -> tuple[int, ...]:
 
 
 def _refused(net: nn.Module, inputs: Inputs, unit: Unit) -> str:
-    """Why these channels cannot go; nothing if they can. The first ones of each part are tried: what
-    lies in more parts than `unit` knows would lose some of them wholly."""
+    """Why these channels cannot go; nothing if they can. The first ones of each part are tried:
+    what lies in more parts than `unit` knows would lose some of them wholly."""
     graph = Graph(net, inputs)
     each = unit.width // unit.parts
     gone = places(unit, range(max(1, round(0.3 * each))))
@@ -166,42 +168,33 @@ def _alike(found: Tensor, masked: Tensor) -> bool:
 
 
 def _masked(net: nn.Module, members: Sequence[Member]) -> nn.Module:
-    """A copy whose members' weights are zero where a pruned one has none."""
+    """A copy whose layers' weights are zero where a pruned one has none."""
     net = copy.deepcopy(net)
     for member in members:
-        module = net.get_submodule(member.name) if not _is_parameter(member) else None
-        if not isinstance(module, LAYERS):
+        if not isinstance(member.module, LAYERS):
             continue
+        module: Any = net.get_submodule(member.name)
         at = torch.as_tensor(list(member.at))
-        transposed = getattr(module, "transposed", False)
-        if member.inputs:
-            _zero_inputs(module, at, 0 if transposed else 1)
-        elif not transposed:
-            module.weight.data[at] = 0
-        elif module.groups == 1:
-            module.weight.data[:, at] = 0
-        if not member.inputs and module.bias is not None:
-            module.bias.data[at] = 0
+        if not member.inputs:
+            module.weight.data.index_fill_(gives(module), at, 0)
+            if module.bias is not None:
+                module.bias.data[at] = 0
+        elif getattr(module, "groups", 1) == 1:
+            module.weight.data.index_fill_(1 - gives(module), at, 0)
+        else:
+            _zero_grouped_inputs(module, at)
     return net
 
 
-def _zero_inputs(module: nn.Module, at: Tensor, dim: int) -> None:
-    groups = getattr(module, "groups", 1)
+def _zero_grouped_inputs(module: Any, at: Tensor) -> None:
     weight = module.weight.data
-    if groups == 1:
-        weight.index_fill_(dim, at, 0)
-        return
-    if dim == 0:  # transposed: one row per input channel, whatever the groups
+    if gives(module) == 1:  # transposed: one row per input channel, whatever the groups
         weight[at] = 0
         return
-    inputs, outputs = weight.shape[1], weight.shape[0] // groups
-    for channel in at.tolist():  # input channel c is place c % inputs of group c // inputs
+    inputs, outputs = weight.shape[1], weight.shape[0] // module.groups
+    for channel in at.tolist():  # the channel of this place in that group of inputs
         group, place = divmod(channel, inputs)
         weight[group * outputs : (group + 1) * outputs, place] = 0
-
-
-def _is_parameter(member: Member) -> bool:
-    return isinstance(member.module, nn.Parameter)
 
 
 def _shared(net: nn.Module) -> dict[str, str]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from compress.cost import Latency
-from compress.graph import LAYERS, Graph, Member
-from compress.history import Step
+from compress.graph import LAYERS, Member, gives
+from compress.history import History, Step
 from compress.job import Job, Settings
 from compress.record import Record
 from compress.units import Unit, places
@@ -41,11 +41,7 @@ def magnitude(members: Sequence[Member], total: int) -> Tensor:
         module = member.module
         if member.inputs or not isinstance(module, LAYERS):
             continue
-        weight = module.weight.detach().float().cpu()
-        if getattr(module, "transposed", False):
-            weight = weight.transpose(0, 1)
-        if len(weight) <= max(member.at):  # a grouped transposed convolution: by input group
-            weight = weight.repeat(module.groups, *[1] * (weight.dim() - 1))
+        weight = module.weight.detach().float().cpu().transpose(0, gives(module))
         norms = weight.flatten(1).abs().mean(1)
         roots = torch.as_tensor(list(member.roots))
         sums.index_add_(0, roots, norms[torch.as_tensor(list(member.at))])
@@ -53,9 +49,14 @@ def magnitude(members: Sequence[Member], total: int) -> Tensor:
     return sums / counts.clamp(min=1)
 
 
-def weakest_first(scores: Tensor, unit: Unit) -> list[int]:
-    """Places of a part in the order they go: by the sum of their scores [width] over all parts."""
-    return scores.view(unit.parts, -1).sum(0).argsort(stable=True).tolist()
+def by_place(scores: Tensor, unit: Unit) -> Tensor:
+    """[places of a part]: scores [width] of channels, summed over the parts."""
+    return scores.detach().float().cpu().view(unit.parts, -1).sum(0)
+
+
+def weakest_first(worth: Tensor) -> list[int]:
+    """Places in the order they go; equal ones by number."""
+    return worth.argsort(stable=True).tolist()
 
 
 def step(unit: Unit, order: Sequence[int], kept: int) -> Step:
@@ -63,18 +64,14 @@ def step(unit: Unit, order: Sequence[int], kept: int) -> Step:
     return Step(unit.root, places(unit, order[: (unit.width - kept) // unit.parts]))
 
 
-def alone(
-    job: Job, unit: Unit, widths: Sequence[int], known: Record
-) -> list[float]:
+def alone(job: Job, unit: Unit, widths: Sequence[int], known: Record) -> list[float]:
     """What the network costs with this unit alone at each width, taken together: a latency is to
     be compared with others of the same session only."""
 
     def taken() -> list[float]:
-        places_of = range(unit.width // unit.parts)
-        nets = [
-            Graph(job.net, job.example_inputs).without(unit.root, step(unit, places_of, kept).indices)
-            for kept in widths
-        ]
+        anyhow = range(unit.width // unit.parts)  # which channels go is all the same to the cost
+        steps = [step(unit, anyhow, kept) for kept in widths]
+        nets = [History((one,)).replay(job.net, job.example_inputs) for one in steps]
         return job.cost.many(nets, job.example_inputs)
 
     return known.of(f"{job.cost.unit} of {unit.root} alone at {list(widths)}", taken)
