@@ -53,7 +53,7 @@ def test_boxes_by_hand():
         [0.0, 0.0, 0.1, 0.1],
         [0.1, 0.1, 0.9, 0.9],
     ]
-    truth = torch.tensor([wanted] * 3 + [[NAN] * 4])
+    truth = torch.tensor([answers[0]] * 3 + [[NAN] * 4])
     outputs, targets = {"b": answer_for(answers)}, {"t": truth}
     found = goal.evidence(outputs, targets)
     assert found[:3].tolist() == pytest.approx([1.0, 0.5, 0.0], abs=1e-5)
