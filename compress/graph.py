@@ -1,0 +1,253 @@
+"""One network's dependency graph: which channels must go together (Torch-Pruning's DepGraph).
+
+Facts about Torch-Pruning 1.6 that this file works around: its graph refers to module objects, so
+every copy of a network needs a graph of its own; it calls `model(*inputs)` and, should that fail,
+`model(inputs)`, which for one tensor first tries its rows; it finds operations by their gradients,
+so frozen parameters hide them; operations it does not know count as element-wise.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from nas.errors import NasctlError
+
+Inputs = Tensor | tuple[Any, ...]  # of one forward call
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+#: change what stays when channels go: the statistics are over channels
+MIXING = (nn.LayerNorm, nn.GroupNorm, nn.MultiheadAttention)
+#: what forward calls of networks with other widths raise, whatever their authors checked with
+FAILS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
+
+
+def forward(net: nn.Module, inputs: Inputs) -> Any:
+    return net(*inputs) if isinstance(inputs, tuple) else net(inputs)
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """The tensors of any nesting of lists, tuples, mappings and dataclasses, in their order."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        outputs = outputs.values()
+    elif dataclasses.is_dataclass(outputs):
+        outputs = vars(outputs).values()
+    elif not isinstance(outputs, (list, tuple)):
+        return []
+    return [tensor for part in outputs for tensor in tensors(part)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One module of a group: its channels at `at` go with the root's channels at `roots`."""
+
+    name: str
+    module: nn.Module | nn.Parameter
+    inputs: bool  # the channels are those that the module reads, not those that it gives
+    at: Sequence[int]
+    roots: Sequence[int]
+
+
+class Graph:
+    """The graph of a copy of `net`, in eval mode; `without` uses it up.
+
+    Raises NasctlError, naming the operation, where the network does not run or autograd cannot
+    follow it from its parameters to its outputs.
+    """
+
+    def __init__(self, net: nn.Module, example_inputs: Inputs) -> None:
+        self.net = copy.deepcopy(net).eval()
+        self._trained = {name: p.requires_grad for name, p in self.net.named_parameters()}
+        for parameter in self.net.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        self._graph = tp.DependencyGraph()
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            self._graph.build_dependency(
+                self.net, example_inputs, forward_fn=_followed, output_transform=_differentiable
+            )
+        self._names = {module: name for name, module in self.net.named_modules()}
+
+    def layers(self) -> list[str]:
+        """Names of the convolutions and linear layers that the graph holds, in its order."""
+        return [
+            self._names[module]
+            for module in self._graph.module2node
+            if isinstance(module, LAYERS) and module in self._names
+        ]
+
+    def members(self, root: str, indices: Sequence[int] | None = None) -> list[Member]:
+        """All that goes with output channels `indices` (None: all) of `root`, the root first."""
+        return [
+            Member(
+                name=self._name(item.dep.target.module),
+                module=item.dep.target.module,
+                inputs=item.dep.handler.__name__ == "prune_in_channels",
+                at=item.idxs,
+                roots=item.root_idxs,
+            )
+            for item in self.group(root, indices)
+            if isinstance(item.dep.target.module, nn.Parameter)
+            or item.dep.target.module in self._names
+        ]
+
+    def without(self, root: str, indices: Sequence[int]) -> nn.Module:
+        """The copy with these channels gone; afterwards the graph is of no use."""
+        if indices:
+            self.group(root, indices).prune(record_history=False)
+        for name, parameter in self.net.named_parameters():
+            parameter.requires_grad_(self._trained[name])
+        return self.net
+
+    def group(self, root: str, indices: Sequence[int] | None = None) -> tp.Group:
+        """The same as Torch-Pruning has it, for its importances."""
+        module = self.net.get_submodule(root)
+        if indices is None:
+            indices = range(width(module))
+        function = self._graph.get_pruner_of_module(module).prune_out_channels
+        return self._graph.get_pruning_group(module, function, list(indices))
+
+    def _name(self, module: nn.Module | nn.Parameter) -> str:
+        if isinstance(module, nn.Parameter):
+            return self._graph._param_to_name[module]
+        return self._names[module]
+
+
+def width(module: nn.Module) -> int:
+    """Output channels of a convolution or linear layer."""
+    found = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    assert isinstance(found, int)
+    return found
+
+
+def gives(module: nn.Module) -> int:
+    """The dimension of a layer's weight that counts what it gives."""
+    return 1 if getattr(module, "transposed", False) and not is_depthwise(module) else 0
+
+
+def is_depthwise(module: nn.Module | nn.Parameter) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd) and (
+        module.groups == module.out_channels == module.in_channels > 1
+    )
+
+
+# ---- tracing -------------------------------------------------------------------------------------
+
+
+class _Followed(TorchFunctionMode):
+    """Remembers the last function called, and the first through which no gradient came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = self.cut = ""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if name != "__get__":
+            self.last = name
+        out = func(*args, **(kwargs or {}))
+        if not self.cut and name not in _NO_VALUES and any(_follows(arg) for arg in args):
+            produced = tensors(out)
+            if name in _LEAVES or (produced and not any(map(_follows, produced))):
+                self.cut = name
+        return out
+
+
+_LEAVES = ("numpy", "tolist", "item", "__array__")
+#: ask about a tensor, not for its values
+_NO_VALUES = ("__get__", "size", "dim", "numel", "is_floating_point", "requires_grad_", "__len__")
+
+
+def _follows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.grad_fn is not None
+
+
+def _followed(net: nn.Module, inputs: Inputs) -> Any:
+    """The forward pass that the graph is made of."""
+    with _Followed() as seen:
+        try:
+            outputs = forward(net, inputs)
+        except FAILS as error:
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise NasctlError(
+                f"the network does not run on the example inputs: {seen.last or 'forward'} said: "
+                f"{said}",
+                where="model",
+                next="Give inputs as the network takes them.",
+            ) from error
+    if not any(map(_follows, tensors(outputs))):
+        through = f"operation '{seen.cut}' cuts it" if seen.cut else "nothing that it runs is known"
+        raise NasctlError(
+            f"the network cannot be traced from its parameters to its outputs: {through}",
+            where="model",
+            allowed="torch operations with gradients, and tensors as outputs",
+        )
+    return outputs
+
+
+def _differentiable(outputs: Any) -> list[Tensor]:
+    """Integer outputs, such as classes, end no path that the graph could follow."""
+    return [tensor for tensor in tensors(outputs) if _follows(tensor)]
+
+
+class _Shapes(TorchFunctionMode):
+    """How operations divide a dimension: into chunks, or into two dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in ("chunk", "split", "tensor_split", "unbind"):
+            self.found.add(len(out))
+        elif name in ("view", "reshape", "unflatten") and isinstance(args[0], Tensor):
+            self.found |= set(_factors(args[0].shape, out.shape))
+        return out
+
+
+def _factors(before: Sequence[int], after: Sequence[int]) -> Iterator[int]:
+    """a, where a dimension of a * b became dimensions that multiply to a, and then b."""
+    for start in range(len(after)):
+        product = 1
+        for size in after[start:-1]:
+            product *= size
+            rest = after[after.index(size, start) + 1 :]
+            if any(product > 1 and product * last in before for last in rest[:1]):
+                yield product
+
+
+def divisions(net: nn.Module, inputs: Inputs) -> tuple[int, ...]:
+    """Numbers that operations divide channels by: chunks, heads, groups of channels."""
+    with _Shapes() as seen, torch.no_grad():
+        forward(net, inputs)
+    for module in net.modules():
+        if isinstance(module, nn.modules.conv._ConvNd) and not is_depthwise(module):
+            seen.found.add(module.groups)
+        elif isinstance(module, nn.GroupNorm):
+            seen.found.add(module.num_groups)
+        elif isinstance(module, nn.MultiheadAttention):
+            seen.found.add(module.num_heads)
+    return tuple(sorted(seen.found - {1}))

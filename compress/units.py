@@ -1,0 +1,211 @@
+"""Prunable units: sets of coupled channels, each tried on the network before it counts as one.
+
+A dependency graph can be wrong: operations it does not know count as element-wise, and heads or
+shuffles it does not see. So a unit is believed when the network without some of its channels runs,
+gives outputs of the same shapes and, where no operator takes statistics over channels, the same
+outputs as the whole network with those channels' weights at zero. Whatever fails is left alone, and
+the reason is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.graph import (
+    FAILS,
+    LAYERS,
+    MIXING,
+    Graph,
+    Inputs,
+    Member,
+    divisions,
+    forward,
+    gives,
+    is_depthwise,
+    tensors,
+    width,
+)
+
+ALIKE = 1e-4  # relative: how far a pruned network may be from its masked original
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Channels that go together, named by the layer that gives them."""
+
+    root: str
+    width: int  # output channels of `root`
+    #: equal parts of them that lose the same places: heads, halves of a split, groups
+    parts: int
+    members: tuple[str, ...]  # names of all modules that change
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A layer whose outputs are not pruned, and why."""
+
+    root: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Found:
+    units: tuple[Unit, ...]
+    left_alone: tuple[LeftAlone, ...]
+
+
+def find(net: nn.Module, example_inputs: Inputs) -> Found:
+    """Every unit of the network, and every layer that is in none.
+
+    Raises NasctlError where the network cannot be traced.
+    """
+    graph = Graph(net, example_inputs)
+    factors = divisions(graph.net, example_inputs)
+    shared = _shared(net)
+    units: list[Unit] = []
+    left: list[LeftAlone] = []
+    done: set[str] = set()
+    for root in graph.layers():
+        if root in done:
+            continue
+        members = graph.members(root)
+        outputs = {m.name for m in members if not m.inputs and isinstance(m.module, LAYERS)}
+        done |= outputs
+        found = _unit(net, example_inputs, members, factors, shared)
+        if isinstance(found, Unit):
+            units.append(found)
+        else:
+            left += [LeftAlone(name, found) for name in sorted(outputs)]
+        done |= {m.name for m in members if isinstance(m.module, nn.MultiheadAttention)}
+    layers = [name for name, module in net.named_modules() if isinstance(module, LAYERS)]
+    unseen = [n for n in layers if n not in done and n.rpartition(".")[0] not in done]
+    left += [LeftAlone(name, "the graph does not reach it from the outputs") for name in unseen]
+    return Found(tuple(units), tuple(left))
+
+
+def _unit(
+    net: nn.Module,
+    inputs: Inputs,
+    members: Sequence[Member],
+    factors: Sequence[int],
+    shared: dict[str, str],
+) -> Unit | str:
+    """The unit of these members, the root first, or why there is none."""
+    root = members[0].name
+    for member in members:
+        if member.name in shared:
+            return f"{member.name} shares its weights with {shared[member.name]}"
+    total = width(net.get_submodule(root))
+    reason = f"it has {total} channels only"
+    for parts in _parts(members, total, factors):
+        refusal = _refused(net, inputs, Unit(root, total, parts, ()))
+        if not refusal:
+            names = tuple(dict.fromkeys(member.name for member in members))
+            return Unit(root, total, parts, names)
+        reason = refusal if parts == 1 or reason.startswith("it has") else reason
+    return reason
+
+
+def _parts(members: Sequence[Member], total: int, divisions: Sequence[int]) -> Iterator[int]:
+    """In how many parts the channels may lie, fewest first."""
+    least = 1
+    for member in members:
+        module = member.module
+        if isinstance(module, nn.GroupNorm):
+            least = math.lcm(least, module.num_groups)
+        elif isinstance(module, nn.MultiheadAttention):
+            least = math.lcm(least, module.num_heads)
+        elif isinstance(module, nn.modules.conv._ConvNd) and not is_depthwise(module):
+            least = math.lcm(least, module.groups)
+    for parts in sorted({least, *(math.lcm(least, n) for n in divisions)}):
+        if total % parts == 0 and total // parts > 1:
+            yield parts
+
+
+def places(unit: Unit, at: Sequence[int]) -> tuple[int, ...]:
+    """Root channels of the same places `at` in every part."""
+    each = unit.width // unit.parts
+    return tuple(part * each + place for part in range(unit.parts) for place in sorted(at))
+
+
+def _refused(net: nn.Module, inputs: Inputs, unit: Unit) -> str:
+    """Why these channels cannot go; nothing if they can. The first ones of each part are tried:
+    what lies in more parts than `unit` knows would lose some of them wholly."""
+    graph = Graph(net, inputs)
+    each = unit.width // unit.parts
+    gone = places(unit, range(max(1, round(0.3 * each))))
+    members = graph.members(unit.root, gone)
+    with torch.no_grad():
+        whole = tensors(forward(graph.net, inputs))
+        masked = tensors(forward(_masked(graph.net, members), inputs))
+        try:
+            found = tensors(forward(graph.without(unit.root, gone), inputs))
+        except FAILS as error:
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return f"the network does not run without some of its channels ({said})"
+    shapes, before = ([list(t.shape) for t in ts] for ts in (found, whole))
+    if shapes != before:
+        return f"they are outputs of the network: {before} would become {shapes}"
+    if any(isinstance(member.module, MIXING) for member in members):
+        return ""
+    if not all(map(_alike, found, masked)):
+        return "an operation mixes its channels: without some is not the same as with zeros"
+    return ""
+
+
+def _alike(found: Tensor, masked: Tensor) -> bool:
+    if not masked.is_floating_point() or not masked.isfinite().all():
+        return True  # classes may flip by rounding; nan says nothing
+    scale = masked.abs().max().item() + 1e-6
+    return (found - masked).abs().max().item() <= ALIKE * scale
+
+
+def _masked(net: nn.Module, members: Sequence[Member]) -> nn.Module:
+    """A copy whose layers' weights are zero where a pruned one has none."""
+    net = copy.deepcopy(net)
+    for member in members:
+        if not isinstance(member.module, LAYERS):
+            continue
+        module: Any = net.get_submodule(member.name)
+        at = torch.as_tensor(list(member.at))
+        if not member.inputs:
+            module.weight.data.index_fill_(gives(module), at, 0)
+            if module.bias is not None:
+                module.bias.data[at] = 0
+        elif getattr(module, "groups", 1) == 1:
+            module.weight.data.index_fill_(1 - gives(module), at, 0)
+        else:
+            _zero_grouped_inputs(module, at)
+    return net
+
+
+def _zero_grouped_inputs(module: Any, at: Tensor) -> None:
+    weight = module.weight.data
+    if gives(module) == 1:  # transposed: one row per input channel, whatever the groups
+        weight[at] = 0
+        return
+    inputs, outputs = weight.shape[1], weight.shape[0] // module.groups
+    for channel in at.tolist():  # the channel of this place in that group of inputs
+        group, place = divmod(channel, inputs)
+        weight[group * outputs : (group + 1) * outputs, place] = 0
+
+
+def _shared(net: nn.Module) -> dict[str, str]:
+    """Modules that hold a parameter which another module holds too, and that other one."""
+    holders: dict[int, list[str]] = {}
+    for name, module in net.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    return {
+        name: next(other for other in names if other != name)
+        for names in holders.values()
+        if len(set(names)) > 1
+        for name in names
+    }
