@@ -69,8 +69,8 @@ def box(name: str, *, target: str) -> Goal:
     """One box per image: answer [N, 4], target [N, 4] as left, top, right, bottom in shares of the
     image, NaN where there is none; such images are left out. Metric: mean IoU.
 
-    The answer is the logits of centre x, centre y, width and height. Loss: generalised IoU (Rezatofighi
-    et al., CVPR 2019) plus the mean distance of the four sides.
+    The answer is the logits of centre x, centre y, width and height. Loss: generalised IoU
+    (Rezatofighi et al., CVPR 2019) plus the mean distance of the four sides.
     """
     return Goal(
         name,

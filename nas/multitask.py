@@ -111,10 +111,12 @@ class MultiTask:
 
 
 @torch.no_grad()
-def evidence(net: nn.Module, task: MultiTask, split: Examples) -> dict[str, Tensor]:
+def evidence(
+    net: nn.Module, task: MultiTask, split: Examples, batch: int = BATCH_EVAL
+) -> dict[str, Tensor]:
     """What each goal's metric needs to know of each image, by name; `net` is in eval mode."""
     found: dict[str, list[Tensor]] = {goal.name: [] for goal in task.goals}
-    for images, targets in task.batches(split):
+    for images, targets in task.batches(split, batch):
         outputs: Outputs = net(images)
         for goal in task.goals:
             found[goal.name].append(goal.evidence(outputs, targets))
@@ -149,7 +151,7 @@ def _of_folder(path: Path, size: int | None) -> MultiTask:
     if not (files := parquet.files_in(path)):
         raise NasctlError("no parquet files", where=str(path), allowed=FORMS)
     if boxes.fits(files[0]):
-        goals = (classes("class", target="label"), box("box", target="box"))
+        goals: tuple[Goal, ...] = (classes("class", target="label"), box("box", target="box"))
         return _assembled(path, goals, boxes.read(path, size), boxes=("box",))
     if camvid.fits(files[0]):
         n = len(camvid.CLASSES)

@@ -21,13 +21,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas import checkpoint, parallel, update
 from nas.collapse import MAX_HALVINGS, Watch
-from nas.elastic import Network
 from nas.errors import NasctlError
 from nas.gradients import Course, batch_indices, gradients
 from nas.judge import Score, calibrate, calibration_images, child, device_of, evaluate
