@@ -92,7 +92,7 @@ def backend(on: str, setting: Setting, seed: int, folder: Path, pace: Pace) -> M
     return there
 
 
-def files(on: str, board: Device, seed: int) -> Callable[[Sequence[Path]], list[Timing]]:
+def timer(on: str, board: Device, seed: int) -> Callable[[Sequence[Path]], list[Timing]]:
     """What times ONNX files, in turn with each other, at `on`: of each the middle one of several
     processes here, or of one session on a board over ssh."""
     import os

@@ -13,12 +13,12 @@ from cli import console, options
 from nas.errors import BudgetInfeasible, BudgetMissed, UsageError
 
 if TYPE_CHECKING:
-    from cli.pruning import Pruning, PruneSpec
+    from cli.pruning import Pruning
 
 EPOCHS, QUICK_EPOCHS = 20.0, 4.0
 DEFAULT_DROP = "2%"
 _SHARE = re.compile(r"([0-9]*\.?[0-9]+)\s*%")
-_TARGET_FORMS = "macs=-60%, params=-50%, latency=-50%, or what is left: macs=20M, latency=3ms"
+_TARGET_FORMS = "macs=-60%, params=-50%, latency=-50%, or what is left: macs=20MMACs, latency=3ms"
 
 
 def command(
@@ -42,10 +42,10 @@ def command(
     method: Annotated[
         str, typer.Option(help="pagcp, or a baseline; a wrong name lists them.")
     ] = "pagcp",
-    rounds: Annotated[int | None, typer.Option(help="Of pruning, with training between. [1]")] = None,
-    epochs: Annotated[
-        float | None, typer.Option(help="Of training after each round. [20]")
+    rounds: Annotated[
+        int | None, typer.Option(help="Of pruning, with training between. [1]")
     ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Of training after each round. [20]")] = None,
     batch: Annotated[int | None, typer.Option(help="Images per step. [64]")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. [0.03]")] = None,
     imitation: Annotated[
@@ -111,12 +111,11 @@ def parse_target(text: str) -> dict[str, Any]:
             raise UsageError(f"'{text}' leaves nothing", where="--target", allowed=_TARGET_FORMS)
         return {"quantity": quantity, "target": 1 - share, "relative": True}
     if quantity == "latency":
-        return {"quantity": quantity, "target": console.parse_latency(value), "relative": False}
-    return {
-        "quantity": quantity,
-        "target": budgets.parse_count(value, quantity),
-        "relative": False,
-    }
+        left = console.parse_latency(value)
+    else:
+        counted = budgets.MACS if quantity == "macs" else budgets.PARAMS
+        left = budgets.parse(value, counted, "--target")
+    return {"quantity": quantity, "target": left, "relative": False}
 
 
 def parse_drops(text: str, names: list[str]) -> dict[str, float]:
@@ -149,7 +148,7 @@ def prepare(
 ) -> Pruning:
     """Everything validated and loaded: names before data, data before any work."""
     from cli.measuring import here_or_there
-    from cli.pruning import Pruning, alignment, make_spec
+    from cli.pruning import Pruning, make_spec
     from compress import baselines
     from hw_profiles import device
     from nas.errors import unknown
@@ -172,7 +171,7 @@ def prepare(
     weights = Path(rough.weights) if rough.weights else None
     found = subject.load(rough.model, weights, rough.data, rough.size, wanted)
     names = [goal.name for goal in found.task.goals]
-    defaults = {"divisor": alignment(board), "threads": cores(), "tasks": names}
+    defaults = {"divisor": board.tile, "threads": cores(), "tasks": names}
     spec = make_spec({**defaults, **given, "max_drop": parse_drops(max_drop, names)})
     torch.set_num_threads(spec.threads)
     name = f"prune-{Path(rough.model.split(':')[-1]).stem}-{digest(spec.model_dump())[:8]}"

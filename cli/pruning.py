@@ -154,7 +154,7 @@ def costs(pruning: Pruning) -> Cost:
             onnx.export(net, path, input_shape=shape)
         return path
 
-    measured = measuring.files(pruning.on, pruning.device, pruning.spec.seed)
+    measured = measuring.timer(pruning.on, pruning.device, pruning.spec.seed)
     return cost.Latency(export, lambda paths: [timing.median_ms for timing in measured(paths)])
 
 
@@ -234,7 +234,8 @@ def trained(pruning: Pruning, net: nn.Module, name: str, doing: str) -> nn.Modul
     schedule = pruning.schedule
     teacher = pruning.subject.net if schedule.imitation else None
     steps = multitask_training.train(
-        net, pruning.subject.task, schedule, teacher=teacher, resume=state)
+        net, pruning.subject.task, schedule, teacher=teacher, resume=state
+    )
     with console.bar(doing, max(1, schedule.steps)) as update, console.deferred_interrupt() as stop:
         for step in steps:
             update(step.step, " ".join(f"{k} {v:.3f}" for k, v in step.losses.items()))
@@ -301,7 +302,7 @@ def _timed(pruning: Pruning, files: Mapping[str, Path]) -> dict[str, Any] | None
     """Both files on the device, in turn with each other; None where it cannot be reached."""
     if pruning.device.local != (pruning.on == measuring.LOCAL):
         return None
-    timings = measuring.files(pruning.on, pruning.device, pruning.spec.seed)(list(files.values()))
+    timings = measuring.timer(pruning.on, pruning.device, pruning.spec.seed)(list(files.values()))
     found = {name: asdict(timing) for name, timing in zip(files, timings, strict=True)}
     return {"device": pruning.device.name, "on": pruning.on, **found}
 
@@ -313,8 +314,8 @@ def _metadata(pruning: Pruning) -> dict[str, str]:
         "nasctl": metadata.version("nasctl"),
         "model": str(pruning.subject.origin["model"]),
         "input": f"float32 N x {channels} x {height} x {width}, (pixel / 255 - mean) / std",
-        "mean": json.dumps(list(task.mean)),
-        "std": json.dumps(list(task.std)),
+        "mean": json.dumps(list(task.moments[0])),
+        "std": json.dumps(list(task.moments[1])),
         "data_sha256": task.fingerprint,
         "run": pruning.run.folder.name,
     }

@@ -22,8 +22,10 @@ from nas.data import augment, boxes, camvid, module, parquet
 from nas.data.examples import Examples
 from nas.data.moments import Moments, moments, normalised
 from nas.data.randaugment import jitter
+from nas.elastic import resize
 from nas.errors import NasctlError, UsageError, unknown
 from nas.goals import Goal, Outputs, Targets, boundary, box, classes, presence, segmentation
+from nas.tasks import Task
 
 FORMS = "a folder of parquet files with boxes or label maps, my_pkg.my_mod:task"
 BATCH_EVAL = 128
@@ -62,12 +64,13 @@ class MultiTask:
         return channels, height, width
 
     @cached_property
-    def _moments(self) -> Moments:
+    def moments(self) -> Moments:
+        """Mean and deviation of each channel on train, of pixels in 0..1."""
         return moments(self.train.images)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images of 0 to 255 [N, C, H, W] to what networks are fed."""
-        return normalised(images, self._moments).contiguous(memory_format=torch.channels_last)
+        return normalised(images, self.moments).contiguous(memory_format=torch.channels_last)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -110,6 +113,37 @@ class MultiTask:
         return self.normalise(images), moved
 
 
+def answers(outputs: Tensor | Outputs, task: MultiTask) -> Outputs:
+    """What a network returned, by goal: a network of one goal may return its answer alone.
+
+    Raises NasctlError naming the goal that has none.
+    """
+    if isinstance(outputs, Tensor) and len(task.goals) == 1:
+        return {task.goals[0].name: outputs}
+    there = outputs if isinstance(outputs, Mapping) else {}
+    for goal in task.goals:
+        if goal.name not in there:
+            gives = ", ".join(there) or type(outputs).__name__
+            raise NasctlError(
+                f"the network has no output '{goal.name}'",
+                where=f"multi-task '{task.name}'",
+                allowed=f"a dict of outputs by goal; this one gives {gives}",
+            )
+    return there
+
+
+def single(task: Task, resolution: int) -> MultiTask:
+    """A classification as a multi-task of one goal, "class", its images resized once."""
+    splits = []
+    for split in (task.train, task.val, task.test):
+        resized = resize(split.images.float(), resolution).round_().clamp_(0, 255)
+        splits.append(Examples(resized.to(torch.uint8), {"label": split.labels}))
+    pad = round(task.pad * resolution / task.size)
+    goals = (classes("class", target="label"),)
+    train, val, test = splits
+    return MultiTask(task.name, goals, train, val, test, flip=task.flip, pad=pad)
+
+
 @torch.no_grad()
 def evidence(
     net: nn.Module, task: MultiTask, split: Examples, batch: int = BATCH_EVAL
@@ -117,7 +151,7 @@ def evidence(
     """What each goal's metric needs to know of each image, by name; `net` is in eval mode."""
     found: dict[str, list[Tensor]] = {goal.name: [] for goal in task.goals}
     for images, targets in task.batches(split, batch):
-        outputs: Outputs = net(images)
+        outputs = answers(net(images), task)
         for goal in task.goals:
             found[goal.name].append(goal.evidence(outputs, targets))
     return {name: torch.cat(parts) for name, parts in found.items()}

@@ -24,7 +24,7 @@ from nas.elastic import channels_last
 from nas.errors import NasctlError, UsageError
 from nas.goals import Outputs, Targets
 from nas.gradients import batch_indices
-from nas.multitask import MultiTask
+from nas.multitask import MultiTask, answers
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ def _backward(
     rows = batch_indices(len(task.train), schedule.batch, step, schedule.seed)
     generator = torch.Generator().manual_seed(schedule.seed * 1_000_003 + step)
     images, targets = task.augmented(task.train.at(rows), generator)
-    outputs = net(images)
+    outputs = answers(net(images), task)
     with torch.no_grad():
-        taught = None if teacher is None else teacher(images)
+        taught = None if teacher is None else answers(teacher(images), task)
     losses = goal_losses(task, outputs, targets, taught, schedule.imitation)
     for name, loss in losses.items():
         if not loss.isfinite():
@@ -146,12 +146,6 @@ def goal_losses(
     A goal that cannot imitate learns from its labels alone."""
     losses = {}
     for goal in task.goals:
-        if goal.name not in outputs:
-            raise NasctlError(
-                f"the network has no output '{goal.name}'",
-                where=f"multi-task '{task.name}'",
-                allowed=f"a dict of outputs by goal; this one gives {', '.join(outputs)}",
-            )
         loss = goal.loss(outputs, targets)
         if taught is not None and goal.imitate is not None:
             soft = goal.imitate(outputs[goal.name], taught[goal.name])
