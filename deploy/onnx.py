@@ -33,13 +33,14 @@ def export(
     path: Path,
     *,
     input_shape: Sequence[int],
-    names: tuple[str, str] = ("input", "logits"),
+    names: Sequence[str] = ("input", "logits"),
     opset: int = OPSET,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write `net`, in eval mode, to `path` with its weights inside and a free batch dimension.
 
-    `input_shape` is one example's (channels, height, width); `names` are those of input and output.
+    `input_shape` is one example's (channels, height, width); `names` are the input's
+    and the outputs', in the order in which the network returns them (a dict's values, say).
     Batch norms are folded into the convolutions before them. `metadata` becomes the file's
     properties. The file is whole or absent.
     """
@@ -61,7 +62,7 @@ def export(
 
 
 def _trace(
-    net: nn.Module, shape: Sequence[int], names: tuple[str, str], opset: int
+    net: nn.Module, shape: Sequence[int], names: Sequence[str], opset: int
 ) -> onnx.ModelProto:
     first = next(net.parameters(), torch.empty(0))
     example = torch.zeros(*shape, device=first.device, dtype=first.dtype)
@@ -73,7 +74,7 @@ def _trace(
                 dynamo=True,
                 opset_version=opset,
                 input_names=[names[0]],
-                output_names=[names[1]],
+                output_names=list(names[1:]),
                 # a name for the dimension: otherwise it is called s77 or so
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 verbose=False,
