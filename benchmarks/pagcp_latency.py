@@ -1,0 +1,69 @@
+"""Milliseconds of the exported file, always beside the dense network's in the same process.
+
+A shared machine is some per cent faster or slower from one process to the next. What a network
+needs relative to the dense one in the same process is steadier by far, so milliseconds here are
+that share of one figure for the dense network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from benchmarks.pagcp_experiment import Experiment
+from compress.cost import Latency, shape_of
+from deploy import onnx
+from hw_profiles import measure
+from hw_profiles.measure import Plan
+
+ROUGH_S = 6.0  # of a measurement while pruning: many networks, a little each
+
+
+@dataclass(frozen=True)
+class Target:
+    """ONNX Runtime on this machine, one thread, batch 1."""
+
+    experiment: Experiment
+    dense: nn.Module
+    dense_ms: float = 1.0  # until it is measured
+
+    def cost(self) -> Latency:
+        return Latency(self.export, self._milliseconds)
+
+    def export(self, net: nn.Module) -> Path:
+        """One file per shape: what the weights are does not change the time."""
+        folder = self.experiment.folder / "onnx"
+        path = folder / f"{self.experiment.name}-{shape_of(net)}.onnx"
+        if not path.exists():
+            onnx.export(net, path, input_shape=self.experiment.task.shape)
+        return path
+
+    def relative(self, net: nn.Module) -> list[float]:
+        """Of the dense network's milliseconds, one figure of each process."""
+        files = [self.export(self.dense), self.export(net)]
+        found = [self._session(files, at) for at in range(self.experiment.processes)]
+        return [here / dense for dense, here in found]
+
+    def dense_milliseconds(self) -> float:
+        """The median of several processes."""
+        files = [self.export(self.dense)]
+        found = [self._session(files, at) for at in range(self.experiment.processes)]
+        return float(np.median(found))
+
+    def _session(self, files: Sequence[Path], seed: int) -> list[float]:
+        plan = Plan(precision=0.01, time_limit_s=self.experiment.turns_s)
+        return _session(files, plan, seed)
+
+    def _milliseconds(self, files: Sequence[Path]) -> list[float]:
+        plan = Plan(rounds=10, time_limit_s=min(ROUGH_S, self.experiment.turns_s))
+        dense, *found = _session([self.export(self.dense), *files], plan, seed=0)
+        return [self.dense_ms * ms / dense for ms in found]
+
+
+def _session(files: Sequence[Path], plan: Plan, seed: int) -> list[float]:
+    session = measure.fresh_session(list(files), rng=np.random.default_rng(seed), plan=plan)
+    return [timing.median_ms for timing in session.timings]
