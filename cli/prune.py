@@ -91,8 +91,11 @@ def command(
     content = plan(pruning) if dry_run else execute(pruning, force=force)
     if json:
         console.emit_json(content)
-    if not dry_run:
-        _require_bounds(pruning, content)
+    if dry_run:
+        return
+    if not json:
+        _say_outcome(pruning, content)
+    _require_bounds(pruning, content)
 
 
 # ---- what was typed ------------------------------------------------------------------------------
@@ -219,7 +222,6 @@ def execute(pruning: Pruning, *, force: bool) -> dict[str, Any]:
             run.write_json(stages.REPORT, content)
             run.finish(stages.STAGE, pruning.key, content["seconds"], stages.FILES)
             stages.forget(run)
-    _say_outcome(pruning, content)
     return content
 
 

@@ -62,7 +62,7 @@ class PruneSpec(BaseModel):
     weights: str | None = None
     data: str | None = None
     size: int | None = Field(None, ge=8, le=1024)
-    tasks: tuple[str, ...] = ()
+    tasks: list[str] = []  # as JSON has it: a manifest is compared with this
     max_drop: dict[str, float]  # relative, of each task's metric
     quantity: str  # macs, params or latency
     target: float  # below 1: a share of the whole network's; else MACs, parameters or ms

@@ -6,11 +6,14 @@ import json
 import os
 
 import numpy as np
+import onnx as onnx_file
 import pytest
 import torch
 
-from cli import prune
+from cli import measuring, prune
 from compress.history import History
+from deploy import onnx
+from hw_profiles import device
 from hw_profiles.protocol import Timing
 from hw_profiles.runtimes import onnxruntime
 from nas import checkpoint, multitask_training
@@ -84,6 +87,17 @@ MINE = ("prune", "mine:build", "--weights", "w.safetensors", "--data", "mine:tas
 LITTLE = (*MINE, "--divisor", 4, "--epochs", 2, "--batch", 32)
 
 
+def by_weights(on, board, seed):
+    """A clock on which a network of half the weights is twice as fast."""
+
+    def timing(path):
+        tensors = onnx_file.load(path).graph.initializer
+        ms = float(sum(np.prod(tensor.dims) for tensor in tensors))
+        return Timing(ms, ms, ms, ms, 0.0, 9)
+
+    return lambda paths: [timing(path) for path in paths]
+
+
 @pytest.fixture
 def mine(workdir, monkeypatch):
     """A module with a network and its data, and the weights of the network trained."""
@@ -99,6 +113,7 @@ def mine(workdir, monkeypatch):
     for _ in multitask_training.train(net, mine.task(), schedule):
         pass
     checkpoint.write(workdir / "w.safetensors", net.state_dict(), {})
+    monkeypatch.setattr(measuring, "timer", by_weights)
     yield mine
     sys.modules.pop("mine", None)
 
@@ -151,17 +166,8 @@ def test_interrupted_in_its_training_it_goes_on_there(mine, nasctl, workdir, mon
         assert resumed[name] == whole[name]
 
 
-def test_a_target_in_milliseconds_is_measured(mine, nasctl, monkeypatch):
-    """With a clock that counts the file's weights: a network of half of them is twice as fast."""
-
-    def timed(on, board, seed):
-        def each(path):
-            ms = float(sum(np.prod(i.dims) for i in onnx_weights(path)))
-            return Timing(ms, ms, ms, ms, 0.0, 9)
-
-        return lambda paths: [each(path) for path in paths]
-
-    monkeypatch.setattr("cli.measuring.timer", timed)
+@pytest.mark.slow  # a file for each width of each unit
+def test_a_target_in_milliseconds(mine, nasctl):
     words = (*LITTLE, "--target", "latency=-40%", "--max-drop", "90%")
     outcome = nasctl(*words, "--run", "r", "--json")
     assert outcome.code == 0, outcome.err
@@ -169,10 +175,15 @@ def test_a_target_in_milliseconds_is_measured(mine, nasctl, monkeypatch):
     assert timings["after"]["median_ms"] <= 0.6 * timings["before"]["median_ms"]
 
 
-def onnx_weights(path):
-    import onnx
-
-    return onnx.load(path).graph.initializer
+def test_files_are_timed_in_turn_on_this_machine(mine, workdir, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(measuring, "FILES_S", 0.5)
+    paths = []
+    for width in (4, 64):
+        paths.append(workdir / f"{width}.onnx")
+        onnx.export(mine.Net(width), paths[-1], input_shape=(1, 32, 32))
+    narrow, wide = measuring.timer("local", device.load("cpu"), 0)(paths)
+    assert 0 < narrow.median_ms < wide.median_ms
 
 
 def test_a_target_beyond_the_bounds_says_how_far_it_got(mine, nasctl):
@@ -220,7 +231,7 @@ def test_bad_words_are_one_line(mine, nasctl, words, code, fragments):
     ("model", "fragments"),
     [
         ("mine:number", ("gave a int", "a torch module")),
-        ("mine:untraceable", ("Steps",)),
+        ("mine:untraceable", ("operation 'tolist' cuts it",)),
         ("mine:nothing", ("no 'nothing'",)),
         ("elsewhere.safetensors", ("no model",)),
     ],
