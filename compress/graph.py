@@ -8,7 +8,6 @@ so frozen parameters hide them; operations it does not know count as element-wis
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch_pruning.dependency import index_mapping
 
 from nas.errors import NasctlError
 
@@ -58,23 +58,30 @@ class Member:
 
 
 class Graph:
-    """The graph of a copy of `net`, in eval mode; `without` uses it up.
+    """The graph of one network, which is put in eval mode; `prune_` changes the network and uses
+    the graph up.
 
     Raises NasctlError, naming the operation, where the network does not run or autograd cannot
     follow it from its parameters to its outputs.
     """
 
     def __init__(self, net: nn.Module, example_inputs: Inputs) -> None:
-        self.net = copy.deepcopy(net).eval()
-        self._trained = {name: p.requires_grad for name, p in self.net.named_parameters()}
-        for parameter in self.net.parameters():
+        self.net = net.eval()
+        self._trained = {name: p.requires_grad for name, p in net.named_parameters()}
+        for parameter in net.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         self._graph = tp.DependencyGraph()
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
+            seen = _Followed()
             self._graph.build_dependency(
-                self.net, example_inputs, forward_fn=_followed, output_transform=_differentiable
+                self.net,
+                example_inputs,
+                forward_fn=lambda net, inputs: _followed(net, inputs, seen),
+                output_transform=_differentiable,
             )
+        _place_joins(self._graph, seen.joins)
+        self._freeze()
         self._names = {module: name for name, module in self.net.named_modules()}
 
     def layers(self) -> list[str]:
@@ -100,13 +107,15 @@ class Graph:
             or item.dep.target.module in self._names
         ]
 
-    def without(self, root: str, indices: Sequence[int]) -> nn.Module:
-        """The copy with these channels gone; afterwards the graph is of no use."""
+    def prune_(self, root: str, indices: Sequence[int]) -> None:
+        """Take these channels away from the network."""
         if indices:
             self.group(root, indices).prune(record_history=False)
+        self._freeze()
+
+    def _freeze(self) -> None:
         for name, parameter in self.net.named_parameters():
             parameter.requires_grad_(self._trained[name])
-        return self.net
 
     def group(self, root: str, indices: Sequence[int] | None = None) -> tp.Group:
         """The same as Torch-Pruning has it, for its importances."""
@@ -144,11 +153,16 @@ def is_depthwise(module: nn.Module | nn.Parameter) -> bool:
 
 
 class _Followed(TorchFunctionMode):
-    """Remembers the last function called, and the first through which no gradient came."""
+    """Watches a forward pass for what the graph needs to know.
+
+    Chunks of channels are cut out one by one, as slices: Torch-Pruning has one node for all parts
+    of a split, and mistakes them for each other where one is read twice.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.last = self.cut = ""
+        self.last = self.cut = ""  # the last function called; the first that no gradient passed
+        self.joins: dict[Any, list[int]] = {}  # channels of what was joined, by its gradient
 
     def __torch_function__(
         self,
@@ -161,13 +175,65 @@ class _Followed(TorchFunctionMode):
         if name != "__get__":
             self.last = name
         out = func(*args, **(kwargs or {}))
+        if name in _CUTS:
+            out = _slices(args[0], out)
+        elif name in _JOINS:
+            self._join(args[0] if args else (kwargs or {})["tensors"], out)
         if not self.cut and name not in _NO_VALUES and any(_follows(arg) for arg in args):
             produced = tensors(out)
             if name in _LEAVES or (produced and not any(map(_follows, produced))):
                 self.cut = name
         return out
 
+    def _join(self, parts: Sequence[Tensor], out: Tensor) -> None:
+        channel = channel_of(out)
+        sizes = [part.shape[channel] for part in parts]
+        if sum(sizes) == out.shape[channel]:
+            self.joins[out.grad_fn] = sizes
 
+
+def channel_of(tensor: Tensor) -> int:
+    """The dimension of channels: [B, C], [B, T, C], [B, C, H, W]."""
+    return 2 if tensor.dim() == 3 else 1
+
+
+def _slices(whole: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    channel = channel_of(whole)
+    sizes = [part.shape[channel] for part in parts] if whole.dim() > 1 else []
+    if sum(sizes) != whole.shape[channel if sizes else 0] or len(sizes) < 2:
+        return parts  # cut along another dimension
+    starts = [sum(sizes[:at]) for at in range(len(sizes))]
+    return tuple(whole.narrow(channel, s, size) for s, size in zip(starts, sizes, strict=True))
+
+
+def _place_joins(graph: tp.DependencyGraph, joins: Mapping[Any, Sequence[int]]) -> None:
+    """Where each part of a concatenation lies: Torch-Pruning infers it from neighbours, and takes
+    a slice to be as wide as what it is of."""
+    for node in graph.module2node.values():
+        sizes = joins.get(node.grad_fn)
+        if sizes is None or node.type != graph.ops.OPTYPE.CONCAT or not node.enable_index_mapping:
+            continue
+        node.module.concat_sizes = list(sizes)
+        offsets = [sum(sizes[:at]) for at in range(len(sizes) + 1)]
+        for inward in (False, True):
+            _map_parts(node, offsets, inward)
+
+
+def _map_parts(node: Any, offsets: Sequence[int], inward: bool) -> None:
+    """Index mappings of the edges from the parts to the whole, or back."""
+    placed: list[Any] = []
+    for at, part in enumerate(node.inputs):
+        source, target = (part, node) if inward else (node, part)
+        edges = (edge for edge in source.dependencies if edge.target is target)
+        edge = next(edge for edge in edges if not any(edge is other for other in placed))
+        edge.index_mapping[1] = index_mapping._ConcatIndexMapping(
+            offset=offsets[at : at + 2], reverse=not inward
+        )
+        placed.append(edge)
+
+
+_CUTS = ("chunk", "split", "tensor_split", "unsafe_chunk")
+_JOINS = ("cat", "concat", "concatenate")
 _LEAVES = ("numpy", "tolist", "item", "__array__")
 #: ask about a tensor, not for its values
 _NO_VALUES = ("__get__", "size", "dim", "numel", "is_floating_point", "requires_grad_", "__len__")
@@ -177,9 +243,9 @@ def _follows(value: Any) -> bool:
     return isinstance(value, Tensor) and value.grad_fn is not None
 
 
-def _followed(net: nn.Module, inputs: Inputs) -> Any:
+def _followed(net: nn.Module, inputs: Inputs, seen: _Followed) -> Any:
     """The forward pass that the graph is made of."""
-    with _Followed() as seen:
+    with seen:
         try:
             outputs = forward(net, inputs)
         except FAILS as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,8 @@ from compress.graph import (
     width,
 )
 
-ALIKE = 1e-4  # relative: how far a pruned network may be from its masked original
+#: relative: how far a pruned network may be from its masked original, in single and in double
+ALIKE = (1e-4, 1e-9)
 
 
 @dataclass(frozen=True)
@@ -66,28 +68,33 @@ def find(net: nn.Module, example_inputs: Inputs) -> Found:
 
     Raises NasctlError where the network cannot be traced.
     """
-    graph = Graph(net, example_inputs)
-    factors = divisions(graph.net, example_inputs)
     shared = _shared(net)
+    net, inputs = _in_double(net, example_inputs)
+    graph, factors = Graph(net, inputs), divisions(net, inputs)
     units: list[Unit] = []
-    left: list[LeftAlone] = []
+    refused: dict[str, str] = {}
     done: set[str] = set()
-    for root in graph.layers():
+    # the widest first: where halves of one layer go different ways, it knows of both
+    for root in sorted(graph.layers(), key=lambda name: -width(net.get_submodule(name))):
         if root in done:
             continue
         members = graph.members(root)
-        outputs = {m.name for m in members if not m.inputs and isinstance(m.module, LAYERS)}
-        done |= outputs
-        found = _unit(net, example_inputs, members, factors, shared)
-        if isinstance(found, Unit):
-            units.append(found)
-        else:
-            left += [LeftAlone(name, found) for name in sorted(outputs)]
-        done |= {m.name for m in members if isinstance(m.module, nn.MultiheadAttention)}
-    layers = [name for name, module in net.named_modules() if isinstance(module, LAYERS)]
-    unseen = [n for n in layers if n not in done and n.rpartition(".")[0] not in done]
-    left += [LeftAlone(name, "the graph does not reach it from the outputs") for name in unseen]
-    return Found(tuple(units), tuple(left))
+        found = _unit(net, inputs, members, factors, shared)
+        if isinstance(found, str):
+            refused[root] = found
+            continue
+        units.append(found)
+        done |= {m.name for m in members if not m.inputs}
+    return Found(tuple(units), tuple(_left_alone(net, refused, done)))
+
+
+def _left_alone(net: nn.Module, refused: dict[str, str], done: set[str]) -> Iterator[LeftAlone]:
+    """In the network's order."""
+    for name, module in net.named_modules():
+        # the projections of attention go with it, whatever they are called
+        if not isinstance(module, LAYERS) or {name, name.rpartition(".")[0]} & done:
+            continue
+        yield LeftAlone(name, refused.get(name, "the graph does not reach it from the outputs"))
 
 
 def _unit(
@@ -138,40 +145,75 @@ def places(unit: Unit, at: Sequence[int]) -> tuple[int, ...]:
 def _refused(net: nn.Module, inputs: Inputs, unit: Unit) -> str:
     """Why these channels cannot go; nothing if they can. The first ones of each part are tried:
     what lies in more parts than `unit` knows would lose some of them wholly."""
-    graph = Graph(net, inputs)
+    graph = Graph(copy.deepcopy(net), inputs)
     each = unit.width // unit.parts
     gone = places(unit, range(max(1, round(0.3 * each))))
     members = graph.members(unit.root, gone)
+    if any(_beyond(member) for member in members):
+        return "the graph has more of its channels than there are"
+    if len(members[0].at) > len(gone):
+        return "its channels are coupled with each other"
     with torch.no_grad():
         whole = tensors(forward(graph.net, inputs))
-        masked = tensors(forward(_masked(graph.net, members), inputs))
+        with masked(graph.net, members):
+            zeroed = tensors(forward(graph.net, inputs))
         try:
-            found = tensors(forward(graph.without(unit.root, gone), inputs))
+            graph.prune_(unit.root, gone)
+            found = tensors(forward(graph.net, inputs))
         except FAILS as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             return f"the network does not run without some of its channels ({said})"
     shapes, before = ([list(t.shape) for t in ts] for ts in (found, whole))
-    if shapes != before:
-        return f"they are outputs of the network: {before} would become {shapes}"
+    for was, would in zip(before, shapes, strict=True):
+        if was != would:
+            return f"its channels are outputs of the network: {was} would become {would}"
     if any(isinstance(member.module, MIXING) for member in members):
         return ""
-    if not all(map(_alike, found, masked)):
+    if not all(map(_alike, found, zeroed)):
         return "an operation mixes its channels: without some is not the same as with zeros"
     return ""
+
+
+def _in_double(net: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
+    """In double precision what is not the same shows, however little it matters; in single where
+    the network's code insists on it."""
+    double = copy.deepcopy(net).eval().double()
+    parts = inputs if isinstance(inputs, tuple) else (inputs,)
+    cast = tuple(
+        part.double() if isinstance(part, Tensor) and part.is_floating_point() else part
+        for part in parts
+    )
+    try:
+        with torch.no_grad():
+            forward(double, cast)
+    except FAILS:
+        return copy.deepcopy(net).eval(), inputs
+    return double, cast
+
+
+def _beyond(member: Member) -> bool:
+    module: Any = member.module
+    if not isinstance(module, LAYERS):
+        return False
+    size = module.weight.shape[1 - gives(module) if member.inputs else gives(module)]
+    groups = getattr(module, "groups", 1) if member.inputs != (gives(module) == 1) else 1
+    return bool(member.at) and max(member.at) >= size * groups
 
 
 def _alike(found: Tensor, masked: Tensor) -> bool:
     if not masked.is_floating_point() or not masked.isfinite().all():
         return True  # classes may flip by rounding; nan says nothing
     scale = masked.abs().max().item() + 1e-6
-    return (found - masked).abs().max().item() <= ALIKE * scale
+    return (found - masked).abs().max().item() <= ALIKE[masked.dtype == torch.float64] * scale
 
 
-def _masked(net: nn.Module, members: Sequence[Member]) -> nn.Module:
-    """A copy whose layers' weights are zero where a pruned one has none."""
-    net = copy.deepcopy(net)
+@contextmanager
+def masked(net: nn.Module, members: Sequence[Member]) -> Iterator[None]:
+    """Inside, the members' weights are zero where a pruned network has none."""
+    layers = {m.name: m.module for m in members if isinstance(m.module, LAYERS)}
+    before = {name: copy.deepcopy(module.state_dict()) for name, module in layers.items()}
     for member in members:
-        if not isinstance(member.module, LAYERS):
+        if member.name not in layers:
             continue
         module: Any = net.get_submodule(member.name)
         at = torch.as_tensor(list(member.at))
@@ -183,7 +225,11 @@ def _masked(net: nn.Module, members: Sequence[Member]) -> nn.Module:
             module.weight.data.index_fill_(1 - gives(module), at, 0)
         else:
             _zero_grouped_inputs(module, at)
-    return net
+    try:
+        yield
+    finally:
+        for name, state in before.items():
+            net.get_submodule(name).load_state_dict(state)
 
 
 def _zero_grouped_inputs(module: Any, at: Tensor) -> None:
