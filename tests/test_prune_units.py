@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -240,3 +241,22 @@ def test_several_inputs_and_a_batch_of_one_without_norms():
     pruned, _ = pruned_by_half(Two(), inputs)
     assert pruned.a.out_channels == pruned.b.out_channels == 4
     assert forward(pruned, inputs)[0].shape == (1, 2, 8, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's exporter
+@pytest.mark.parametrize("net", [Detector(c=8), Vit(size=32), chain(*BLOCKS)])
+def test_pruned_networks_run_and_their_files_do_the_same(net, tmp_path):
+    images = torch.randn(1, 3, 32, 32)
+    settled(net)
+    pruned, _ = pruned_by_half(net, images)
+    found, whole = tensors(pruned(images)), tensors(net(images))
+    assert [t.shape for t in found] == [t.shape for t in whole]
+    sizes = [sum(p.numel() for p in of.parameters()) for of in (pruned, net)]
+    assert sizes[0] < 0.5 * sizes[1]
+    path = tmp_path / "pruned.onnx"
+    torch.onnx.export(pruned, (images,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    ran = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    for ours, theirs in zip(found, ran, strict=True):
+        torch.testing.assert_close(ours.detach(), torch.from_numpy(theirs), atol=1e-4, rtol=1e-3)
