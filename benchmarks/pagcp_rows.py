@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -19,19 +16,24 @@ from compress.cost import Cost, Macs, Params
 from compress.history import History
 from compress.job import Job, Pruned, Settings, finish
 from compress.objective import Objective
-from nas import file
+from nas import checkpoint, file
 from nas.errors import BudgetInfeasible
 
 FLOPS, LATENCY = "flops", "latency"
 #: of the dense network's, what is left
 TARGETS = {FLOPS: 0.4, LATENCY: 0.5}
-#: PAGCP's D: the least of these that lets it meet the target
-BOUNDS = (1.5, 2.0, 3.0, 6.0, 12.0, 24.0)
-TILE = 16  # of fp32 convolutions on CPUs with AVX-512
+#: every method prunes in up to so many rounds, with a little of the fine-tuning between them
+ROUNDS = 4
+#: PAGCP's D of a round: the least of these with which the rounds meet the target
+BOUNDS = (3.0, 6.0, 12.0)
+#: kept widths are multiples of it. Milliseconds of fp32 convolutions on CPUs with AVX-512 fall in
+#: steps of 16; multiply-adds know of no steps, and see what ignoring them costs
+TILES = {FLOPS: 8, LATENCY: 16}
 
 DENSE, TUNED, LONGER = "dense", "dense tuned", "dense twice as long"
 PAGCP, SUMMED, ONE_SHOT = "pagcp", "pagcp summed", "pagcp one shot"
 SCRATCH, SMALL = "pruned shape from scratch", "small uniform distilled"
+OURS = (PAGCP, SUMMED, ONE_SHOT)
 RIVALS = ("halp", "isomorphic", "group_norm", "taylor", "magnitude", "uniform", "fpgm", "random")
 
 
@@ -98,7 +100,9 @@ def pruned(experiment: Experiment, method: str, seed: int, cost: str) -> Key:
             return {"infeasible": str(error)}
         untuned: Key = {**experiment.judged(before, net)}
         untuned |= {"change": experiment.changes([experiment.key(DENSE, seed)], [before])}
-        experiment.trained(key, net, experiment.tuning, experiment.network(seed))
+        spent = (said["rounds"] - 1) * share_of_tuning(experiment)
+        rest = replace(experiment.tuning, steps=experiment.tuning.steps - spent)
+        experiment.trained(key, net, rest, experiment.network(seed))
         found = {**experiment.judged(key, net), **_compared(experiment, key, net)}
         return {**found, "untuned": untuned, **said}
 
@@ -106,26 +110,92 @@ def pruned(experiment: Experiment, method: str, seed: int, cost: str) -> Key:
 
 
 def _prune(experiment: Experiment, key: Key) -> tuple[nn.Module, dict[str, Any]]:
-    """The pruned network and what there is to say of it; kept, so that a stop costs no pruning."""
+    """The pruned network before its last fine-tuning and what there is to say of it; kept, so that
+    a stop costs no pruning."""
     net = experiment.network(key["seed"])
-    path = experiment.path(key, "history.json")
+    path, weights = (experiment.path(key, kind) for kind in ("history.json", "pruned.safetensors"))
     if not path.exists():
         began = time.monotonic()
-        found, bound = _method(experiment, key)(_job(experiment, key, net))
+        rounds = Rounds(experiment, key)
+        found = rounds.pagcp(net) if key["method"] in OURS else rounds.rival(net)
         said = {
             "history": found.history.to_json(),
             "said": {
-                "prune_seconds": round(time.monotonic() - began, 1),
+                "prune_seconds": round(time.monotonic() - began - rounds.tuning_s, 1),
                 "cost": found.cost / found.cost_before,
-                "bound": bound,
-                "kept": {row.root: [row.width, row.kept] for row in found.rows},
+                "bound": rounds.bound,
+                "rounds": rounds.done + 1,
                 "limiting": [row.limiting for row in found.rows],
                 "losses": [dict(found.losses_before), dict(found.losses)],
             },
         }
+        checkpoint.write(weights, found.net.state_dict(), {})
         file.write(path, json.dumps(said).encode())
     said = json.loads(path.read_text())
-    return History.from_json(said["history"]).replay(net, experiment.example), said["said"]
+    net = History.from_json(said["history"]).replay(net, experiment.example)
+    checkpoint.fill(net, checkpoint.read(weights)[0], weights)
+    return net.eval(), said["said"]
+
+
+@dataclass
+class Rounds:
+    """Prune, fine-tune a little, prune on: the same for every method, so that what differs is what
+    they remove."""
+
+    experiment: Experiment
+    key: Key
+    done: int = 0  # fine-tunings
+    tuning_s: float = 0.0
+    bound: float = 0.0  # PAGCP's; 0 for others
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(divisor=TILES[self.key["cost"]], seed=self.key["seed"])
+
+    def pagcp(self, net: nn.Module) -> Pruned:
+        """It takes as many rounds as it needs: each goes as far as its bound lets it."""
+        method = self.key["method"]
+        settings = replace(self.settings, summed=method == SUMMED, one_shot=method == ONE_SHOT)
+        job = _job(self.experiment, self.key, net)
+        for self.bound in BOUNDS:
+            self.done = 0
+            record = self.experiment.path(self.key, f"record-{self.bound:g}.jsonl")
+            bounded = replace(settings, bound=self.bound)
+            steps = prune.prune(job, bounded, record, rounds=ROUNDS, recover=self._recovered)
+            try:
+                return finish(steps)
+            except BudgetInfeasible:
+                if self.bound == BOUNDS[-1]:
+                    raise
+        raise AssertionError("there are bounds")
+
+    def rival(self, net: nn.Module) -> Pruned:
+        """To the target in rounds of equal shares."""
+        method, history = baselines.load(self.key["method"]), History()
+        first = _job(self.experiment, self.key, net)
+        full = first.cost.of(net, self.experiment.example)
+        while True:
+            share = (first.target / full) ** ((self.done + 1) / ROUNDS)
+            job = replace(first, net=net, target=share * full)
+            found = finish(method(job, self.settings))
+            history = history.then(*found.history.steps)
+            if self.done + 1 == ROUNDS:
+                return replace(found, history=history, cost_before=full)
+            net = self._recovered(found.net, self.done)
+
+    def _recovered(self, net: nn.Module, number: int) -> nn.Module:
+        began = time.monotonic()
+        key = {**self.key, "round": number, "bound": self.bound}
+        schedule = replace(self.experiment.tuning, steps=share_of_tuning(self.experiment))
+        net = self.experiment.trained(key, net, schedule, self.experiment.network(key["seed"]))
+        self.done = number + 1
+        self.tuning_s += time.monotonic() - began
+        return net
+
+
+def share_of_tuning(experiment: Experiment) -> int:
+    """Steps after each round but the last, which takes what is left of the fine-tuning."""
+    return experiment.tuning.steps // (2 * ROUNDS)
 
 
 def _job(experiment: Experiment, key: Key, net: nn.Module) -> Job:
@@ -142,23 +212,6 @@ def _job(experiment: Experiment, key: Key, net: nn.Module) -> Job:
         cost,
         TARGETS[key["cost"]] * full,
     )
-
-
-def _method(experiment: Experiment, key: Key) -> Callable[[Job], tuple[Pruned, float | None]]:
-    method, settings = key["method"], Settings(divisor=TILE, seed=key["seed"])
-    if method in (PAGCP, SUMMED, ONE_SHOT):
-        settings = replace(settings, summed=method == SUMMED, one_shot=method == ONE_SHOT)
-        return partial(_pagcp, settings, experiment.path(key, "record.jsonl"))
-    return lambda job: (finish(baselines.load(method)(job, settings)), None)
-
-
-def _pagcp(settings: Settings, record: Path, job: Job) -> tuple[Pruned, float]:
-    for bound in BOUNDS[:-1]:
-        try:
-            return finish(prune.prune(job, replace(settings, bound=bound), record)), bound
-        except BudgetInfeasible:
-            continue
-    return finish(prune.prune(job, replace(settings, bound=BOUNDS[-1]), record)), BOUNDS[-1]
 
 
 # ---- controls ------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ so frozen parameters hide them; operations it does not know count as element-wis
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,16 +58,17 @@ class Member:
 
 
 class Graph:
-    """The graph of a copy of `net`, in eval mode; `without` uses it up.
+    """The graph of one network, which is put in eval mode; `prune_` changes the network and uses
+    the graph up.
 
     Raises NasctlError, naming the operation, where the network does not run or autograd cannot
     follow it from its parameters to its outputs.
     """
 
     def __init__(self, net: nn.Module, example_inputs: Inputs) -> None:
-        self.net, self.inputs = copy.deepcopy(net).eval(), example_inputs
-        self._trained = {name: p.requires_grad for name, p in self.net.named_parameters()}
-        for parameter in self.net.parameters():
+        self.net = net.eval()
+        self._trained = {name: p.requires_grad for name, p in net.named_parameters()}
+        for parameter in net.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         self._graph = tp.DependencyGraph()
         with warnings.catch_warnings(), torch.enable_grad():
@@ -81,6 +81,7 @@ class Graph:
                 output_transform=_differentiable,
             )
         _place_joins(self._graph, seen.joins)
+        self._freeze()
         self._names = {module: name for name, module in self.net.named_modules()}
 
     def layers(self) -> list[str]:
@@ -106,13 +107,15 @@ class Graph:
             or item.dep.target.module in self._names
         ]
 
-    def without(self, root: str, indices: Sequence[int]) -> nn.Module:
-        """The copy with these channels gone; afterwards the graph is of no use."""
+    def prune_(self, root: str, indices: Sequence[int]) -> None:
+        """Take these channels away from the network."""
         if indices:
             self.group(root, indices).prune(record_history=False)
+        self._freeze()
+
+    def _freeze(self) -> None:
         for name, parameter in self.net.named_parameters():
             parameter.requires_grad_(self._trained[name])
-        return self.net
 
     def group(self, root: str, indices: Sequence[int] | None = None) -> tp.Group:
         """The same as Torch-Pruning has it, for its importances."""
@@ -181,7 +184,6 @@ class _Followed(TorchFunctionMode):
             if name in _LEAVES or (produced and not any(map(_follows, produced))):
                 self.cut = name
         return out
-
 
     def _join(self, parts: Sequence[Tensor], out: Tensor) -> None:
         channel = channel_of(out)

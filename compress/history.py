@@ -3,6 +3,7 @@ bit. Ratios would not do: norms recomputed on another network may choose other f
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 
@@ -29,8 +30,9 @@ class History:
 
     def replay(self, net: nn.Module, example_inputs: Inputs) -> nn.Module:
         """A pruned copy of `net`, which must be the network the first step was taken on."""
+        net = copy.deepcopy(net).eval()
         for step in self.steps:
-            net = Graph(net, example_inputs).without(step.root, step.indices)
+            Graph(net, example_inputs).prune_(step.root, step.indices)
         return net
 
     def to_json(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from compress.cost import Cost
-from compress.graph import Inputs
+from compress.graph import Graph, Inputs
 from compress.history import History
 from compress.objective import Batch, Objective
 from compress.units import LeftAlone
@@ -50,6 +51,10 @@ class Job:
             raise NasctlError("no batches to measure losses on", where="batches")
         if not (math.isfinite(self.target) and self.target > 0):
             raise UsageError(f"{self.target} {self.cost.unit}", where="target", allowed="above 0")
+
+    def graph(self) -> Graph:
+        """Of a copy of the network."""
+        return Graph(copy.deepcopy(self.net), self.example_inputs)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ latency, reaching a target exactly).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import time
@@ -149,7 +150,7 @@ class _Round:
         net, history = self.net, self.history
         if self.settings.one_shot:
             net, history = self.job.net, History()
-        members = Graph(net, self.job.example_inputs).members(unit.root)
+        members = Graph(copy.deepcopy(net), self.job.example_inputs).members(unit.root)
         order = widths.weakest_first(widths.by_place(widths.magnitude(members, unit.width), unit))
         accepted = sum(bool(visit.used) for visit in self.visits)
         thresholds = self.schedule.thresholds(accepted)
@@ -179,7 +180,7 @@ class _Round:
         job, step = self.job, history.steps[-1]
 
         def measured() -> list[object]:
-            trial = Graph(net, job.example_inputs).without(step.root, step.indices)
+            trial = History((step,)).replay(net, job.example_inputs)
             with prefix.on(trial):
                 found = losses.measure(trial, self.judged, job.batches, limits)
             return [found.values, found.over]
@@ -189,7 +190,7 @@ class _Round:
 
     def _accept(self, unit: Unit, step: Step, row: Row) -> Row:
         """Keep the widest step that every task bore, and say what it was worth."""
-        self.net = Graph(self.net, self.job.example_inputs).without(step.root, step.indices)
+        self.net = History((step,)).replay(self.net, self.job.example_inputs)
         self.history = self.history.then(step)
         cost = self._cost(self.net)
         saved = self.cost - cost

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +68,9 @@ def find(net: nn.Module, example_inputs: Inputs) -> Found:
 
     Raises NasctlError where the network cannot be traced.
     """
-    graph = Graph(net, example_inputs)
-    factors = divisions(graph.net, example_inputs)
     shared = _shared(net)
+    net, inputs = _in_double(net, example_inputs)
+    graph, factors = Graph(net, inputs), divisions(net, inputs)
     units: list[Unit] = []
     refused: dict[str, str] = {}
     done: set[str] = set()
@@ -78,7 +79,7 @@ def find(net: nn.Module, example_inputs: Inputs) -> Found:
         if root in done:
             continue
         members = graph.members(root)
-        found = _unit(net, example_inputs, members, factors, shared)
+        found = _unit(net, inputs, members, factors, shared)
         if isinstance(found, str):
             refused[root] = found
             continue
@@ -144,7 +145,7 @@ def places(unit: Unit, at: Sequence[int]) -> tuple[int, ...]:
 def _refused(net: nn.Module, inputs: Inputs, unit: Unit) -> str:
     """Why these channels cannot go; nothing if they can. The first ones of each part are tried:
     what lies in more parts than `unit` knows would lose some of them wholly."""
-    graph = Graph(*_in_double(net, inputs))
+    graph = Graph(copy.deepcopy(net), inputs)
     each = unit.width // unit.parts
     gone = places(unit, range(max(1, round(0.3 * each))))
     members = graph.members(unit.root, gone)
@@ -153,10 +154,12 @@ def _refused(net: nn.Module, inputs: Inputs, unit: Unit) -> str:
     if len(members[0].at) > len(gone):
         return "its channels are coupled with each other"
     with torch.no_grad():
-        whole = tensors(forward(graph.net, graph.inputs))
-        masked = tensors(forward(_masked(graph.net, members), graph.inputs))
+        whole = tensors(forward(graph.net, inputs))
+        with masked(graph.net, members):
+            zeroed = tensors(forward(graph.net, inputs))
         try:
-            found = tensors(forward(graph.without(unit.root, gone), graph.inputs))
+            graph.prune_(unit.root, gone)
+            found = tensors(forward(graph.net, inputs))
         except FAILS as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             return f"the network does not run without some of its channels ({said})"
@@ -166,7 +169,7 @@ def _refused(net: nn.Module, inputs: Inputs, unit: Unit) -> str:
             return f"its channels are outputs of the network: {was} would become {would}"
     if any(isinstance(member.module, MIXING) for member in members):
         return ""
-    if not all(map(_alike, found, masked)):
+    if not all(map(_alike, found, zeroed)):
         return "an operation mixes its channels: without some is not the same as with zeros"
     return ""
 
@@ -184,7 +187,7 @@ def _in_double(net: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
         with torch.no_grad():
             forward(double, cast)
     except FAILS:
-        return net, inputs
+        return copy.deepcopy(net).eval(), inputs
     return double, cast
 
 
@@ -204,11 +207,13 @@ def _alike(found: Tensor, masked: Tensor) -> bool:
     return (found - masked).abs().max().item() <= ALIKE[masked.dtype == torch.float64] * scale
 
 
-def _masked(net: nn.Module, members: Sequence[Member]) -> nn.Module:
-    """A copy whose layers' weights are zero where a pruned one has none."""
-    net = copy.deepcopy(net)
+@contextmanager
+def masked(net: nn.Module, members: Sequence[Member]) -> Iterator[None]:
+    """Inside, the members' weights are zero where a pruned network has none."""
+    layers = {m.name: m.module for m in members if isinstance(m.module, LAYERS)}
+    before = {name: copy.deepcopy(module.state_dict()) for name, module in layers.items()}
     for member in members:
-        if not isinstance(member.module, LAYERS):
+        if member.name not in layers:
             continue
         module: Any = net.get_submodule(member.name)
         at = torch.as_tensor(list(member.at))
@@ -220,7 +225,11 @@ def _masked(net: nn.Module, members: Sequence[Member]) -> nn.Module:
             module.weight.data.index_fill_(1 - gives(module), at, 0)
         else:
             _zero_grouped_inputs(module, at)
-    return net
+    try:
+        yield
+    finally:
+        for name, state in before.items():
+            net.get_submodule(name).load_state_dict(state)
 
 
 def _zero_grouped_inputs(module: Any, at: Tensor) -> None:

@@ -27,7 +27,7 @@ def settled(net, size=16, channels=3, seed=0):
     return net.eval()
 
 
-# ---- a detector: C2f, split, concat, SPPF, an upsampled neck, heads on two scales ------------------
+# ---- a detector: C2f, split, concat, SPPF, an upsampled neck, heads on two scales ----------------
 
 
 class Bottleneck(nn.Module):
@@ -76,7 +76,9 @@ class Detector(nn.Module):
         self.c2f1, self.down2 = C2f(2 * c, 2 * c), conv(2 * c, 4 * c, 3, 2)
         self.c2f2, self.sppf = C2f(4 * c, 4 * c, 2), SPPF(4 * c)
         self.neck = C2f(6 * c, 2 * c)
-        self.box = nn.ModuleList(nn.Sequential(conv(w, c), nn.Conv2d(c, 4, 1)) for w in (2 * c, 4 * c))
+        self.box = nn.ModuleList(
+            nn.Sequential(conv(w, c), nn.Conv2d(c, 4, 1)) for w in (2 * c, 4 * c)
+        )
         self.cls = nn.ModuleList(
             nn.Sequential(conv(w, c), nn.Conv2d(c, classes, 1)) for w in (2 * c, 4 * c)
         )
@@ -87,7 +89,9 @@ class Detector(nn.Module):
         coarse = self.sppf(self.c2f2(self.down2(fine)))
         up = F.interpolate(coarse, scale_factor=2.0)
         maps = (self.neck(torch.cat([up, fine], 1)), coarse)
-        box, cls = ([head(y) for head, y in zip(hs, maps, strict=True)] for hs in (self.box, self.cls))
+        box, cls = (
+            [head(y) for head, y in zip(hs, maps, strict=True)] for hs in (self.box, self.cls)
+        )
         return {"box": box, "cls": cls, "scene": self.scene(coarse.mean((2, 3)))}
 
 
@@ -195,9 +199,16 @@ class Block(nn.Module):
         elif kind == "grouped":
             self.a, self.b = conv(c, 2 * c, 1), conv(2 * c, c, 3, groups=4)
         elif kind == "depthwise":
-            self.a, self.b, self.join = conv(c, 2 * c, 1), conv(2 * c, 2 * c, groups=2 * c), conv(2 * c, c, 1)
+            self.a, self.b, self.join = (
+                conv(c, 2 * c, 1),
+                conv(2 * c, 2 * c, groups=2 * c),
+                conv(2 * c, c, 1),
+            )
         elif kind == "gated":
-            self.a, self.b = conv(c, c), nn.Sequential(nn.Conv2d(c, 8, 1), nn.ReLU(), nn.Conv2d(8, c, 1))
+            self.a, self.b = (
+                conv(c, c),
+                nn.Sequential(nn.Conv2d(c, 8, 1), nn.ReLU(), nn.Conv2d(8, c, 1)),
+            )
         elif kind == "attention":
             self.a = Attention(c, 2)
         else:

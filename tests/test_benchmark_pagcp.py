@@ -93,25 +93,37 @@ def test_a_pruned_network_is_rebuilt_from_its_history(experiment, monkeypatch):
     """Pruning is done once; a run that was stopped in the fine-tuning does not repeat it."""
     calls = []
 
-    def method(experiment, key):
-        def prune(job):
-            calls.append(key)
-            history = History((Step("conv", (0, 1, 2, 3)),))
-            net = history.replay(job.net, job.example_inputs)
-            found = pagcp_rows.Pruned(net, history, 2.0, 1.0, {}, {})
-            return found, 1.5
+    def pagcp(rounds, net):
+        calls.append(rounds.key)
+        history = History((Step("conv", (0, 1, 2, 3)),))
+        pruned = history.replay(net, experiment.example)
+        nn.init.constant_(pruned.head.bias, 7)  # trained between rounds
+        return pagcp_rows.Pruned(pruned, history, 2.0, 1.0, {}, {})
 
-        return prune
-
-    monkeypatch.setattr(pagcp_rows, "_method", method)
+    monkeypatch.setattr(pagcp_rows.Rounds, "pagcp", pagcp)
     key = experiment.key("pagcp", 0, cost="flops")
     for _ in range(2):
         net, said = pagcp_rows._prune(experiment, key)
         assert net.conv.out_channels == pagcp_experiment.WIDTHS[0] - 4
         assert said["cost"] == 0.5
-        assert said["bound"] == 1.5
+        assert said["rounds"] == 1
+        assert (net.head.bias == 7).all()
     assert len(calls) == 1
     assert torch.equal(net.conv.weight, experiment.network(0).conv.weight[4:])
+
+
+def test_rivals_reach_the_target_in_rounds_with_fine_tuning_between(experiment):
+    """Each round asks for an equal share of what is to go, of the network tuned after the last."""
+    rounds = pagcp_rows.Rounds(experiment, experiment.key("uniform", 0, cost="flops"))
+    dense = experiment.network(0)
+    found = rounds.rival(dense)
+    assert rounds.done == pagcp_rows.ROUNDS - 1
+    assert found.cost <= 0.4 * found.cost_before
+    widths = [step.indices for step in found.history.steps]
+    assert len(widths) > 1
+    assert sum(map(len, widths)) == 32 - found.net.conv.out_channels
+    shape = found.history.replay(dense, experiment.example)
+    assert shape.conv.weight.shape == found.net.conv.weight.shape
 
 
 def test_rivals_are_chosen_by_their_worst_goal_on_validation_images(experiment):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from tests.graphs import BLOCKS, Detector, Vit, chain, conv, settled
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def zeroed(net, step):
+def with_zeros(net, step):
     """The network with the outputs of one layer (and of its norm) at zero, written for plain
     convolution, norm, activation blocks whose activation maps 0 to 0."""
     net = copy.deepcopy(net)
@@ -46,7 +47,7 @@ def test_pruned_equals_zeroed_on_norm_and_convolution(root):
     pruned = History((step,)).replay(net, IMAGES)
     assert pruned.get_submodule(root).out_channels == net.get_submodule(root).out_channels - 3
     for found, masked in zip(
-        tensors(pruned(IMAGES)), tensors(zeroed(net, step)(IMAGES)), strict=True
+        tensors(pruned(IMAGES)), tensors(with_zeros(net, step)(IMAGES)), strict=True
     ):
         torch.testing.assert_close(found, masked, atol=1e-5, rtol=0)
 
@@ -56,10 +57,11 @@ def test_pruned_differs_from_zeroed_where_a_layer_norm_takes_statistics():
     net = Vit().eval()
     images = torch.randn(2, 3, 16, 16)
     (root,) = [u.root for u in units.find(net, images).units if "norm" in u.members]
-    graph = Graph(net, images)
-    masked = units._masked(graph.net, graph.members(root, (0, 5)))
-    pruned = graph.without(root, (0, 5))
-    assert (pruned(images)[0] - masked(images)[0]).abs().max() > 1e-3
+    graph = Graph(copy.deepcopy(net), images)
+    with units.masked(graph.net, graph.members(root, (0, 5))):
+        zeroed = graph.net(images)[0]
+    graph.prune_(root, (0, 5))
+    assert (graph.net(images)[0] - zeroed).abs().max() > 1e-3
 
 
 def test_a_detector_with_splits_joins_and_heads_is_pruned_everywhere_but_at_its_outputs():
@@ -76,9 +78,6 @@ def test_a_detector_with_splits_joins_and_heads_is_pruned_everywhere_but_at_its_
     assert all("outputs of the network" in left.reason for left in found.left_alone)
     split = next(unit for unit in found.units if unit.root == "c2f1.cv1.0")
     assert split.parts == 2 and "c2f1.m.0.cv2.0" in split.members
-    net_, _ = pruned_by_half(net, images)
-    assert [t.shape for t in tensors(net_(images))] == [t.shape for t in tensors(net(images))]
-    assert net_.c2f1.cv1[0].out_channels == 8 and net_.sppf.cv2[0].in_channels == 32
 
 
 def test_heads_of_attention_lose_the_same_places():
@@ -92,7 +91,7 @@ def test_heads_of_attention_lose_the_same_places():
     assert pruned.positions.shape == (1, 17, 16) and pruned.patches.out_channels == 16
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=3), st.integers(0, 9))
 def test_random_networks_run_and_equal_their_masked_original(kinds, seed):
     net = chain(*kinds, seed=seed)
@@ -100,10 +99,11 @@ def test_random_networks_run_and_equal_their_masked_original(kinds, seed):
     assert {left.root for left in found.left_alone} <= {"label", "map"}
     for unit in found.units:
         gone = units.places(unit, [1])
-        graph = Graph(net, IMAGES)
-        masked = units._masked(graph.net, graph.members(unit.root, gone))
-        pruned = graph.without(unit.root, gone)
-        for ours, theirs in zip(tensors(pruned(IMAGES)), tensors(masked(IMAGES)), strict=True):
+        graph = Graph(copy.deepcopy(net), IMAGES)
+        with units.masked(graph.net, graph.members(unit.root, gone)):
+            masked = tensors(graph.net(IMAGES))
+        graph.prune_(unit.root, gone)
+        for ours, theirs in zip(tensors(graph.net(IMAGES)), masked, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
     pruned, history = pruned_by_half(net, IMAGES)
     assert [t.shape for t in tensors(pruned(IMAGES))] == [t.shape for t in tensors(net(IMAGES))]
@@ -113,7 +113,9 @@ def test_random_networks_run_and_equal_their_masked_original(kinds, seed):
 def test_a_history_rebuilds_the_same_network_bit_by_bit():
     net = chain("concat", "split", "attention")
     pruned, history = pruned_by_half(net, IMAGES)
-    again = History.from_json(history.to_json()).replay(chain("concat", "split", "attention"), IMAGES)
+    again = History.from_json(history.to_json()).replay(
+        chain("concat", "split", "attention"), IMAGES
+    )
     assert again.state_dict().keys() == pruned.state_dict().keys()
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, pruned.state_dict()[name]), name
@@ -239,3 +241,22 @@ def test_several_inputs_and_a_batch_of_one_without_norms():
     pruned, _ = pruned_by_half(Two(), inputs)
     assert pruned.a.out_channels == pruned.b.out_channels == 4
     assert forward(pruned, inputs)[0].shape == (1, 2, 8, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's exporter
+@pytest.mark.parametrize("net", [Detector(c=8), Vit(size=32), chain(*BLOCKS)])
+def test_pruned_networks_run_and_their_files_do_the_same(net, tmp_path):
+    images = torch.randn(1, 3, 32, 32)
+    settled(net)
+    pruned, _ = pruned_by_half(net, images)
+    found, whole = tensors(pruned(images)), tensors(net(images))
+    assert [t.shape for t in found] == [t.shape for t in whole]
+    sizes = [sum(p.numel() for p in of.parameters()) for of in (pruned, net)]
+    assert sizes[0] < 0.5 * sizes[1]
+    path = tmp_path / "pruned.onnx"
+    torch.onnx.export(pruned, (images,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    ran = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    for ours, theirs in zip(found, ran, strict=True):
+        torch.testing.assert_close(ours.detach(), torch.from_numpy(theirs), atol=1e-4, rtol=1e-3)

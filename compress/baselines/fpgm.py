@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch_pruning as tp
 
 from compress import units
-from compress.graph import Graph
 from compress.job import Job, Settings, Steps
 from compress.reach import by_threshold, reach
 from compress.widths import by_place
@@ -14,6 +13,9 @@ from compress.widths import by_place
 
 def prune(job: Job, settings: Settings = Settings()) -> Steps:
     found = units.find(job.net, job.example_inputs)
-    graph, importance = Graph(job.net, job.example_inputs), tp.importance.FPGMImportance()
+    graph, importance = (
+        job.graph(),
+        tp.importance.FPGMImportance(),
+    )
     scores = {unit: by_place(importance(graph.group(unit.root)), unit) for unit in found.units}
     return reach(job, found, scores, by_threshold(scores, lambda unit: unit.root, settings))

@@ -17,7 +17,7 @@ from compress.widths import by_place
 
 def prune(job: Job, settings: Settings = Settings()) -> Steps:
     found = units.find(job.net, job.example_inputs)
-    scores = norms(Graph(job.net, job.example_inputs), found.units)
+    scores = norms(job.graph(), found.units)
     return reach(job, found, scores, by_threshold(scores, lambda unit: "all", settings))
 
 

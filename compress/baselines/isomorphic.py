@@ -13,7 +13,7 @@ from compress.units import Unit
 
 def prune(job: Job, settings: Settings = Settings()) -> Steps:
     found = units.find(job.net, job.example_inputs)
-    graph = Graph(job.net, job.example_inputs)
+    graph = job.graph()
     structure = {unit: _structure(graph, unit) for unit in found.units}
     scores = norms(graph, found.units)
     return reach(job, found, scores, by_threshold(scores, structure.__getitem__, settings))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compress import losses, units
-from compress.graph import LAYERS, Graph, Member, forward, gives
+from compress.graph import LAYERS, Member, forward, gives
 from compress.job import Job, Settings, Steps
 from compress.reach import Scores, by_threshold, reach, scored
 from compress.units import Unit
@@ -24,7 +24,7 @@ def prune(job: Job, settings: Settings = Settings()) -> Steps:
 
 def taylor(job: Job, found: Sequence[Unit]) -> Scores:
     """Squared sums of weight times gradient over the batches, by unit and place."""
-    graph = Graph(job.net, job.example_inputs)
+    graph = job.graph()
     before = losses.measure(graph.net, job.objectives, job.batches).values
     graph.net.zero_grad()
     for inputs, targets in job.batches:
