@@ -70,8 +70,8 @@ def prune(
         )
         if result.cost <= job.target:
             return result
-        if recover and number + 1 < rounds:
-            job = replace(job, net=recover(found.net, number))
+        if number + 1 < rounds:
+            job = replace(job, net=recover(found.net, number) if recover else found.net)
     assert result is not None, "rounds is at least 1"
     raise _infeasible(job, settings, result)
 
