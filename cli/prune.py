@@ -153,7 +153,7 @@ def prepare(
     from cli.measuring import here_or_there
     from cli.pruning import Pruning, make_spec
     from compress import baselines
-    from hw_profiles import device
+    from hw_profiles import alignment, device
     from nas.errors import unknown
 
     board = device.load(given["hw"])
@@ -174,7 +174,7 @@ def prepare(
     weights = Path(rough.weights) if rough.weights else None
     found = subject.load(rough.model, weights, rough.data, rough.size, wanted)
     names = [goal.name for goal in found.task.goals]
-    defaults = {"divisor": board.tile, "threads": cores(), "tasks": names}
+    defaults = {"divisor": alignment.tile(board)[0], "threads": cores(), "tasks": names}
     spec = make_spec({**defaults, **given, "max_drop": parse_drops(max_drop, names)})
     torch.set_num_threads(spec.threads)
     name = f"prune-{Path(rough.model.split(':')[-1]).stem}-{digest(spec.model_dump())[:8]}"
