@@ -75,6 +75,7 @@ def command(
         "data": data,
         "size": size,
         "hw": hw,
+        "on": on,
         "method": method,
         "rounds": rounds,
         "epochs": epochs if epochs is not None else QUICK_EPOCHS if quick else EPOCHS,
@@ -87,7 +88,7 @@ def command(
         **parse_target(target),
     }
     given = {name: value for name, value in flags.items() if value is not None}
-    pruning = prepare(given, tasks, max_drop, on, run)
+    pruning = prepare(given, tasks, max_drop, run)
     content = plan(pruning) if dry_run else execute(pruning, force=force)
     if json:
         console.emit_json(content)
@@ -147,7 +148,7 @@ def _share(text: str, where: str) -> float:
 
 
 def prepare(
-    given: dict[str, Any], tasks: str | None, max_drop: str, on: str, folder: Path | None
+    given: dict[str, Any], tasks: str | None, max_drop: str, folder: Path | None
 ) -> Pruning:
     """Everything validated and loaded: names before data, data before any work."""
     from cli.measuring import here_or_there
@@ -157,8 +158,8 @@ def prepare(
     from nas.errors import unknown
 
     board = device.load(given["hw"])
-    if given["quantity"] == "latency" or on != "local":
-        here_or_there(board, on)
+    if given["quantity"] == "latency" or given["on"] != "local":
+        here_or_there(board, given["on"])
     methods = ["pagcp", *baselines.names()]
     if given["method"] not in methods:
         raise unknown("pruning method", given["method"], methods, where="--method")
@@ -178,7 +179,7 @@ def prepare(
     spec = make_spec({**defaults, **given, "max_drop": parse_drops(max_drop, names)})
     torch.set_num_threads(spec.threads)
     name = f"prune-{Path(rough.model.split(':')[-1]).stem}-{digest(spec.model_dump())[:8]}"
-    return Pruning(spec, Run(folder or Path("runs") / name), found, board, on)
+    return Pruning(spec, Run(folder or Path("runs") / name), found, board)
 
 
 # ---- what is done --------------------------------------------------------------------------------

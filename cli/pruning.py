@@ -68,6 +68,7 @@ class PruneSpec(BaseModel):
     target: float  # below 1: a share of the whole network's; else MACs, parameters or ms
     relative: bool
     hw: str = "cpu"
+    on: str = measuring.LOCAL
     method: str = PAGCP
     rounds: int = Field(1, ge=1, le=20)
     epochs: float = Field(..., ge=0)  # of training after pruning, and between rounds
@@ -87,7 +88,6 @@ class Pruning:
     run: Run
     subject: Subject
     device: Device
-    on: str  # where the device is
 
     @property
     def key(self) -> str:
@@ -158,7 +158,7 @@ def costs(pruning: Pruning) -> Cost:
             onnx.export(net, path, input_shape=shape)
         return path
 
-    timer = measuring.timer(pruning.on, pruning.device, pruning.spec.seed)
+    timer = measuring.timer(pruning.spec.on, pruning.device, pruning.spec.seed)
     whole = export(pruning.subject.net)
     whole_ms: list[float] = []
 
@@ -313,11 +313,13 @@ def _judged(pruning: Pruning, goal: Goal, net: nn.Module) -> dict[str, Any]:
 
 def _timed(pruning: Pruning, files: Mapping[str, Path]) -> dict[str, Any] | None:
     """Both files on the device, in turn with each other; None where it cannot be reached."""
-    if pruning.device.local != (pruning.on == measuring.LOCAL):
+    if pruning.device.local != (pruning.spec.on == measuring.LOCAL):
         return None
-    timings = measuring.timer(pruning.on, pruning.device, pruning.spec.seed)(list(files.values()))
+    timings = measuring.timer(pruning.spec.on, pruning.device, pruning.spec.seed)(
+        list(files.values())
+    )
     found = {name: asdict(timing) for name, timing in zip(files, timings, strict=True)}
-    return {"device": pruning.device.name, "on": pruning.on, **found}
+    return {"device": pruning.device.name, "on": pruning.spec.on, **found}
 
 
 def _metadata(pruning: Pruning) -> dict[str, str]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import onnx as onnx_file
@@ -19,7 +24,8 @@ from hw_profiles.runtimes import onnxruntime
 from nas import checkpoint, multitask_training
 from nas.errors import UsageError
 
-MODULE = '''
+REPOSITORY = Path(__file__).parents[1]
+MODULE = """
 import torch
 from torch import nn
 
@@ -82,7 +88,7 @@ def split(n, seed):
 def task():
     goals = (classes("quadrant", target="label"), box("where", target="box"))
     return MultiTask("quadrants", goals, split(256, 0), split(96, 1), split(96, 2), boxes=("box",))
-'''
+"""
 MINE = ("prune", "mine:build", "--weights", "w.safetensors", "--data", "mine:task", "--threads", 1)
 LITTLE = (*MINE, "--divisor", 4, "--epochs", 2, "--batch", 32)
 
@@ -103,8 +109,6 @@ def mine(workdir, monkeypatch):
     """A module with a network and its data, and the weights of the network trained."""
     monkeypatch.syspath_prepend(str(workdir))
     (workdir / "mine.py").write_text(MODULE)
-    import sys
-
     sys.modules.pop("mine", None)
     import mine
 
@@ -164,6 +168,36 @@ def test_interrupted_in_its_training_it_goes_on_there(mine, nasctl, workdir, mon
     assert len(begun) == 16  # two epochs of eight steps
     for name in ("tasks", "counts", "units"):
         assert resumed[name] == whole[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random_moments_it_ends_the_same(mine, workdir, seed):
+    words = [str(word) for word in (*LITTLE, "--target", "macs=-50%", "--max-drop", "40%")]
+    words += ["--rounds", "2", "--json", "--run"]
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{workdir}"}
+
+    def start(folder):
+        command = [sys.executable, "-m", "cli.main", *words, folder]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+
+    began = time.monotonic()
+    whole = json.loads(start("whole").communicate()[0])
+    took, kills = time.monotonic() - began, 0
+    for share in np.random.default_rng(seed).uniform(0.3, 0.9, 5):
+        process = start("killed")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(share * took)
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+    found = json.loads(start("killed").communicate()[0])
+    assert kills > 0
+    for name in ("tasks", "counts", "units"):
+        assert found[name] == whole[name]
+    files = ("model.safetensors", "history.json", "bundle/model.onnx")
+    for name in files:
+        assert (workdir / "killed" / name).read_bytes() == (workdir / "whole" / name).read_bytes()
 
 
 @pytest.mark.slow  # a file for each width of each unit
