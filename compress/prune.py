@@ -350,7 +350,7 @@ def _inputs(job: Job) -> str:
     digest = hashlib.sha256()
     held = [t for batch in job.batches for t in (*tensors(batch[0]), *tensors(batch[1]))]
     for tensor in (*job.net.state_dict().values(), *held):
-        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     names = ", ".join(objective.name for objective in job.objectives)
     return f"{names}, sha256 {digest.hexdigest()[:16]}"
 

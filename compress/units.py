@@ -124,8 +124,9 @@ def _unit(
 
 def _is_grouped_transposed(module: nn.Module | nn.Parameter) -> bool:
     """Torch-Pruning counts the outputs of one group only."""
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-    return transposed and module.groups > 1 and not is_depthwise(module)
+    if not isinstance(module, nn.modules.conv._ConvTransposeNd) or is_depthwise(module):
+        return False
+    return module.groups > 1
 
 
 def _parts(members: Sequence[Member], total: int, divisions: Sequence[int]) -> Iterator[int]:
