@@ -22,7 +22,7 @@ from nas.errors import BudgetInfeasible
 
 HALVINGS = 16  # of the interval in which the strength lies
 
-Scores = Mapping[Unit, Tensor]  # [places of a part]: what each is worth, summed over the parts
+Scores = Mapping[Unit, Tensor]  # [places of a part]: what each is worth
 Widths = Mapping[Unit, int]
 #: from strength, 0 (nothing goes) to 1 (all that may), to the widths that are kept
 Allocate = Callable[[float], Widths]
