@@ -50,8 +50,8 @@ def magnitude(members: Sequence[Member], total: int) -> Tensor:
 
 
 def by_place(scores: Tensor, unit: Unit) -> Tensor:
-    """[places of a part]: scores [width] of channels, summed over the parts."""
-    return scores.detach().float().cpu().view(unit.parts, -1).sum(0)
+    """[places of a part]: the mean over the parts of the scores [width] of channels."""
+    return scores.detach().float().cpu().view(unit.parts, -1).mean(0)
 
 
 def weakest_first(worth: Tensor) -> list[int]:

@@ -10,6 +10,7 @@ between the multiples of 16: pruning from one to a width above the line saves le
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ class Alignment(BaseModel):
         entries = [entry for entry in _entries(path) if _key(entry) != _key(self.model_dump())]
         entries.append(self.model_dump(mode="json"))
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)  # a reader sees the old file or the new one
         return path
 
 

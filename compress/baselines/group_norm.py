@@ -22,6 +22,6 @@ def prune(job: Job, settings: Settings = Settings()) -> Steps:
 
 
 def norms(graph: Graph, members: Sequence[Unit]) -> Scores:
-    """What Torch-Pruning gives a group, summed by place."""
+    """What Torch-Pruning gives a group, by place."""
     importance = tp.importance.GroupMagnitudeImportance(p=2)
     return {unit: by_place(importance(graph.group(unit.root)), unit) for unit in members}

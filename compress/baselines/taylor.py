@@ -31,7 +31,8 @@ def taylor(job: Job, found: Sequence[Unit]) -> Scores:
         outputs = forward(graph.net, inputs)
         shares = [o.loss(outputs, targets) / before[o.name] for o in job.objectives]
         (torch.stack(shares).sum() * len(inputs)).backward()
-    return scored(graph, found, _squares)
+    # what goes together counts together: a place is worth the sum of its channels in all parts
+    return {u: worth * u.parts for u, worth in scored(graph, found, _squares).items()}
 
 
 def _squares(members: Sequence[Member], total: int) -> Tensor:
