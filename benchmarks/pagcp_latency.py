@@ -39,13 +39,12 @@ class Target:
     def export(self, net: nn.Module) -> Path:
         path = self._path(net, "onnx")
         if not path.exists():
-            names = ("input", *(goal.name for goal in self.experiment.task.goals))
-            onnx.export(net, path, input_shape=self.experiment.task.shape, names=names)
+            onnx.export(net, path, input_shape=self.experiment.task.shape)
         return path
 
     def _exported_fast(self, net: nn.Module) -> Path:
         """By torch's older exporter, for measuring only: the same milliseconds in a tenth of the
-        time to export (docs/methods/pagcp.md)."""
+        time to export (docs/methods/multitask.md)."""
         path = self._path(net, "measured")
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
