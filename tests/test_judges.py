@@ -14,6 +14,7 @@ from nas.strategies import robot
 
 FLAGS = {"hw": "jetson", "width": 0.25, "epochs": 0.3, "batch": 64, "threads": 1, "alone": True}
 LITTLE = ["--width", "0.25", "--epochs", "0.3", "--batch", "64", "--evaluations", "3"]
+LITTLE += ["--threads", "1"]  # two that fight for one core are many times slower
 ALONE = ["search", "--alone", "--strategy", "random", "--hw", "jetson", "--latency", "5ms", *LITTLE]
 
 
