@@ -70,8 +70,8 @@ def prune(
         )
         if result.cost <= job.target:
             return result
-        if recover and number + 1 < rounds:
-            job = replace(job, net=recover(found.net, number))
+        if number + 1 < rounds:
+            job = replace(job, net=recover(found.net, number) if recover else found.net)
     assert result is not None, "rounds is at least 1"
     raise _infeasible(job, settings, result)
 
@@ -217,7 +217,18 @@ class _Round:
             if self._meets(stops):
                 stops = self._eased(pruned[:n])
                 break
-        return self._result(*self._applied(stops))
+        result = self._result(*self._applied(stops))
+        if self.settings.summed or self.settings.one_shot or not self._over(result):
+            return result
+        # others than were measured together: what was is within the bounds
+        return self._result(*self._applied({visit.unit: visit.stop(1.0) for visit in self.visits}))
+
+    def _over(self, result: Pruned) -> bool:
+        bounds = self.settings.bounds([*result.losses])
+        return any(
+            not loss <= bounds[task] * result.losses_before[task]
+            for task, loss in result.losses.items()
+        )
 
     def _eased(self, visits: Sequence[_Visit]) -> dict[Unit, int]:
         """Prune no further than the target asks: every unit stops at the same share of its

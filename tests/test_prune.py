@@ -184,6 +184,19 @@ def test_the_whole_growth_stays_within_the_bound(scanned):
     assert found.cost < found.cost_before
 
 
+def test_a_choice_that_turns_out_over_a_bound_is_given_up_for_what_was_measured(monkeypatch):
+    given = job("plain")
+
+    def thin(self, visits):
+        return {visit.unit: 4 for visit in self.visits}
+
+    monkeypatch.setattr("compress.prune._Round._eased", thin)
+    tight = replace(LOOSE, bound=1.05, keep=1.0)
+    fallen = finish(one_round(replace(given, target=1e9), tight))
+    assert all(loss <= 1.05 * fallen.losses_before[t] for t, loss in fallen.losses.items())
+    assert all(row.kept == row.accepted for row in fallen.rows)
+
+
 def test_the_target_is_met_and_not_overshot(pruned):
     given, found = pruned
     assert 0.8 * given.target < found.cost <= given.target
