@@ -64,8 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         for experiment in experiments:
             work(part, experiment)
     if arguments.quick:
-        for method in (PAGCP, "uniform"):
-            pagcp_rows.pruned(experiments[0], method, 0, FLOPS)
+        pagcp_rows.pruned(experiments[0], PAGCP, 0, FLOPS)
     for experiment in experiments:
         report(experiment, outcome)
     return outcome.finish(arguments.save and not arguments.quick)
@@ -135,6 +134,8 @@ def report(experiment: Experiment, outcome: contract.Outcome) -> None:
         methods = (PAGCP, *RIVALS, SUMMED, ONE_SHOT, SCRATCH, SMALL)
         found = {method: rows.get(experiment.key(method, 0, cost=cost)) for method in methods}
         here = {method: row for method, row in found.items() if row}
+        if not here:
+            continue
         print(f"\n{name}, to {pagcp_rows.TARGETS[cost]:.0%} of the {cost}; the worst goal's change")
         print("on test in %: untuned against dense, tuned against dense with the same fine-tuning,")
         print("and the lower end of its 95 % interval over images")

@@ -42,7 +42,7 @@ class Experiment:
     folder: Path
     #: of a row's measurement: fresh processes, and for how long each measures
     processes: int = 3
-    turns_s: float = 15.0
+    turns_s: float = 8.0
 
     def key(self, method: str, seed: int, **more: str) -> Key:
         return {"network": self.name, "method": method, "seed": seed, **more}

@@ -22,7 +22,7 @@ from deploy import onnx
 from hw_profiles import measure
 from hw_profiles.measure import Plan
 
-ROUGH_S = 6.0  # of a measurement while pruning: many networks, a little each
+ROUGH_S = 3.0  # of a measurement while pruning: many networks, a little each
 
 
 @dataclass(frozen=True)
