@@ -125,8 +125,8 @@ _SETTINGS: dict[str, tuple[str, int, Callable[..., nn.Module], Schedule, Schedul
         "camvid",
         96,
         multitask_nets.street,
-        Schedule(steps=22 * 100, batch=16, lr=0.05),
-        Schedule(steps=22 * 16, batch=16, lr=0.02),
+        Schedule(steps=22 * 180, batch=16, lr=0.05),
+        Schedule(steps=22 * 30, batch=16, lr=0.02),
     ),
 }
 NETWORKS = tuple(_SETTINGS)
