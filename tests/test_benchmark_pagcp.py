@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import contract, multitask_nets, pagcp, pagcp_experiment, pagcp_rows
+from benchmarks import contract, multitask_nets, pagcp_experiment, pagcp_parts, pagcp_rows
 from benchmarks.pagcp_experiment import Experiment
 from compress.history import History, Step
 from nas.data.examples import Examples
@@ -130,14 +130,14 @@ def test_rivals_are_chosen_by_their_worst_goal_on_validation_images(experiment):
     tuned = {"val": {"a": 0.5, "b": 0.8}, "test": {"a": 0.0, "b": 0.0}}
     experiment.rows.add(experiment.key("dense tuned", 0), tuned)
     found = {"halp": (0.5, 0.6), "taylor": (0.4, 0.8), "random": (0.45, 0.76)}
-    for method in pagcp.RIVALS:
+    for method in pagcp_parts.RIVALS:
         value = {"infeasible": "no"}
         if method in found:
             value = {"val": dict(zip("ab", found[method], strict=True)), "test": {}}
         experiment.rows.add(experiment.key(method, 0, cost="latency"), value)
         experiment.rows.add(experiment.key("dense", 0), {})
     # worst: -25 %, -20 %, -10 %
-    assert pagcp.strongest(experiment, "latency") == ["random", "taylor"]
+    assert pagcp_parts.strongest(experiment, "latency") == ["random", "taylor"]
 
 
 def row(worst, low, ms=0.5, macs=0.4):
@@ -165,7 +165,7 @@ def test_the_table_names_what_was_not_met(experiment, capsys):
     ):
         experiment.rows.add(experiment.key(method, 0, cost="flops"), found)
     outcome = contract.Outcome("pagcp")
-    pagcp.report(experiment, outcome)
+    pagcp_parts.report(experiment, outcome)
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["random", *["-"] * 8] in printed
     assert ["pagcp", "40", "30", "45", "0.889", "-", "-1", "-1.5", "-"] in printed
