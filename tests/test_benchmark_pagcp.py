@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from benchmarks import contract, multitask_nets, pagcp_experiment, pagcp_parts, 
 from benchmarks.pagcp_experiment import Experiment
 from compress.history import History, Step
 from nas.data.examples import Examples
+from nas.errors import NasctlError
 from nas.goals import classes
 from nas.multitask import MultiTask
 from nas.multitask_training import Schedule
@@ -68,6 +71,12 @@ def test_a_training_is_done_once_and_kept(experiment):
     again = experiment.network(0)
     assert torch.equal(first.conv.weight, again.conv.weight)
     assert not torch.equal(first.conv.weight, experiment.network(1).conv.weight)
+
+
+def test_a_network_of_another_schedule_is_refused(experiment):
+    experiment.network(0)
+    with pytest.raises(NasctlError, match=r"trained by .*steps=3.*, not .*steps=4"):
+        replace(experiment, dense=Schedule(steps=4, batch=8)).network(0)
 
 
 def test_rows_are_worked_out_once(experiment):
