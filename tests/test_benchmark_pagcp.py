@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from benchmarks import contract, multitask_nets, pagcp_experiment, pagcp_parts, pagcp_rows
 from benchmarks.pagcp_experiment import Experiment
+from benchmarks.pagcp_latency import Target
 from compress.history import History, Step
 from nas.data.examples import Examples
 from nas.errors import NasctlError
@@ -133,6 +135,48 @@ def test_rivals_reach_the_target_in_rounds_with_fine_tuning_between(experiment):
     assert sum(map(len, widths)) == 32 - found.net.conv.out_channels
     shape = found.history.replay(dense, experiment.example)
     assert shape.conv.weight.shape == found.net.conv.weight.shape
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Every network as fast as its multiply-adds say."""
+    monkeypatch.setattr(Target, "dense_milliseconds", lambda target: 2.0)
+    monkeypatch.setattr(Target, "relative", lambda target, net: [0.4, 0.5, 0.6])
+
+
+def test_pruned_rows_and_controls_from_beginning_to_end(experiment, unmeasured):
+    ours = pagcp_rows.pruned(experiment, "pagcp", 0, "flops")
+    assert ours["macs_share"] <= 0.4
+    assert ours["cost"] == pytest.approx(ours["macs_share"])
+    assert ours["bound"] in pagcp_rows.BOUNDS
+    assert set(ours["untuned"]) == {"test", "val", "change"}
+    assert ours["ms_shares"] == [0.4, 0.5, 0.6]
+    scratch = pagcp_rows.scratch(experiment, 0, "flops")
+    assert scratch["macs"] == ours["macs"], "the same shape"
+    assert scratch["test"] != {} and "untuned" not in scratch
+    small = pagcp_rows.small(experiment, 0, "flops")
+    assert small["macs_share"] <= 0.4
+    methods = [row["method"] for row in rows_of(experiment)]
+    assert methods == [
+        "dense",
+        "dense tuned",
+        "milliseconds",
+        "pagcp",
+        "pruned shape from scratch",
+        "small uniform distilled",
+    ]
+    assert pagcp_rows.pruned(experiment, "pagcp", 0, "flops") == ours
+    assert len(rows_of(experiment)) == 6
+
+
+def test_a_target_out_of_reach_is_a_row_that_says_so(experiment, unmeasured, monkeypatch):
+    monkeypatch.setitem(pagcp_rows.TARGETS, "flops", 0.01)
+    row = pagcp_rows.pruned(experiment, "uniform", 0, "flops")
+    assert "is the least that this method comes to" in row["infeasible"]
+
+
+def rows_of(experiment):
+    return [json.loads(line)["key"] for line in experiment.rows.path.read_text().splitlines()]
 
 
 def test_rivals_are_chosen_by_their_worst_goal_on_validation_images(experiment):
