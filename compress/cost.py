@@ -73,6 +73,17 @@ class Latency:
         return [float(ms) for ms in self.measure([self.export(net) for net in nets])]
 
 
+def beside(
+    cost: Cost, net: nn.Module, whole: nn.Module, whole_cost: float, example_inputs: Inputs
+) -> float:
+    """The cost of `net`. Milliseconds are taken in turn with those of `whole`, which are known to
+    be `whole_cost`: sessions differ from each other by some per cent as a whole."""
+    if not isinstance(cost, Latency):
+        return cost.of(net, example_inputs)
+    now, ms = cost.many([whole, net], example_inputs)
+    return whole_cost * ms / now
+
+
 def shape_of(net: nn.Module) -> str:
     """Names the widths of a network: two with the same name cost the same, whatever the weights."""
     shapes = "; ".join(f"{name} {list(p.shape)}" for name, p in net.state_dict().items())

@@ -162,7 +162,8 @@ class _Followed(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.last = self.cut = ""  # the last function called; the first that no gradient passed
-        self.joins: dict[Any, list[int]] = {}  # channels of what was joined, by its gradient
+        #: first and last channel of each part of what was joined, by its gradient
+        self.joins: dict[Any, list[tuple[int, int]]] = {}
 
     def __torch_function__(
         self,
@@ -188,8 +189,13 @@ class _Followed(TorchFunctionMode):
     def _join(self, parts: Sequence[Tensor], out: Tensor) -> None:
         channel = channel_of(out)
         sizes = [part.shape[channel] for part in parts]
-        if sum(sizes) == out.shape[channel]:
-            self.joins[out.grad_fn] = sizes
+        ends = [sum(sizes[: at + 1]) for at in range(len(sizes))]
+        spans = [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        if ends[-1] == out.shape[channel]:  # joined along this dimension
+            # the graph knows of parts that have a gradient only: not of the network's inputs
+            self.joins[out.grad_fn] = [
+                span for span, part in zip(spans, parts, strict=True) if part.requires_grad
+            ]
 
 
 def channel_of(tensor: Tensor) -> int:
@@ -206,29 +212,28 @@ def _slices(whole: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
     return tuple(whole.narrow(channel, s, size) for s, size in zip(starts, sizes, strict=True))
 
 
-def _place_joins(graph: tp.DependencyGraph, joins: Mapping[Any, Sequence[int]]) -> None:
+def _place_joins(graph: tp.DependencyGraph, joins: Mapping[Any, Sequence[tuple[int, int]]]) -> None:
     """Where each part of a concatenation lies: Torch-Pruning infers it from neighbours, and takes
     a slice to be as wide as what it is of."""
     for node in graph.module2node.values():
-        sizes = joins.get(node.grad_fn)
-        if sizes is None or node.type != graph.ops.OPTYPE.CONCAT or not node.enable_index_mapping:
+        spans = joins.get(node.grad_fn)
+        if spans is None or node.type != graph.ops.OPTYPE.CONCAT or not node.enable_index_mapping:
             continue
-        node.module.concat_sizes = list(sizes)
-        offsets = [sum(sizes[:at]) for at in range(len(sizes) + 1)]
+        if len(spans) != len(node.inputs):  # weights of a module among the parts: for the trial
+            continue
         for inward in (False, True):
-            _map_parts(node, offsets, inward)
+            _map_parts(node, spans, inward)
+        node.enable_index_mapping = False  # its own would be put in their place later
 
 
-def _map_parts(node: Any, offsets: Sequence[int], inward: bool) -> None:
+def _map_parts(node: Any, spans: Sequence[tuple[int, int]], inward: bool) -> None:
     """Index mappings of the edges from the parts to the whole, or back."""
     placed: list[Any] = []
-    for at, part in enumerate(node.inputs):
+    for part, span in zip(node.inputs, spans, strict=True):
         source, target = (part, node) if inward else (node, part)
         edges = (edge for edge in source.dependencies if edge.target is target)
         edge = next(edge for edge in edges if not any(edge is other for other in placed))
-        edge.index_mapping[1] = index_mapping._ConcatIndexMapping(
-            offset=offsets[at : at + 2], reverse=not inward
-        )
+        edge.index_mapping[1] = index_mapping._ConcatIndexMapping(offset=span, reverse=not inward)
         placed.append(edge)
 
 

@@ -47,6 +47,12 @@ class Job:
                     where=f"task '{objective.name}'",
                     allowed="loss(outputs, targets) -> scalar",
                 )
+        if self.net.training:
+            raise UsageError(
+                "it is in training mode: measuring would change its statistics",
+                where="model",
+                next="Call net.eval() first.",
+            )
         if not self.batches:
             raise NasctlError("no batches to measure losses on", where="batches")
         if not (math.isfinite(self.target) and self.target > 0):
@@ -76,7 +82,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for task, factor in self.bounds(("all tasks",)).items():
+        named = self.bound if isinstance(self.bound, Mapping) else {"every task": self.bound}
+        for task, factor in named.items():
             if not 1 < factor < math.inf:
                 raise UsageError(
                     f"a bound of {100 * (factor - 1):g} % leaves nothing to prune",
@@ -95,7 +102,7 @@ class Settings:
         """D of each task; raises UsageError where a mapping has other tasks."""
         if not isinstance(self.bound, Mapping):
             return dict.fromkeys(tasks, self.bound)
-        if tasks != ("all tasks",) and set(tasks) != set(self.bound):
+        if set(tasks) != set(self.bound):
             raise UsageError(
                 f"bounds for {', '.join(sorted(self.bound))}",
                 where="bound",

@@ -29,13 +29,12 @@ def measure(
     batches: Sequence[Batch],
     limits: Mapping[str, float] | None = None,
 ) -> Losses:
-    """The losses of `net` in eval mode, at most `limits`. Batches count by their samples.
+    """The losses of `net`, held to `limits`. Batches count by their samples.
 
     A limit is surely exceeded when it would be even if all batches to come had a task's least
     loss, so what is given up is what a full measurement would refuse. A loss that is not a number
     is over every limit; without limits it raises NasctlError.
     """
-    net.eval()
     sizes = [len(inputs) for inputs, _ in batches]
     total = sum(sizes)
     sums = {objective.name: 0.0 for objective in objectives}

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from compress import losses, units, widths
-from compress.cost import shape_of
+from compress.cost import beside, shape_of
 from compress.graph import Graph, tensors
 from compress.history import History, Step
 from compress.job import Job, Progress, Pruned, Row, Settings, Steps
@@ -128,7 +128,9 @@ class _Round:
             raise _nothing(self.found, settings)
         self.schedule = Schedule(bounds, settings.first, len(self.stairs))
         self.net = job.net
-        self.cost = self.cost_before = self._cost(job.net)
+        self.cost = self.cost_before = self.known.of(
+            f"{job.cost.unit} of the whole", lambda: job.cost.of(job.net, job.example_inputs)
+        )
         self.before = self._losses(History(), job.net, self.judged)
         _check_positive(self.before)
         self.base = dict(self.before)
@@ -287,8 +289,10 @@ class _Round:
         )
 
     def _cost(self, net: nn.Module) -> float:
-        key = f"{self.job.cost.unit} of {shape_of(net)}"
-        return self.known.of(key, lambda: self.job.cost.of(net, self.job.example_inputs))
+        job, key = self.job, f"{self.job.cost.unit} of {shape_of(net)}"
+        return self.known.of(
+            key, lambda: beside(job.cost, net, job.net, self.cost_before, job.example_inputs)
+        )
 
     def _losses(
         self, history: History, net: nn.Module, objectives: Sequence[Objective]
@@ -346,7 +350,7 @@ def _inputs(job: Job) -> str:
     digest = hashlib.sha256()
     held = [t for batch in job.batches for t in (*tensors(batch[0]), *tensors(batch[1]))]
     for tensor in (*job.net.state_dict().values(), *held):
-        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     names = ", ".join(objective.name for objective in job.objectives)
     return f"{names}, sha256 {digest.hexdigest()[:16]}"
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import losses, widths
+from compress.cost import beside
 from compress.graph import Graph, Member
 from compress.history import History
 from compress.job import Job, Progress, Pruned, Row, Settings, Steps
@@ -60,6 +61,7 @@ def reach(job: Job, found: Found, scores: Scores, allocate: Allocate) -> Steps:
     """Prune by the least strength whose network costs at most the target; the places of least
     score go. Raises BudgetInfeasible where not even the greatest strength gives one."""
     began = time.perf_counter()
+    before = job.cost.of(job.net, job.example_inputs)
     orders = {unit: widths.weakest_first(worth) for unit, worth in scores.items()}
     tried: dict[tuple[int, ...], tuple[History, nn.Module, float]] = {}
 
@@ -70,7 +72,8 @@ def reach(job: Job, found: Found, scores: Scores, allocate: Allocate) -> Steps:
             steps = [widths.step(u, orders[u], n) for u, n in kept.items() if n < u.width]
             history = History(tuple(steps))
             net = history.replay(job.net, job.example_inputs)
-            tried[key] = history, net, job.cost.of(net, job.example_inputs)
+            cost = beside(job.cost, net, job.net, before, job.example_inputs)
+            tried[key] = history, net, cost
         return tried[key]
 
     low, high = 0.0, 1.0
@@ -97,7 +100,7 @@ def reach(job: Job, found: Found, scores: Scores, allocate: Allocate) -> Steps:
     return Pruned(
         net=net,
         history=history,
-        cost_before=job.cost.of(job.net, job.example_inputs),
+        cost_before=before,
         cost=cost,
         losses_before=losses.measure(job.net, job.objectives, job.batches).values,
         losses=losses.measure(net, job.objectives, job.batches).values,

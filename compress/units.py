@@ -109,6 +109,8 @@ def _unit(
     for member in members:
         if member.name in shared:
             return f"{member.name} shares its weights with {shared[member.name]}"
+        if _is_grouped_transposed(member.module):
+            return f"{member.name} is a transposed convolution of several groups"
     total = width(net.get_submodule(root))
     reason = f"it has {total} channels only"
     for parts in _parts(members, total, factors):
@@ -118,6 +120,13 @@ def _unit(
             return Unit(root, total, parts, names)
         reason = refusal if parts == 1 or reason.startswith("it has") else reason
     return reason
+
+
+def _is_grouped_transposed(module: nn.Module | nn.Parameter) -> bool:
+    """Torch-Pruning counts the outputs of one group only."""
+    if not isinstance(module, nn.modules.conv._ConvTransposeNd) or is_depthwise(module):
+        return False
+    return module.groups > 1
 
 
 def _parts(members: Sequence[Member], total: int, divisions: Sequence[int]) -> Iterator[int]:
@@ -216,7 +225,7 @@ def masked(net: nn.Module, members: Sequence[Member]) -> Iterator[None]:
         if member.name not in layers:
             continue
         module: Any = net.get_submodule(member.name)
-        at = torch.as_tensor(list(member.at))
+        at = torch.as_tensor(list(member.at), device=module.weight.device)
         if not member.inputs:
             module.weight.data.index_fill_(gives(module), at, 0)
             if module.bias is not None:

@@ -7,21 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from compress import losses, units, widths
-from compress.cost import Latency, Macs, Params
+from compress.cost import Latency, Macs
 from compress.graph import LAYERS, Graph, tensors
 from compress.history import History
 from compress.job import GRID, Job, Settings, finish
 from compress.objective import Objective
 from compress.prune import one_round, prune
-from compress.reuse import Prefix
-from compress.schedule import Schedule, solve
-from compress.units import Unit
-from compress.widths import descending, offered, rounded
-from nas.errors import BudgetInfeasible, NasctlError, UsageError
-from tests.graphs import Detector, chain, settled
+from nas.errors import BudgetInfeasible, NasctlError
+from tests.graphs import chain
 from tests.prunable import job, objectives
 
 LOOSE = Settings(bound=3.0, divisor=4, grid=(0.25, 0.5, 0.75))
@@ -32,80 +27,6 @@ def pruned():
     """One round on a small network, that later tests look at."""
     given = job("residual", "plain")
     return given, finish(one_round(given, LOOSE))
-
-
-# ---- the schedule of thresholds ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("n", "first", "total", "factor"),
-    [
-        (51, 0.06, 6, 0.97739),
-        (30, 0.06, 6, 1.00175),
-        (31, 0.06, 6, 0.99944),
-        (75, 0.06, 6, 0.97057),
-    ],
-)
-def test_lambda_is_what_was_worked_out(n, first, total, factor):
-    found = solve(first, total, n)
-    assert found == pytest.approx(factor, abs=5e-6)
-    product = math.prod(1 + first * found**i for i in range(n))
-    assert product == pytest.approx(total, rel=1e-9)
-
-
-def test_the_last_threshold_of_yolo_is_the_published_one():
-    assert 0.06 * solve(0.06, 6, 51) ** 50 == pytest.approx(0.0191, abs=5e-5)
-
-
-def test_the_order_flips_where_even_shares_cross_the_whole():
-    for n in range(20, 41):
-        ascending = Schedule({"a": 6.0}, 0.06, n).ascending
-        assert ascending == (1.06**n < 6), n
-
-
-def test_thresholds_multiply_to_every_tasks_own_bound():
-    bounds = {"a": 6.0, "b": 1.2, "c": 1.01}
-    plan = Schedule(bounds, None, 13)
-    for task, bound in bounds.items():
-        product = math.prod(1 + plan.thresholds(i)[task] for i in range(13))
-        assert product == pytest.approx(bound, rel=1e-6)
-    assert Schedule({"a": 1.5}, None, 1).thresholds(0)["a"] == pytest.approx(0.5)
-
-
-def test_a_first_threshold_above_the_whole_is_refused():
-    with pytest.raises(UsageError, match="20 % for the first unit.*below the 10 %"):
-        Schedule({"a": 1.1}, 0.2, 5)
-
-
-# ---- widths --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("each", "ratio", "divisor", "kept"),
-    [
-        (64, 0.25, 16, 48),
-        (32, 0.25, 16, 32),
-        (12, 0.5, 8, 8),
-        (6, 0.5, 8, 6),
-        (64, 0.95, 8, 8),
-        (20, 0.05, 8, 16),
-        (16, 0.3, 1, 11),
-    ],
-)
-def test_kept_widths_are_multiples_of_the_divisor_or_whole(each, ratio, divisor, kept):
-    assert rounded(each, ratio, divisor) == kept
-
-
-def test_widths_of_parts_are_rounded_part_by_part():
-    four = Unit("x", 64, 4, ())
-    assert offered(four, Settings(divisor=8)) == (32,)
-    assert offered(Unit("x", 12, 1, ()), Settings(divisor=16)) == ()
-    assert len(offered(Unit("x", 64, 1, ()), Settings(divisor=1))) == len(GRID)
-
-
-def test_a_width_as_slow_as_a_wider_one_is_not_offered():
-    widths, ms = (56, 48, 40, 32), (1.1, 0.8, 0.85, 0.7)
-    assert descending(widths, ms, 1.0) == {48: 0.8, 32: 0.7}
 
 
 # ---- the round -----------------------------------------------------------------------------------
@@ -147,7 +68,7 @@ def _scan(given, bound=3.0):
 
 @pytest.fixture(scope="module")
 def scanned():
-    given = job("plain", "plain")
+    given = job("plain")
     return given, _scan(given)
 
 
@@ -222,6 +143,7 @@ def test_a_target_that_the_bounds_forbid_names_the_task_and_how_far_it_got():
     assert told.value.exit_code == 3
 
 
+@pytest.mark.slow
 def test_rounds_go_on_from_what_was_recovered():
     given, seen = job("plain", share=0.85), []
 
@@ -261,6 +183,7 @@ def test_the_record_of_another_network_is_refused(tmp_path):
         next(one_round(job("plain"), LOOSE, path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [{"summed": True}, {"one_shot": True}])
 def test_the_ablations_end_in_other_networks(pruned, variant):
     given, found = pruned
@@ -311,112 +234,6 @@ def test_a_width_that_the_target_runs_slower_is_never_kept():
     assert {20, 28} < set(widths.offered(unit, fine))
 
 
-# ---- losses and reuse ----------------------------------------------------------------------------
-
-
-def test_a_measurement_ends_when_a_limit_is_surely_exceeded():
-    given, calls = job(), []
-    counted = [
-        Objective(o.name, lambda out, y, o=o: (calls.append(o.name), o.loss(out, y))[1])
-        for o in given.objectives
-    ]
-    whole = losses.measure(given.net, counted, given.batches).values
-    assert len(calls) == 6 and not losses.measure(given.net, counted, given.batches, whole).over
-    calls.clear()
-    tight = {**whole, "map": whole["map"] * 0.2}
-    assert losses.measure(given.net, counted, given.batches, tight).over == "map"
-    assert len(calls) == 2  # the first batch alone is more than a fifth of the sum
-    calls.clear()
-    unknown = [replace(o, least=-math.inf) for o in counted]
-    assert losses.measure(given.net, unknown, given.batches, tight).over == "map"
-    assert len(calls) == 6
-
-
-def test_batches_count_by_their_samples():
-    given = job()
-    inputs, targets = given.batches[0]
-    parts = [(inputs[:3], {k: v[:3] for k, v in targets.items()})]
-    parts += [(inputs[3:], {k: v[3:] for k, v in targets.items()})]
-    one = losses.measure(given.net, given.objectives, given.batches[:1]).values
-    two = losses.measure(given.net, given.objectives, parts).values
-    assert two == pytest.approx(one, rel=1e-5)
-
-
-@pytest.mark.parametrize("changed", ["blocks.1.a.0", "blocks.0.b.0", "stem.0", "map"])
-def test_reused_activations_change_nothing(changed):
-    """The network's activations work in place, so what is kept could be overwritten."""
-    given = job("residual", "plain")
-    run, prefix = [], Prefix([changed])
-    nets = [chain("residual", "plain") for _ in range(3)]
-    for number, net in enumerate(nets):
-        module = net.get_submodule(changed)
-        module.weight.data.mul_(1 + number)
-        bare = losses.measure(net, given.objectives, given.batches)
-        counts = _counted(net)
-        with prefix.on(net):
-            assert losses.measure(net, given.objectives, given.batches) == bare
-        run.append(sum(counts.values()))
-        assert losses.measure(net, given.objectives, given.batches) == bare
-    assert run[1] == run[2]
-    assert (run[1] < run[0]) == (changed != "stem.0")
-
-
-def _counted(net):
-    counts = {}
-    for name, module in net.named_modules():
-        if isinstance(module, nn.Conv2d):
-            run = module._conv_forward
-
-            def counting(*args, name=name, run=run):
-                counts[name] = counts.get(name, 0) + 1
-                return run(*args)
-
-            module._conv_forward = counting
-    return counts
-
-
-def test_nothing_is_reused_of_weights_used_behind_the_modules_back():
-    class Functional(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.b(x @ self.a.weight.T)
-
-    objective = Objective("y", lambda out, y: (out - y).square().mean())
-    batches = [(torch.ones(2, 4), torch.zeros(2, 4))]
-    prefix, found = Prefix(["a"]), []
-    for scale in (1, 2):
-        torch.manual_seed(0)
-        net = Functional()
-        net.a.weight.data.mul_(scale)
-        with prefix.on(net):
-            found.append(losses.measure(net, [objective], batches).values["y"])
-    assert found[0] != found[1]
-
-
-# ---- costs ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("net", [chain("grouped", "depthwise", "gated"), settled(Detector(c=8))])
-def test_multiply_adds_are_what_the_layers_shapes_say(net):
-    counted = 0
-
-    def count(module, inputs, output):
-        nonlocal counted
-        positions = output.numel() / output.shape[-1 if isinstance(module, nn.Linear) else 1]
-        counted += module.weight.numel() * positions
-
-    hooks = [m.register_forward_hook(count) for m in net.modules() if isinstance(m, LAYERS)]
-    images = torch.randn(1, 3, 32, 32)
-    net(images)
-    for hook in hooks:
-        hook.remove()
-    assert Macs().of(net, images) == counted
-    assert Params().of(net, images) == sum(p.numel() for p in net.parameters())
-
-
 # ---- bad input -----------------------------------------------------------------------------------
 
 
@@ -437,6 +254,7 @@ def nan(out, y):
         (lambda: changed(objectives=[Objective("a", None)]), "task 'a': a task without loss"),
         (lambda: changed(objectives=objectives() + objectives()), "same name"),
         (lambda: changed(batches=[]), "no batches"),
+        (lambda: changed(net=chain("plain").train()), "model: it is in training mode"),
         (lambda: changed(target=0.0), "target: 0.0 MACs; allowed: above 0"),
         (lambda: Settings(bound=1.0), "a bound of 0 % leaves nothing to prune"),
         (lambda: Settings(bound={"seg": 0.9}), "bound of seg: a bound of -10 %"),
@@ -473,16 +291,3 @@ def test_bad_input_is_one_clear_line(act, said):
     with pytest.raises(NasctlError) as told:
         act()
     assert said in str(told.value) and "\n" not in str(told.value)
-
-
-def test_a_loss_that_becomes_nan_is_a_limit_that_was_passed():
-    def loss(out, y):
-        wide = out["map"].abs().sum() > 0
-        return out["map"].square().mean() if wide else out["map"].sum() * math.nan
-
-    given = job("plain")
-    broken = Objective("a", lambda out, y: loss(out, y) + 1)
-    found = losses.measure(given.net, [broken], given.batches, {"a": 1e9})
-    assert not found.over
-    nan_now = Objective("a", nan)
-    assert losses.measure(given.net, [nan_now], given.batches, {"a": 1e9}).over == "a"
