@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from benchmarks import contract, multitask_nets
 from nas import checkpoint, multitask, paired
 from nas.elastic import channels_last
+from nas.errors import NasctlError
 from nas.multitask import MultiTask
 from nas.multitask_training import Schedule, train
 
@@ -42,7 +43,7 @@ class Experiment:
     folder: Path
     #: of a row's measurement: fresh processes, and for how long each measures
     processes: int = 3
-    turns_s: float = 15.0
+    turns_s: float = 8.0
 
     def key(self, method: str, seed: int, **more: str) -> Key:
         return {"network": self.name, "method": method, "seed": seed, **more}
@@ -70,15 +71,19 @@ class Experiment:
     def trained(
         self, key: Key, net: nn.Module, schedule: Schedule, teacher: nn.Module | None = None
     ) -> nn.Module:
-        """`net` after `schedule`, in eval mode: from the folder if it was trained before."""
+        """`net` after `schedule`, in eval mode: from the folder if it was trained before, by the
+        same schedule."""
         done, state = self.path(key, "net.safetensors"), self.path(key, "state.safetensors")
-        if done.exists():
-            checkpoint.fill(net, checkpoint.read(done)[0], done)
-            return net.eval()
         schedule = replace(schedule, seed=key["seed"])
+        if done.exists():
+            tensors, said = checkpoint.read(done)
+            if said["schedule"] != str(schedule):
+                raise NasctlError(f"trained by {said['schedule']}, not {schedule}", where=str(done))
+            checkpoint.fill(net, tensors, done)
+            return net.eval()
         for _ in train(net, self.task, schedule, teacher=teacher, resume=state):
             pass
-        checkpoint.write(done, net.state_dict(), {})
+        checkpoint.write(done, net.state_dict(), {"schedule": str(schedule)})
         state.unlink(missing_ok=True)
         return net.eval()
 
@@ -125,8 +130,8 @@ _SETTINGS: dict[str, tuple[str, int, Callable[..., nn.Module], Schedule, Schedul
         "camvid",
         96,
         multitask_nets.street,
-        Schedule(steps=22 * 100, batch=16, lr=0.05),
-        Schedule(steps=22 * 16, batch=16, lr=0.02),
+        Schedule(steps=22 * 180, batch=16, lr=0.05),
+        Schedule(steps=22 * 30, batch=16, lr=0.02),
     ),
 }
 NETWORKS = tuple(_SETTINGS)

@@ -22,7 +22,7 @@ from deploy import onnx
 from hw_profiles import measure
 from hw_profiles.measure import Plan
 
-ROUGH_S = 6.0  # of a measurement while pruning: many networks, a little each
+ROUGH_S = 3.0  # of a measurement while pruning: many networks, a little each
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Target:
 
     def _exported_fast(self, net: nn.Module) -> Path:
         """By torch's older exporter, for measuring only: the same milliseconds in a tenth of the
-        time to export (docs/methods/pagcp.md)."""
+        time to export (docs/methods/multitask.md)."""
         path = self._path(net, "measured")
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

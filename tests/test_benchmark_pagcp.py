@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import contract, multitask_nets, pagcp, pagcp_experiment, pagcp_rows
+from benchmarks import contract, multitask_nets, pagcp_experiment, pagcp_parts, pagcp_rows
 from benchmarks.pagcp_experiment import Experiment
+from benchmarks.pagcp_latency import Target
 from compress.history import History, Step
 from nas.data.examples import Examples
+from nas.errors import NasctlError
 from nas.goals import classes
 from nas.multitask import MultiTask
 from nas.multitask_training import Schedule
@@ -70,6 +75,12 @@ def test_a_training_is_done_once_and_kept(experiment):
     assert not torch.equal(first.conv.weight, experiment.network(1).conv.weight)
 
 
+def test_a_network_of_another_schedule_is_refused(experiment):
+    experiment.network(0)
+    with pytest.raises(NasctlError, match=r"trained by .*steps=3.*, not .*steps=4"):
+        replace(experiment, dense=Schedule(steps=4, batch=8)).network(0)
+
+
 def test_rows_are_worked_out_once(experiment):
     calls = []
     for _ in range(2):
@@ -126,18 +137,60 @@ def test_rivals_reach_the_target_in_rounds_with_fine_tuning_between(experiment):
     assert shape.conv.weight.shape == found.net.conv.weight.shape
 
 
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Every network as fast as its multiply-adds say."""
+    monkeypatch.setattr(Target, "dense_milliseconds", lambda target: 2.0)
+    monkeypatch.setattr(Target, "relative", lambda target, net: [0.4, 0.5, 0.6])
+
+
+def test_pruned_rows_and_controls_from_beginning_to_end(experiment, unmeasured):
+    ours = pagcp_rows.pruned(experiment, "pagcp", 0, "flops")
+    assert ours["macs_share"] <= 0.4
+    assert ours["cost"] == pytest.approx(ours["macs_share"])
+    assert ours["bound"] in pagcp_rows.BOUNDS
+    assert set(ours["untuned"]) == {"test", "val", "change"}
+    assert ours["ms_shares"] == [0.4, 0.5, 0.6]
+    scratch = pagcp_rows.scratch(experiment, 0, "flops")
+    assert scratch["macs"] == ours["macs"], "the same shape"
+    assert scratch["test"] != {} and "untuned" not in scratch
+    small = pagcp_rows.small(experiment, 0, "flops")
+    assert small["macs_share"] <= 0.4
+    methods = [row["method"] for row in rows_of(experiment)]
+    assert methods == [
+        "dense",
+        "dense tuned",
+        "milliseconds",
+        "pagcp",
+        "pruned shape from scratch",
+        "small uniform distilled",
+    ]
+    assert pagcp_rows.pruned(experiment, "pagcp", 0, "flops") == ours
+    assert len(rows_of(experiment)) == 6
+
+
+def test_a_target_out_of_reach_is_a_row_that_says_so(experiment, unmeasured, monkeypatch):
+    monkeypatch.setitem(pagcp_rows.TARGETS, "flops", 0.01)
+    row = pagcp_rows.pruned(experiment, "uniform", 0, "flops")
+    assert "is the least that this method comes to" in row["infeasible"]
+
+
+def rows_of(experiment):
+    return [json.loads(line)["key"] for line in experiment.rows.path.read_text().splitlines()]
+
+
 def test_rivals_are_chosen_by_their_worst_goal_on_validation_images(experiment):
     tuned = {"val": {"a": 0.5, "b": 0.8}, "test": {"a": 0.0, "b": 0.0}}
     experiment.rows.add(experiment.key("dense tuned", 0), tuned)
     found = {"halp": (0.5, 0.6), "taylor": (0.4, 0.8), "random": (0.45, 0.76)}
-    for method in pagcp.RIVALS:
+    for method in pagcp_parts.RIVALS:
         value = {"infeasible": "no"}
         if method in found:
             value = {"val": dict(zip("ab", found[method], strict=True)), "test": {}}
         experiment.rows.add(experiment.key(method, 0, cost="latency"), value)
         experiment.rows.add(experiment.key("dense", 0), {})
     # worst: -25 %, -20 %, -10 %
-    assert pagcp.strongest(experiment, "latency") == ["random", "taylor"]
+    assert pagcp_parts.strongest(experiment, "latency") == ["random", "taylor"]
 
 
 def row(worst, low, ms=0.5, macs=0.4):
@@ -165,7 +218,7 @@ def test_the_table_names_what_was_not_met(experiment, capsys):
     ):
         experiment.rows.add(experiment.key(method, 0, cost="flops"), found)
     outcome = contract.Outcome("pagcp")
-    pagcp.report(experiment, outcome)
+    pagcp_parts.report(experiment, outcome)
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["random", *["-"] * 8] in printed
     assert ["pagcp", "40", "30", "45", "0.889", "-", "-1", "-1.5", "-"] in printed

@@ -134,6 +134,7 @@ def test_a_task_of_ones_own(workdir):
         multitask.load("nothing here")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(contract.data("camvid") is None, reason="NASCTL_DATA/camvid is absent")
 def test_camvid_itself():
     task = multitask.load(str(contract.data("camvid")), size=48)
