@@ -33,6 +33,7 @@ from hw_profiles.device import Device
 from nas import checkpoint, multitask, multitask_training, paired
 from nas import run as runs
 from nas.data.examples import Examples
+from nas.elastic import channels_last
 from nas.errors import UsageError
 from nas.goals import Goal
 from nas.multitask import MultiTask
@@ -242,6 +243,7 @@ def _recover(pruning: Pruning, net: nn.Module, number: int) -> nn.Module:
 def trained(pruning: Pruning, net: nn.Module, name: str, doing: str) -> nn.Module:
     """`net` after the schedule, taught by the unpruned network; kept in the run's file `name`."""
     done, state = pruning.run.path(name), pruning.run.path(STATE)
+    channels_last(net)  # as training leaves it: other memory formats round otherwise
     if done.exists():
         checkpoint.fill(net, checkpoint.read(done)[0], done)
         return net.eval()

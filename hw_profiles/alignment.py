@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, Validati
 from hw_profiles import device as devices
 from hw_profiles.device import Device
 from hw_profiles.op import Op, Tape
+from hw_profiles.protocol import Timing
 from nas.errors import NasctlError
 
 COARSE = 16  # multiples of it are the line that other widths are held against
@@ -40,7 +41,7 @@ class Alignment(BaseModel):
     precision: str
     threads: PositiveInt
     ms: dict[PositiveInt, PositiveFloat]
-    noise: float  # relative, of the machine while it was measured
+    noise: float  # relative: how far two sessions were apart, width by width
     doubtful: tuple[int, ...] = ()  # widths whose time is not known well
     provenance: dict[str, str] = {}
 
@@ -67,6 +68,25 @@ class Alignment(BaseModel):
         temporary.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)  # a reader sees the old file or the new one
         return path
+
+
+def fitted(
+    device: str, runtime: str, precision: str, threads: int, sessions: Sequence[Sequence[Timing]]
+) -> Alignment:
+    """From timings of the chains of WIDTHS, in two sessions or more: how fast each was as a whole
+    cancels."""
+    logs = np.log([[timing.median_ms for timing in timings] for timings in sessions])
+    apart = logs - logs.mean(1, keepdims=True)
+    both = zip(WIDTHS, *sessions, strict=True)
+    return Alignment(
+        device=device,
+        runtime=runtime,
+        precision=precision,
+        threads=threads,
+        ms=dict(zip(WIDTHS, np.exp(logs.mean(0)).tolist(), strict=True)),
+        noise=float(np.ptp(apart, axis=0).mean()),
+        doubtful=tuple(width for width, *timings in both if any(t.noisy for t in timings)),
+    )
 
 
 def chain(channels: int) -> list[Op]:

@@ -189,22 +189,12 @@ def sweep(
     sessions = [
         fresh_session(networks, setting, rng=rng, plan=plan) for _ in range(PROCESSES_OF_SWEEP)
     ]
-    logs = np.log([[timing.median_ms for timing in one.timings] for one in sessions])
-    pairs = zip(alignment.WIDTHS, np.exp(logs.mean(0)).tolist(), strict=True)
-    return Alignment(
-        device=device,
-        runtime=setting.runtime,
-        precision=setting.precision or "fp32",
-        threads=setting.threads,
-        ms=dict(pairs),
-        noise=max(session.noise for session in sessions),
-        doubtful=tuple(
-            width
-            for width, *timings in zip(
-                alignment.WIDTHS, *(one.timings for one in sessions), strict=True
-            )
-            if any(timing.noisy for timing in timings)
-        ),
+    return alignment.fitted(
+        device,
+        setting.runtime,
+        setting.precision or "fp32",
+        setting.threads,
+        [session.timings for session in sessions],
     )
 
 
