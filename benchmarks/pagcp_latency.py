@@ -7,13 +7,11 @@ that share of one figure for the dense network.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
 from benchmarks.pagcp_experiment import Experiment
@@ -34,7 +32,7 @@ class Target:
     dense_ms: float = 1.0  # until it is measured
 
     def cost(self) -> Latency:
-        return Latency(self._exported_fast, self._milliseconds)
+        return Latency(self._drafted, self._milliseconds)
 
     def export(self, net: nn.Module) -> Path:
         path = self._path(net, "onnx")
@@ -42,18 +40,11 @@ class Target:
             onnx.export(net, path, input_shape=self.experiment.task.shape)
         return path
 
-    def _exported_fast(self, net: nn.Module) -> Path:
-        """By torch's older exporter, for measuring only: the same milliseconds in a tenth of the
-        time to export (docs/methods/multitask.md)."""
+    def _drafted(self, net: nn.Module) -> Path:
         path = self._path(net, "measured")
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)
-                example = (self.experiment.example,)
-                torch.onnx.export(net, example, part, dynamo=False, opset_version=onnx.OPSET)
-            part.replace(path)
+            onnx.draft(net, path, self.experiment.example)
         return path
 
     def _path(self, net: nn.Module, kind: str) -> Path:
@@ -78,7 +69,7 @@ class Target:
 
     def _milliseconds(self, files: Sequence[Path]) -> list[float]:
         plan = Plan(rounds=10, time_limit_s=min(ROUGH_S, self.experiment.turns_s))
-        dense, *found = _session([self._exported_fast(self.dense), *files], plan, seed=0)
+        dense, *found = _session([self._drafted(self.dense), *files], plan, seed=0)
         return [self.dense_ms * ms / dense for ms in found]
 
 

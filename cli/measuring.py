@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 LOCAL, FILES = "local", "files:"
 GROUP_S = 60.0  # at most, for the networks of a session
 FILES_S = 20.0  # likewise, for a few files
+ROUGH_S = 4.0  # where hundreds of such sessions are needed
 
 
 def here_or_there(board: Device, on: str) -> None:
@@ -92,9 +93,11 @@ def backend(on: str, setting: Setting, seed: int, folder: Path, pace: Pace) -> M
     return there
 
 
-def timer(on: str, board: Device, seed: int) -> Callable[[Sequence[Path]], list[Timing]]:
+def timer(
+    on: str, board: Device, seed: int, *, rough: bool = False
+) -> Callable[[Sequence[Path]], list[Timing]]:
     """What times ONNX files, in turn with each other, at `on`: of each the middle one of several
-    processes here, or of one session on a board over ssh."""
+    processes here, or of one session on a board over ssh. `rough`: of one short session."""
     import os
 
     import numpy as np
@@ -105,17 +108,17 @@ def timer(on: str, board: Device, seed: int) -> Callable[[Sequence[Path]], list[
     from hw_profiles.remote import over_ssh, ssh
     from hw_profiles.remote.bundle import Bundle
 
-    plan = Plan(rounds=10, precision=0.02, time_limit_s=FILES_S)
-    setting, pace = Setting(board.runtime), Pace()
+    plan = Plan(rounds=10, precision=0.02, time_limit_s=ROUGH_S if rough else FILES_S)
+    setting, pace, times = Setting(board.runtime), Pace(), 1 if rough else measure.FRESH
 
     def here(paths: Sequence[Path]) -> list[Timing]:
         rng = np.random.default_rng((seed, 22))
         sessions = [
             measure.fresh_session(paths, setting, rng=rng, plan=plan, pace=pace).timings
-            for _ in range(measure.FRESH)
+            for _ in range(times)
         ]
         every = zip(*sessions, strict=True)
-        return [sorted(each, key=lambda t: t.median_ms)[measure.FRESH // 2] for each in every]
+        return [sorted(each, key=lambda t: t.median_ms)[times // 2] for each in every]
 
     def there(paths: Sequence[Path]) -> list[Timing]:
         models = {str(place): path.read_bytes() for place, path in enumerate(paths)}

@@ -151,15 +151,14 @@ def costs(pruning: Pruning) -> Cost:
         return cost.Params()
     folder = pruning.run.path(CANDIDATES)
     folder.mkdir(exist_ok=True)
-    shape = pruning.subject.task.shape
 
     def export(net: nn.Module) -> Path:
         path = folder / f"{cost.shape_of(net)}.onnx"
         if not path.exists():
-            onnx.export(net, path, input_shape=shape)
+            onnx.draft(net, path, pruning.subject.example)
         return path
 
-    timer = measuring.timer(pruning.spec.on, pruning.device, pruning.spec.seed)
+    timer = measuring.timer(pruning.spec.on, pruning.device, pruning.spec.seed, rough=True)
     whole = export(pruning.subject.net)
     whole_ms: list[float] = []
 

@@ -60,6 +60,19 @@ def export(
     file.write(path, data)
 
 
+def draft(net: nn.Module, path: Path, example: torch.Tensor) -> None:
+    """Write `net`, in eval mode, as a file to be timed on inputs like `example`, not to be shipped.
+
+    By torch's older exporter: it takes a tenth of the other's seconds, and the runtime ends up with
+    the same operators (the same milliseconds on three files of two networks), but it follows one
+    path through the network's code and fixes the batch.
+    """
+    part = path.with_suffix(".part")
+    with _eval_mode(net), _quiet():
+        torch.onnx.export(net, (example,), part, dynamo=False, opset_version=OPSET)
+    part.replace(path)
+
+
 def _trace(net: nn.Module, shape: Sequence[int], opset: int) -> onnx.ModelProto:
     first = next(net.parameters(), torch.empty(0))
     example = torch.zeros(*shape, device=first.device, dtype=first.dtype)

@@ -93,7 +93,7 @@ MINE = ("prune", "mine:build", "--weights", "w.safetensors", "--data", "mine:tas
 LITTLE = (*MINE, "--divisor", 4, "--epochs", 2, "--batch", 32)
 
 
-def by_weights(on, board, seed):
+def by_weights(on, board, seed, rough=False):
     """A clock on which a network of half the weights is twice as fast."""
 
     def timing(path):
@@ -182,22 +182,24 @@ def test_killed_at_random_moments_it_ends_the_same(mine, workdir, seed):
         return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
 
     began = time.monotonic()
-    whole = json.loads(start("whole").communicate()[0])
+    whole = json.loads(start("whole/run").communicate()[0])
     took, kills = time.monotonic() - began, 0
     for share in np.random.default_rng(seed).uniform(0.3, 0.9, 5):
-        process = start("killed")
+        process = start("killed/run")
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(share * took)
         kills += process.poll() is None
         process.kill()
         process.communicate()
-    found = json.loads(start("killed").communicate()[0])
+    found = json.loads(start("killed/run").communicate()[0])
     assert kills > 0
     for name in ("tasks", "counts", "units"):
         assert found[name] == whole[name]
     files = ("model.safetensors", "history.json", "bundle/model.onnx")
     for name in files:
-        assert (workdir / "killed" / name).read_bytes() == (workdir / "whole" / name).read_bytes()
+        assert (workdir / "killed/run" / name).read_bytes() == (
+            workdir / "whole/run" / name
+        ).read_bytes()
 
 
 @pytest.mark.slow  # a file for each width of each unit

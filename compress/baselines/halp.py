@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compress import units, widths
 from compress.baselines.taylor import taylor
@@ -22,6 +23,7 @@ from compress.units import Unit
 
 BINS = 2000  # that the largest saving of all units together is divided into
 
+Array = NDArray[np.float64]
 Options = Mapping[int, tuple[float, float]]  # by width: (cost saved, worth lost)
 
 
@@ -58,11 +60,10 @@ def knapsack(options: Mapping[Unit, Options], saving: float) -> Widths:
         new, choice = np.full(need + 1, np.inf), np.zeros(need + 1, int)
         origin = np.zeros(need + 1, int)
         for width, (saved, worth) in of.items():
-            bins = int(saved / top * BINS + 1e-9)
-            for at in map(int, np.flatnonzero(np.isfinite(least))):
-                to = min(need, at + bins)
-                if least[at] + worth < new[to]:
-                    new[to], choice[to], origin[to] = least[at] + worth, width, at
+            moved, source = _with(least, int(saved / top * BINS + 1e-9))
+            better = moved + worth < new
+            new[better] = moved[better] + worth
+            choice[better], origin[better] = width, source[better]
         least = new
         choices.append((choice, origin))
     at = int(np.flatnonzero(np.isfinite(least))[-1])
@@ -70,3 +71,12 @@ def knapsack(options: Mapping[Unit, Options], saving: float) -> Widths:
     for unit, (choice, origin) in zip(reversed([*options]), reversed(choices), strict=True):
         kept[unit], at = int(choice[at]), int(origin[at])
     return {unit: kept[unit] for unit in options}
+
+
+def _with(least: Array, bins: int) -> tuple[Array, NDArray[np.int64]]:
+    """`least` once so many more bins are saved, and the entry that each comes from."""
+    last = len(least) - 1
+    source = np.arange(len(least)) - bins
+    tail = max(0, last - bins)  # from here on, whatever is saved is enough
+    source[last] = tail + int(least[tail:].argmin())
+    return np.where(source >= 0, least[np.maximum(source, 0)], np.inf), source
