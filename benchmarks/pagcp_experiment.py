@@ -123,8 +123,8 @@ _SETTINGS: dict[str, tuple[str, int, Callable[..., nn.Module], Schedule, Schedul
         "tiny_imagenet_20",
         48,
         multitask_nets.class_box,
-        Schedule(steps=140 * 40, batch=64, lr=0.1),
-        Schedule(steps=140 * 7, batch=64, lr=0.03),
+        Schedule(steps=140 * 80, batch=64, lr=0.1),  # 40 epochs: 1.2 points less on validation
+        Schedule(steps=140 * 13, batch=64, lr=0.03),
     ),
     "street": (
         "camvid",
