@@ -189,9 +189,7 @@ def _best(improvements: Iterable[tuple[int, int]], queries: int | None) -> int:
     return inside[-1]
 
 
-def runs(
-    table: Table, method: str, budget: int, seeds: range, rows: contract.Rows | None
-) -> Runs:
+def runs(table: Table, method: str, budget: int, seeds: range, rows: contract.Rows | None) -> Runs:
     """From the file of rows if they are there, else now."""
     key = {"table": table.name, "tasks": list(table.tasks), "method": method, "budget": budget}
     key |= {"seeds": [seeds.start, seeds.stop], "plan": _settings()}

@@ -33,8 +33,7 @@ class Bench:
 
     def all_methods(self, table: Table, budget: int, seeds: range) -> dict[str, Runs]:
         return {
-            method: fbnetv5_runs.runs(table, method, budget, seeds, self.rows)
-            for method in METHODS
+            method: fbnetv5_runs.runs(table, method, budget, seeds, self.rows) for method in METHODS
         }
 
 
