@@ -82,7 +82,8 @@ def search(
     def evaluate(genes: Genes) -> Array:
         return _merged(asked, genes) if merge else asked.losses(genes)
 
-    for state, report in fbnetv5.search(plan, state, evaluate):
+    for after, report in fbnetv5.search(plan, state, evaluate):
+        state = after
         shares.append(float(report.effective.mean()) / plan.samples)
         entropy = float(report.entropy.mean())
         if len(asked.networks) == budget:

@@ -22,7 +22,8 @@ Blend = Callable[[int, Tensor, Sequence[Candidate]], Tensor]
 
 class ChoiceNetwork(Network):
     """A supernet that, given a `blend`, asks it for the output of every decision; `arch` is then
-    what the parts that are not chosen are built like. Cells that repeat ask it once per cell."""
+    what the parts that are not chosen are built like. Cells that repeat ask it once per cell. A
+    candidate that brings nothing is `x * 0.0`, so that a gradient can say what it is worth."""
 
     def forward(
         self,

@@ -167,7 +167,7 @@ class SearchSpace(ABC):
         return lambda genes: sum(table[genes[:, at] @ strides] for at, strides, table in tables)
 
     def tables(self, per_op: Callable[[Op], NDArray[np.float64]]) -> list[Table]:
-        """What `fold` looks up: per slot, the sum of `per_op(op)` for every combination of genes."""
+        """What `fold` looks up: per slot, sums of `per_op(op)` for every combination of genes."""
 
         def of_slot(ops: list[Op], slot: str) -> NDArray[np.float64]:
             return sum(per_op(op) for op in ops if op.slot == slot) + 0.0 * per_op(ops[0])

@@ -71,7 +71,7 @@ def test_weights_average_one_and_never_exceed_the_number_of_tasks():
     some = policies()
     rows = mixture.draw(some, np.random.default_rng(0), 20_000)
     weight = mixture.weights(some, rows)
-    assert 0 <= weight.min() and weight.max() <= TASKS + 1e-9
+    assert weight.min() >= 0 and weight.max() <= TASKS + 1e-9
     error = weight.std(0) / np.sqrt(len(rows))
     assert (np.abs(weight.mean(0) - 1) < 4 * error).all()
     assert (mixture.effective(weight) > 1 / TASKS).all()

@@ -6,8 +6,8 @@ channel shuffle between), or is skipped: an identity, or where shapes change a 1
 choice space: its supernet holds all nine, a stand-alone network the one that each layer names.
 
 Below 96 px strides and the last width are those that HW-NAS-Bench (arXiv 2103.10584) uses for
-CIFAR, and `op_index` and `from_indices` translate to its numbering. `width` scales all channels; its
-default is 1, or 1/2 below the 32 px of that table. Genes count a layer's operators by MACs from the
+CIFAR; `op_index` and `from_indices` translate to its numbering. `width` scales all channels: by
+default 1, or 1/2 below the 32 px of that table. Genes count a layer's operators by MACs from the
 fewest up, so that the last is the largest network's: where shapes change a skip is a convolution,
 which may have more than a small block.
 """
