@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-import torch.nn.functional as F
 from torch import nn
 
 from hw_profiles.op import Tape
