@@ -53,12 +53,10 @@ def run(outcome: contract.Outcome, *, quick: bool) -> None:
 
 
 def measured(name: str, size: int, width: float, batch: int) -> tuple[int, int]:
-    """(bytes saved for the backward pass, bytes by which resident memory rose) of the second step:
-    the first one allocates what stays, gradients and buffers."""
+    """(bytes saved for the backward pass, bytes by which resident memory rose, weights' gradients
+    included) of one step."""
     torch.set_num_threads(1)
     turn = _turn(size, width, batch)
-    STEPS[name](turn)
-    turn.net.zero_grad(set_to_none=True)
     before = psutil.Process().memory_info().rss
     storages: dict[int, int] = {}
 
