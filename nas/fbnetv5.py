@@ -16,7 +16,7 @@ after a kill to the same result. Imports without torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -229,14 +229,3 @@ def _report(
         latency_us=latency,
         likeliest=after.policies.likeliest(),
     )
-
-
-def report_line(report: Report, tasks: Sequence[str]) -> str:
-    """A step on one line, for people."""
-    parts = [
-        f"{name}: loss {report.loss[t]:.3g} (spread {report.scale[t]:.2g}), "
-        f"entropy {report.entropy[t]:.2f}, worth {report.effective[t]:.1f} networks"
-        + (", starved" if report.starved[t] else "")
-        for t, name in enumerate(tasks)
-    ]
-    return f"step {report.step}: " + "; ".join(parts)

@@ -16,6 +16,7 @@ from nas.differentiable.learning import Goal, Searched, Turn, learn
 from nas.differentiable.policy import Latency, Policy, latency_of
 from nas.errors import NasctlError
 from nas.recipe import Recipe
+from nas.tasks import Split, Task
 
 METHODS = {"gumbel": gumbel, "proxyless": proxyless, "reinforce": reinforce}
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -96,9 +97,14 @@ def test_expected_latency_is_the_mean_of_draws_and_exact_where_one_option_is_cer
 
 
 def test_the_gradient_of_expected_latency_is_that_of_finite_differences():
-    space = load("nasbench201")
-    table = estimates(space, "nasbench201")
-    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    """Of parts that read one gene and of one that reads two together."""
+    pair = ([0, 2], np.array([3, 1]), np.random.default_rng(0).random((9, 1)))
+    single = ([1], np.array([1]), np.array([[1.0], [2.0], [5.0]]))
+    table = Latency(0.5, [pair, single], np.array([3, 3, 3]))
+    rows = np.array([[0, 1, 2], [2, 2, 0]])
+    expected = [0.5 + pair[2][2, 0] + 2, 0.5 + pair[2][6, 0] + 5]
+    np.testing.assert_allclose(table.of(rows), expected)
+    logits = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: table.expected(x.softmax(1)), logits)
 
 
@@ -231,6 +237,32 @@ def test_killed_anywhere_it_goes_on_to_the_same_result(name, tiny, tmp_path):
     for key, tensor in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], tensor), key
     assert not torch.equal(straight.policy.logits, Policy(space.sizes).logits)
+
+
+def textures(n, seed):
+    """Stripes and boards of one brightness: nothing that is linear tells them apart once pooled."""
+    generator = torch.Generator().manual_seed(seed)
+    row, column = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    kinds = (row % 2, column % 2, (row + column) % 2, (row // 2 + column // 2) % 2)
+    labels = torch.randint(4, (n,), generator=generator)
+    noise = torch.randint(0, 120, (n, 1, 8, 8), generator=generator)
+    images = 80 * torch.stack([kinds[label] for label in labels.tolist()])[:, None] + noise
+    return Split(images.to(torch.uint8), labels)
+
+
+@pytest.mark.slow
+@every_method
+def test_the_distribution_finds_the_operators_that_the_task_needs(name):
+    task = Task(
+        "textures", ("r", "c", "b", "w"), textures(400, 0), textures(64, 1), textures(64, 2)
+    )
+    space = load()
+    whole = searched(space)
+    recipe = Recipe(steps=150, batch=32, lr=0.1)
+    goal = Goal(estimates(space), 10.0)
+    *_, last = learn(whole, space, task, recipe, method=METHODS[name], goal=goal)
+    skip, one, three = whole.policy.probs[-1].tolist()
+    assert three > 0.6 and skip < 0.2 and last.entropy < 0.9
 
 
 def test_another_searchs_state_is_refused(tiny, tmp_path):
