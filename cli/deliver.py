@@ -26,6 +26,7 @@ from hw_profiles.runtimes import onnxruntime
 from nas import checkpoint, file, search, supernet
 from nas.elastic import Network, resize
 from nas.errors import BudgetInfeasible, BudgetMissed, UsageError
+from nas.outputs import ONLY
 from nas.predictors import held_out
 from nas.run import digest
 from nas.search import Candidate
@@ -312,7 +313,7 @@ def _report(
     macs, params = stages.cost(job, candidate)
     own = supernet.evaluate(delivery.net, job.task, test, arch.resolution)
     inputs = _inputs(job, test.images, arch.resolution)
-    outputs = verify.outputs(path, inputs, threads=job.spec.threads)
+    logits = verify.outputs(path, inputs, threads=job.spec.threads)[ONLY]
     joules = energy.stored(job.device)
     chosen = verify.Chosen(
         arch=arch_to_dict(arch),
@@ -324,7 +325,7 @@ def _report(
         val_accuracy=candidate.accuracy,
         extracted_val_accuracy=extracted.accuracy,
         torch_test_accuracy=own.accuracy,
-        test_accuracy=float(task.metric(torch.from_numpy(outputs), test.labels)),
+        test_accuracy=float(task.metric(torch.from_numpy(logits), test.labels)),
         predicted=table.estimate(ops, job.spec.space),
         energy=joules.estimate(ops, job.spec.space) if joules else None,
         measured=delivery.measured,

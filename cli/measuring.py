@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 from nas.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from hw_profiles.device import Device
     from hw_profiles.measure import Pace, Setting
     from hw_profiles.profile import Group, Measure
+    from hw_profiles.protocol import Timing
 
 LOCAL, FILES = "local", "files:"
 GROUP_S = 60.0  # at most, for the networks of a session
+FILES_S = 20.0  # likewise, for a few files
 
 
 def here_or_there(board: Device, on: str) -> None:
@@ -86,3 +90,46 @@ def backend(on: str, setting: Setting, seed: int, folder: Path, pace: Pace) -> M
         return Group([found.timings[digest(ops)] for ops in networks], found.reference_ms)
 
     return there
+
+
+def timer(on: str, board: Device, seed: int) -> Callable[[Sequence[Path]], list[Timing]]:
+    """What times ONNX files, in turn with each other, at `on`: of each the middle one of several
+    processes here, or of one session on a board over ssh."""
+    import os
+
+    import numpy as np
+
+    from hw_profiles import measure
+    from hw_profiles.measure import Pace, Setting
+    from hw_profiles.protocol import Plan
+    from hw_profiles.remote import over_ssh, ssh
+    from hw_profiles.remote.bundle import Bundle
+
+    plan = Plan(rounds=10, precision=0.02, time_limit_s=FILES_S)
+    setting, pace = Setting(board.runtime), Pace()
+
+    def here(paths: Sequence[Path]) -> list[Timing]:
+        rng = np.random.default_rng((seed, 22))
+        sessions = [
+            measure.fresh_session(paths, setting, rng=rng, plan=plan, pace=pace).timings
+            for _ in range(measure.FRESH)
+        ]
+        every = zip(*sessions, strict=True)
+        return [sorted(each, key=lambda t: t.median_ms)[measure.FRESH // 2] for each in every]
+
+    def there(paths: Sequence[Path]) -> list[Timing]:
+        models = {str(place): path.read_bytes() for place, path in enumerate(paths)}
+        bundle = Bundle(
+            models,
+            measure.reference_model(),
+            plan=plan,
+            threads=setting.threads,
+            runtime=setting.runtime,
+            precision=None,
+            seed=seed,
+        )
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nasctl"
+        found = over_ssh.measure_models(ssh.parse(on), bundle, workdir=cache)
+        return [found.timings[str(place)] for place in range(len(paths))]
+
+    return here if on == LOCAL else there

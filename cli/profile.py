@@ -59,6 +59,9 @@ def command(
     validate: Annotated[
         bool, typer.Option("--validate", help="Re-measure new networks against the table.")
     ] = False,
+    alignment: Annotated[
+        bool, typer.Option("--alignment", help="Only find which channel counts run well.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -78,6 +81,11 @@ def command(
     _check(board, on)
     shape = {"channels": channels, "classes": classes, "size": size, "width": width}
     folder = out or Path(os.environ.get("NASCTL_PROFILES", "profiles"))
+    if alignment:
+        from cli.alignment import swept
+
+        found = swept(board, setting, on, seed, folder)
+        return console.emit_json(found) if json else None
     header = {**asdict(setting), "device": board.name, "on": on, "seed": seed, **_here(on)}
     header |= {"space": space or "", **{k: v for k, v in shape.items() if v is not None}}
     table = _table(folder, board, header) if validate else None

@@ -1,1 +1,1 @@
-"""Pruning, distillation and quantization (none yet; see the CHANGELOG)."""
+"""Pruning (distillation and quantization: none yet; see the CHANGELOG)."""

@@ -21,6 +21,7 @@ from torch import nn
 
 from nas import file
 from nas.errors import NasctlError
+from nas.outputs import named
 
 if TYPE_CHECKING:
     import onnx
@@ -33,20 +34,19 @@ def export(
     path: Path,
     *,
     input_shape: Sequence[int],
-    names: tuple[str, str] = ("input", "logits"),
     opset: int = OPSET,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write `net`, in eval mode, to `path` with its weights inside and a free batch dimension.
 
-    `input_shape` is one example's (channels, height, width); `names` are those of input and output.
-    Batch norms are folded into the convolutions before them. `metadata` becomes the file's
-    properties. The file is whole or absent.
+    `input_shape` is one example's (channels, height, width). The input is called "input", outputs
+    as `nas.outputs.named` calls them: "logits" if there is one. Batch norms are folded into the
+    convolutions before them. `metadata` becomes the file's properties. The file is whole or absent.
     """
     import onnx
     from onnx import helper
 
-    model = _trace(net, (2, *input_shape), names, opset)  # batch 2: 1 would be taken as a constant
+    model = _trace(net, (2, *input_shape), opset)  # batch 2: 1 would be taken as a constant
     _strip(model)
     model.producer_name = "nasctl"
     helper.set_model_props(model, dict(metadata or {}))
@@ -60,9 +60,7 @@ def export(
     file.write(path, data)
 
 
-def _trace(
-    net: nn.Module, shape: Sequence[int], names: tuple[str, str], opset: int
-) -> onnx.ModelProto:
+def _trace(net: nn.Module, shape: Sequence[int], opset: int) -> onnx.ModelProto:
     first = next(net.parameters(), torch.empty(0))
     example = torch.zeros(*shape, device=first.device, dtype=first.dtype)
     with _eval_mode(net), _quiet(), torch.no_grad():
@@ -72,13 +70,13 @@ def _trace(
                 (example,),
                 dynamo=True,
                 opset_version=opset,
-                input_names=[names[0]],
-                output_names=[names[1]],
+                input_names=["input"],
+                output_names=list(named(net(example))),
                 # a name for the dimension: otherwise it is called s77 or so
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 verbose=False,
             )
-        except torch.onnx.OnnxExporterError as error:
+        except RuntimeError as error:  # the exporter's own is one; so is a forward that fails
             cause = error.__cause__ or error
             raise NasctlError(
                 f"torch cannot export {type(net).__name__} ({str(cause).splitlines()[0]})",

@@ -24,7 +24,7 @@ from nas.errors import NasctlError, ParityFailed
 if TYPE_CHECKING:
     from torch import nn
 
-#: allowed difference between network and file, relative to the largest logit. Exporting reorders
+#: allowed difference between network and file, relative to the largest value. Exporting reorders
 #: float32 sums (1e-6 or so); a wrong constant, axis or mode is orders of magnitude above
 TOLERANCE = 1e-4
 
@@ -32,11 +32,14 @@ TOLERANCE = 1e-4
 def parity(
     net: nn.Module, path: Path, images: np.ndarray, *, batch_sizes: Sequence[int] = (1, 3, 32)
 ) -> float:
-    """Largest absolute difference between the outputs of `net` (in eval mode) and of the file.
+    """Largest absolute difference between any output of `net` (in eval mode) and of the file.
 
-    Several batch sizes, because a file can be right at the one it was traced with and at no other.
+    Each output is held to its own largest value. Several batch sizes, because a file can be right
+    at the one it was traced with and at no other.
     """
     import torch
+
+    from nas.outputs import named
 
     if len(images) == 0:
         raise ValueError("parity needs at least one image")
@@ -48,19 +51,29 @@ def parity(
         for size in batch_sizes:
             batch = np.resize(images, (size, *images.shape[1:]))  # repeats when there are too few
             with torch.no_grad():
-                expected = net(torch.from_numpy(batch)).numpy()
-            worst = max(worst, _difference(expected, _outputs(session, batch), path, size))
+                expected = named(net(torch.from_numpy(batch)))
+            found = _outputs(session, batch)
+            where = f"{path} at batch {size}"
+            if list(found) != list(expected):
+                raise ParityFailed(
+                    f"the file's outputs are {list(found)}, the network's {list(expected)}",
+                    where=where,
+                )
+            for name, tensor in expected.items():
+                worst = max(worst, _difference(tensor.numpy(), found[name], f"{where}, {name}"))
     finally:
         for module, mode in training.items():
             module.training = mode
     return worst
 
 
-def outputs(path: Path, images: np.ndarray, *, batch: int = 256, threads: int = 1) -> np.ndarray:
-    """The file's first output for every image, run in batches."""
+def outputs(
+    path: Path, images: np.ndarray, *, batch: int = 256, threads: int = 1
+) -> dict[str, np.ndarray]:
+    """The file's outputs by name for every image, run in batches."""
     session = onnxruntime.load(path, threads=threads)
     parts = [_outputs(session, images[at : at + batch]) for at in range(0, len(images), batch)]
-    return np.concatenate(parts)
+    return {name: np.concatenate([part[name] for part in parts]) for name in session.outputs}
 
 
 def latency(
@@ -83,23 +96,23 @@ def latency(
     return sorted(timings, key=lambda timing: timing.median_ms)[len(timings) // 2]
 
 
-def _outputs(session: Session, batch: np.ndarray) -> np.ndarray:
-    return onnxruntime.run(session, {next(iter(session.inputs)): batch.astype(np.float32)})[0]
+def _outputs(session: Session, batch: np.ndarray) -> dict[str, np.ndarray]:
+    found = onnxruntime.run(session, {next(iter(session.inputs)): batch.astype(np.float32)})
+    return dict(zip(session.outputs, found, strict=True))
 
 
-def _difference(expected: np.ndarray, found: np.ndarray, path: Path, size: int) -> float:
+def _difference(expected: np.ndarray, found: np.ndarray, where: str) -> float:
     if expected.shape != found.shape:
         raise ParityFailed(
-            f"at batch {size} the file's output is {found.shape}, the network's {expected.shape}",
-            where=str(path),
+            f"the file's output is {found.shape}, the network's {expected.shape}", where=where
         )
     difference = float(np.abs(expected - found).max())
     limit = TOLERANCE * max(float(np.abs(expected).max()), 1e-6)
     if not difference <= limit:  # also true of nan
         raise ParityFailed(
-            f"at batch {size} file and network differ by {difference:.3g}",
-            where=str(path),
-            allowed=f"{limit:.3g} ({TOLERANCE:g} of the largest logit)",
+            f"file and network differ by {difference:.3g}",
+            where=where,
+            allowed=f"{limit:.3g} ({TOLERANCE:g} of the largest value)",
             next="Export again from the network as it is now; if it stays, this is a bug of ours.",
         )
     return difference

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hw_profiles import protocol, runtimes
+from hw_profiles import alignment, protocol, runtimes
+from hw_profiles.alignment import Alignment
 from hw_profiles.graph import onnx_graph
 from hw_profiles.op import Op, Tape
 from hw_profiles.protocol import Call, Instruments
@@ -26,6 +27,7 @@ from nas.errors import NasctlError
 #: how many networks are in memory and in turn at once
 GROUP = 48
 ATTEMPTS = 2  # at groups that were measured while the machine was slow
+PROCESSES_OF_SWEEP = 2
 FRESH = 3  # processes that a set of networks is measured in, at least
 
 
@@ -170,6 +172,30 @@ def session_call(session: Session, rng: np.random.Generator) -> Call:
     """One call of an ONNX Runtime session on a fixed random batch of 1."""
     feeds = runtimes.random_feeds(session, rng)
     return lambda: onnxruntime.run(session, feeds)
+
+
+def sweep(
+    device: str,
+    setting: Setting = Setting(),
+    *,
+    rng: np.random.Generator,
+    seconds: float = 12.0,
+) -> Alignment:
+    """Time the chains of `hw_profiles.alignment` on this machine, all of them in each of two
+    processes, whose offsets cancel in the line that widths are held against. Starting them comes
+    on top of `seconds`."""
+    networks = [alignment.chain(width) for width in alignment.WIDTHS]
+    plan = Plan(time_limit_s=seconds / PROCESSES_OF_SWEEP, rounds=10, max_rounds=40)
+    sessions = [
+        fresh_session(networks, setting, rng=rng, plan=plan) for _ in range(PROCESSES_OF_SWEEP)
+    ]
+    return alignment.fitted(
+        device,
+        setting.runtime,
+        setting.precision or "fp32",
+        setting.threads,
+        [session.timings for session in sessions],
+    )
 
 
 def reference_ops() -> list[Op]:

@@ -158,6 +158,14 @@ def _damaged(path: Path, why: str) -> NasctlError:
     )
 
 
+def digest(net: nn.Module) -> str:
+    """sha256 of all tensors of a network."""
+    found = hashlib.sha256()
+    for tensor in net.state_dict().values():
+        found.update(tensor.cpu().contiguous().numpy().data)
+    return found.hexdigest()
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -128,7 +128,7 @@ class Run:
 
     @contextlib.contextmanager
     def locked(
-        self, spec: Spec | None = None, *, fields: Sequence[str] = (), force: bool = False
+        self, spec: BaseModel | None = None, *, fields: Sequence[str] = (), force: bool = False
     ) -> Iterator[Run]:
         """Make the directory if need be, take its lock and check that it belongs to `spec`: to
         those `fields` of it, where some are named, so that a search can go on in the directory of

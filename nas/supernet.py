@@ -13,7 +13,6 @@ from a checkpoint exactly as if it had not stopped. The device is the network's 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -22,13 +21,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas import checkpoint, parallel
+from nas import checkpoint, parallel, update
 from nas.collapse import MAX_HALVINGS, Watch
-from nas.elastic import Network
 from nas.errors import NasctlError
 from nas.gradients import Course, batch_indices, gradients
 from nas.judge import Score, calibrate, calibration_images, child, device_of, evaluate
@@ -134,7 +131,8 @@ class _Training:
 
     def __post_init__(self) -> None:
         self.net.train()
-        self.optimiser = _optimiser(self.net, self.course.recipe)
+        recipe = self.course.recipe
+        self.optimiser = update.sgd(self.net, recipe.lr, recipe.momentum, recipe.weight_decay)
         self.fingerprint = _fingerprint(self.course)
         task = self.course.task
         level = math.log(task.n_classes) if task.loss is F.cross_entropy else math.inf
@@ -158,9 +156,11 @@ class _Training:
             self.safe_step = self.done
         recipe = self.course.recipe
         rate = len(archs) * recipe.lr_at(self.done) / 2**self.watch.halvings
-        _update(self.net, self.optimiser, rate, recipe.clip_norm)
+        update.step(self.net, self.optimiser, rate, recipe.clip_norm)
         if recipe.ema:
-            _average(self.net, self.optimiser, recipe, self.done)
+            update.average(self.net, self.optimiser, recipe.ema, self.done)
+            if self.done + 1 == recipe.steps:
+                update.take_average(self.net, self.optimiser)
         self.done += 1
         return losses
 
@@ -203,49 +203,4 @@ class _Training:
 
 def _fingerprint(course: Course) -> str:
     said = f"{course.recipe} {course.task.fingerprint}"
-    return said if course.teacher is None else f"{said} {_digest(course.teacher)}"
-
-
-def _digest(teacher: Network) -> str:
-    digest = hashlib.sha256()
-    for tensor in teacher.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-# ---- the update ----------------------------------------------------------------------------------
-
-
-def _optimiser(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    matrices = [p for p in net.parameters() if p.ndim > 1]
-    vectors = [p for p in net.parameters() if p.ndim <= 1]
-    return torch.optim.SGD(
-        [
-            {"params": matrices, "weight_decay": recipe.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=True,
-    )
-
-
-def _update(
-    net: nn.Module, optimiser: torch.optim.Optimizer, rate: float, clip_norm: float
-) -> None:
-    for group in optimiser.param_groups:
-        group["lr"] = rate
-    nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-
-
-@torch.no_grad()
-def _average(net: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe, step: int) -> None:
-    """Keep the moving average of the weights; after the last step it becomes the weights."""
-    decay = min(recipe.ema, (1 + step) / (10 + step))  # else the start would weigh on short runs
-    for parameter in net.parameters():
-        average = optimiser.state[parameter].setdefault("ema", parameter.detach().clone())
-        average.lerp_(parameter, 1 - decay)
-        if step + 1 == recipe.steps:
-            parameter.copy_(average)
+    return said if course.teacher is None else f"{said} {checkpoint.digest(course.teacher)}"

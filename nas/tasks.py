@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from nas.data import digits, folder, module, parquet
 from nas.data.images import Label, Labelled, stack
+from nas.data.moments import Moments, moments, normalised
 from nas.data.split import fractions, shuffled, stratified
 from nas.errors import NasctlError, UsageError, unknown
 
@@ -84,19 +85,8 @@ class Task:
         return len(self.classes)
 
     @cached_property
-    def _moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation from counts of the 256 values: exact, whatever the threads do."""
-        means, stds = [], []
-        values = np.arange(256) / 255
-        for channel in self.train.images.unbind(1):
-            weight = (
-                torch.bincount(channel.flatten(), minlength=256).cpu().numpy() / channel.numel()
-            )
-            mean = float(weight @ values)
-            means.append(mean)
-            # A channel that never varies is left as it is rather than divided by zero.
-            stds.append(float(np.sqrt(weight @ (values - mean) ** 2)) or 1.0)
-        return tuple(means), tuple(stds)
+    def _moments(self) -> Moments:
+        return moments(self.train.images)
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -121,11 +111,7 @@ class Task:
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [N, C, H, W] to what networks are fed, on the device of the images."""
-        mean, std = (
-            torch.tensor(values, device=images.device).view(-1, 1, 1)
-            for values in (self.mean, self.std)
-        )
-        return images.float().div_(255).sub_(mean).div_(std)
+        return normalised(images, self._moments)
 
 
 def load(data: str, *, size: int | None = None) -> Task:

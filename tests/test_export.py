@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from deploy import verify
 from deploy.onnx import export
-from deploy.verify import parity
 from hw_profiles.runtimes import onnxruntime
 from nas import file
-from nas.errors import NasctlError
+from nas.errors import NasctlError, ParityFailed
 
 
 class Net(nn.Module):
@@ -58,7 +58,7 @@ def exported(tmp_path_factory):
 def test_the_file_computes_what_the_network_computes(exported):
     net, path, _ = exported
     images = np.random.default_rng(0).standard_normal((32, 3, 8, 8)).astype(np.float32)
-    assert parity(net, path, images) < 1e-5
+    assert verify.parity(net, path, images) < 1e-5
 
 
 def test_modes_of_the_modules_are_restored(exported):
@@ -114,6 +114,34 @@ def test_what_cannot_be_exported_is_one_clear_line_and_no_file(tmp_path, capfd):
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
+
+
+class Tasks(nn.Module):
+    """Three outputs in a mapping, not in the order of their names, one of them nested."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1), nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        x = self.trunk(x).relu()
+        return {"seg": self.b(x), "box": self.a(x), "more": (x.mean((2, 3)),)}
+
+
+def test_outputs_of_several_tasks_keep_their_names(tmp_path):
+    net, path = Tasks().eval(), tmp_path / "model.onnx"
+    export(net, path, input_shape=(3, 8, 8))
+    images = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)).numpy()
+    assert verify.parity(net, path, images) < 1e-5
+    found = verify.outputs(path, images, batch=3)
+    assert {name: value.shape[:2] for name, value in found.items()} == {
+        "seg": (5, 5),
+        "box": (5, 2),
+        "more.output_0": (5, 4),
+    }
+    net.a.weight.data[0] += 0.1
+    with pytest.raises(ParityFailed, match=r"box: file and network differ"):
+        verify.parity(net, path, images)
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):

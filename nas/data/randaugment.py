@@ -39,6 +39,14 @@ def randaugment(
     return _colour(moved, {k: 1 + by[k] * most for k, most in COLOUR.items()})
 
 
+def jitter(images: Tensor, generator: torch.Generator, *, strength: float) -> Tensor:
+    """Brightness, contrast and saturation of each image, each by a random factor of up to
+    1 +- `strength`; as `randaugment` in and out."""
+    drawn = 2 * torch.rand((len(COLOUR), len(images)), generator=generator) - 1
+    factors = (1 + strength * drawn).to(images.device)
+    return _colour(images.float(), dict(zip(COLOUR, factors, strict=True)))
+
+
 def cutout(images: Tensor, generator: torch.Generator, *, share: float) -> Tensor:
     """A square of `share` of the side around a random pixel of each image becomes its mean colour;
     it may reach over the border."""

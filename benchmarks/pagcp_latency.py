@@ -1,0 +1,87 @@
+"""Milliseconds of the exported file, always beside the dense network's in the same process.
+
+A shared machine is some per cent faster or slower from one process to the next. What a network
+needs relative to the dense one in the same process is steadier by far, so milliseconds here are
+that share of one figure for the dense network.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.pagcp_experiment import Experiment
+from compress.cost import Latency, shape_of
+from deploy import onnx
+from hw_profiles import measure
+from hw_profiles.measure import Plan
+
+ROUGH_S = 3.0  # of a measurement while pruning: many networks, a little each
+
+
+@dataclass(frozen=True)
+class Target:
+    """ONNX Runtime on this machine, one thread, batch 1."""
+
+    experiment: Experiment
+    dense: nn.Module
+    dense_ms: float = 1.0  # until it is measured
+
+    def cost(self) -> Latency:
+        return Latency(self._exported_fast, self._milliseconds)
+
+    def export(self, net: nn.Module) -> Path:
+        path = self._path(net, "onnx")
+        if not path.exists():
+            onnx.export(net, path, input_shape=self.experiment.task.shape)
+        return path
+
+    def _exported_fast(self, net: nn.Module) -> Path:
+        """By torch's older exporter, for measuring only: the same milliseconds in a tenth of the
+        time to export (docs/methods/multitask.md)."""
+        path = self._path(net, "measured")
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                example = (self.experiment.example,)
+                torch.onnx.export(net, example, part, dynamo=False, opset_version=onnx.OPSET)
+            part.replace(path)
+        return path
+
+    def _path(self, net: nn.Module, kind: str) -> Path:
+        """One file per shape: what the weights are does not change the time."""
+        return self.experiment.folder / kind / f"{self.experiment.name}-{shape_of(net)}.onnx"
+
+    def relative(self, net: nn.Module) -> list[float]:
+        """Of the dense network's milliseconds, one figure of each process."""
+        files = [self.export(self.dense), self.export(net)]
+        found = [self._session(files, at) for at in range(self.experiment.processes)]
+        return [here / dense for dense, here in found]
+
+    def dense_milliseconds(self) -> float:
+        """The median of several processes."""
+        files = [self.export(self.dense)]
+        found = [self._session(files, at) for at in range(self.experiment.processes)]
+        return float(np.median(found))
+
+    def _session(self, files: Sequence[Path], seed: int) -> list[float]:
+        plan = Plan(precision=0.01, time_limit_s=self.experiment.turns_s)
+        return _session(files, plan, seed)
+
+    def _milliseconds(self, files: Sequence[Path]) -> list[float]:
+        plan = Plan(rounds=10, time_limit_s=min(ROUGH_S, self.experiment.turns_s))
+        dense, *found = _session([self._exported_fast(self.dense), *files], plan, seed=0)
+        return [self.dense_ms * ms / dense for ms in found]
+
+
+def _session(files: Sequence[Path], plan: Plan, seed: int) -> list[float]:
+    session = measure.fresh_session(list(files), rng=np.random.default_rng(seed), plan=plan)
+    return [timing.median_ms for timing in session.timings]

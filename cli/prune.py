@@ -1,0 +1,291 @@
+"""`nasctl prune`: fewer channels, the same tasks, by measured losses and a budget per task."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import console, options
+from nas.errors import BudgetInfeasible, BudgetMissed, UsageError
+
+if TYPE_CHECKING:
+    from cli.pruning import Pruning
+
+EPOCHS, QUICK_EPOCHS = 20.0, 4.0
+DEFAULT_DROP = "2%"
+_SHARE = re.compile(r"([0-9]*\.?[0-9]+)\s*%")
+_TARGET_FORMS = "macs=-60%, params=-50%, latency=-50%, or what is left: macs=20MMACs, latency=3ms"
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(help="my_pkg.my_mod:build, a run of ours or its .safetensors.")
+    ],
+    target: Annotated[str, typer.Option(help=f"As {_TARGET_FORMS}.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="The .safetensors of a network that build() makes.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Of a model of your own: a folder or my_pkg.my_mod:task.")
+    ] = None,
+    size: options.Size = None,
+    tasks: Annotated[str | None, typer.Option(help="Some of the data's tasks. [all]")] = None,
+    max_drop: Annotated[
+        str, typer.Option(help="Of each task's metric, relative: 2%, or seg=1%,edge=2%.")
+    ] = DEFAULT_DROP,
+    hw: Annotated[str, typer.Option(help="Device name or a .toml file.")] = "cpu",
+    on: Annotated[str, typer.Option(help="local, or ssh://[user@]host[:port].")] = "local",
+    method: Annotated[
+        str, typer.Option(help="pagcp, or a baseline; a wrong name lists them.")
+    ] = "pagcp",
+    rounds: Annotated[
+        int | None, typer.Option(help="Of pruning, with training between. [1]")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Of training after each round. [20]")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per step. [64]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [0.03]")] = None,
+    imitation: Annotated[
+        float | None, typer.Option(help="Share learnt from the unpruned network. [0.5]")
+    ] = None,
+    divisor: Annotated[
+        int | None, typer.Option(help="Kept widths are multiples of it. [the device's]")
+    ] = None,
+    seed: options.Seed = None,
+    threads: Annotated[int | None, typer.Option(help="Of the processor. [all cores]")] = None,
+    run: options.Run = None,
+    quick: Annotated[bool, typer.Option("--quick", help="4 epochs: a try-out.")] = False,
+    force: options.Force = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what can be pruned, and stop.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
+    """Prune a trained network, of one task or of several, down to a target.
+
+    Every task keeps its own bound. Ends in an ONNX file and the history that rebuilds the network;
+    the same command goes on where it was interrupted.
+    """
+    flags = {
+        "model": model,
+        "weights": weights and str(weights),
+        "data": data,
+        "size": size,
+        "hw": hw,
+        "on": on,
+        "method": method,
+        "rounds": rounds,
+        "epochs": epochs if epochs is not None else QUICK_EPOCHS if quick else EPOCHS,
+        "batch": batch,
+        "lr": lr,
+        "imitation": imitation,
+        "divisor": divisor,
+        "seed": seed,
+        "threads": threads,
+        **parse_target(target),
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
+    pruning = prepare(given, tasks, max_drop, run)
+    content = plan(pruning) if dry_run else execute(pruning, force=force)
+    if json:
+        console.emit_json(content)
+    if dry_run:
+        return
+    if not json:
+        _say_outcome(pruning, content)
+    _require_bounds(pruning, content)
+
+
+# ---- what was typed ------------------------------------------------------------------------------
+
+
+def parse_target(text: str) -> dict[str, Any]:
+    """'macs=-60%' and the like as fields of the spec."""
+    from cli import budgets
+
+    quantity, _, value = (part.strip() for part in text.partition("="))
+    if quantity not in ("macs", "params", "latency") or not value:
+        raise UsageError(f"'{text}'", where="--target", allowed=_TARGET_FORMS)
+    if value.startswith("-"):
+        share = _share(value[1:], "--target")
+        if share >= 1:
+            raise UsageError(f"'{text}' leaves nothing", where="--target", allowed=_TARGET_FORMS)
+        return {"quantity": quantity, "target": 1 - share, "relative": True}
+    if quantity == "latency":
+        left = console.parse_latency(value)
+    else:
+        counted = budgets.MACS if quantity == "macs" else budgets.PARAMS
+        left = budgets.parse(value, counted, "--target")
+    return {"quantity": quantity, "target": left, "relative": False}
+
+
+def parse_drops(text: str, names: list[str]) -> dict[str, float]:
+    """'2%' for all tasks or 'seg=1%,edge=2%' for each of them, as shares."""
+    if "=" not in text:
+        return dict.fromkeys(names, _share(text, "--max-drop"))
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if name not in names:
+            from nas.errors import unknown
+
+            raise unknown("task", name, names, where="--max-drop")
+        found[name] = _share(value, f"--max-drop {name}")
+    if missing := [name for name in names if name not in found]:
+        raise UsageError(f"says nothing of {', '.join(missing)}", where="--max-drop")
+    return found
+
+
+def _share(text: str, where: str) -> float:
+    match = _SHARE.fullmatch(text.strip())
+    if match is None or float(match[1]) == 0:
+        what = "a bound of 0 % leaves nothing to prune" if match else f"'{text}'"
+        raise UsageError(what, where=where, allowed="a share above zero, as 2%")
+    return float(match[1]) / 100
+
+
+def prepare(
+    given: dict[str, Any], tasks: str | None, max_drop: str, folder: Path | None
+) -> Pruning:
+    """Everything validated and loaded: names before data, data before any work."""
+    from cli.measuring import here_or_there
+    from cli.pruning import Pruning, make_spec
+    from compress import baselines
+    from hw_profiles import alignment, device
+    from nas.errors import unknown
+
+    board = device.load(given["hw"])
+    if given["quantity"] == "latency" or given["on"] != "local":
+        here_or_there(board, given["on"])
+    methods = ["pagcp", *baselines.names()]
+    if given["method"] not in methods:
+        raise unknown("pruning method", given["method"], methods, where="--method")
+    # what depends on the data is filled in below; everything typed is validated here
+    rough = make_spec({"max_drop": {}, "divisor": 8, "threads": 1, **given})
+    import torch
+
+    from cli import subject
+    from cli.train import cores
+    from nas.run import Run, digest
+
+    wanted = [name.strip() for name in tasks.split(",")] if tasks else []
+    weights = Path(rough.weights) if rough.weights else None
+    found = subject.load(rough.model, weights, rough.data, rough.size, wanted)
+    names = [goal.name for goal in found.task.goals]
+    defaults = {"divisor": alignment.tile(board)[0], "threads": cores(), "tasks": names}
+    spec = make_spec({**defaults, **given, "max_drop": parse_drops(max_drop, names)})
+    torch.set_num_threads(spec.threads)
+    name = f"prune-{Path(rough.model.split(':')[-1]).stem}-{digest(spec.model_dump())[:8]}"
+    return Pruning(spec, Run(folder or Path("runs") / name), found, board)
+
+
+# ---- what is done --------------------------------------------------------------------------------
+
+
+def plan(pruning: Pruning) -> dict[str, Any]:
+    """What can be pruned and what not, without doing it."""
+    from dataclasses import asdict
+
+    from compress import units
+
+    _say_inputs(pruning)
+    found = units.find(pruning.subject.net, pruning.subject.example)
+    for unit in found.units:
+        console.say(f"  {unit.root}: {unit.width} channels, with {len(unit.members) - 1} others")
+    for left in found.left_alone:
+        console.say(f"  {left.root} is left alone: {left.reason}")
+    return {
+        "spec": pruning.spec.model_dump(mode="json"),
+        "units": [asdict(unit) for unit in found.units],
+        "left_alone": [asdict(left) for left in found.left_alone],
+    }
+
+
+def execute(pruning: Pruning, *, force: bool) -> dict[str, Any]:
+    """Prune, train on, deliver; what is finished already is not repeated."""
+    from cli import pruning as stages
+
+    run = pruning.run
+    with run.locked(pruning.spec, force=force):
+        if force:
+            stages.forget(run)
+        _say_inputs(pruning)
+        if run.done(stages.STAGE, pruning.key):
+            content: dict[str, Any] = run.read_json(stages.REPORT)
+        else:
+            began = time.monotonic()
+            found = stages.pruned(pruning)
+            net = stages.trained(pruning, found.net, stages.TUNED, "training what is left")
+            content = stages.delivered(pruning, found, net, time.monotonic() - began)
+            run.write_json(stages.REPORT, content)
+            run.finish(stages.STAGE, pruning.key, content["seconds"], stages.FILES)
+            stages.forget(run)
+    return content
+
+
+def _say_inputs(pruning: Pruning) -> None:
+    task, spec = pruning.subject.task, pruning.spec
+    console.say(
+        f"{len(task.train)} train, {len(task.val)} validation, {len(task.test)} test images of "
+        f"{' x '.join(map(str, task.shape))}; tasks {', '.join(spec.max_drop)}",
+        "data",
+    )
+    console.say(str(pruning.run.folder), "run")
+
+
+def _say_outcome(pruning: Pruning, content: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("", "before", "after", "change")
+    for unit, label in (("MACs", "MMACs"), ("params", "k parameters")):
+        counted, scale = content["counts"][unit], 1e6 if unit == "MACs" else 1e3
+        _row(table, label, counted["before"] / scale, counted["after"] / scale)
+    if (timed := content["latency"]) is not None:
+        before, after = (timed[name]["median_ms"] for name in ("before", "after"))
+        _row(table, f"ms on {timed['device']}, measured", before, after)
+    for row in content["tasks"]:
+        test = row["test"]
+        low, high = (100 * test["change"][side] for side in ("low", "high"))
+        change = f"{100 * test['change']['value']:+.1f} % ({low:+.1f} to {high:+.1f})"
+        label = f"{row['task']}, test"
+        table.add_row(label, f"{test['before']:.4f}", f"{test['after']:.4f}", change)
+    console.show(table)
+    if timed is None:
+        console.say(f"latency on {pruning.device.name}: not measured", "note")
+    console.say(str(pruning.run.path("bundle/model.onnx")), "file")
+
+
+def _row(table: Any, label: str, before: float, after: float) -> None:
+    table.add_row(label, f"{before:.4g}", f"{after:.4g}", f"{100 * (after / before - 1):+.1f} %")
+
+
+def _require_bounds(pruning: Pruning, content: dict[str, Any]) -> None:
+    """The outcome on validation images, and the measured latency, have the last word; the files
+    are kept either way."""
+    report = str(pruning.run.path("report.json"))
+    over = [row for row in content["tasks"] if row["val"]["change"]["value"] < -row["max_drop"]]
+    if over:
+        worst = min(over, key=lambda row: row["val"]["change"]["value"] / row["max_drop"])
+        raise BudgetInfeasible(
+            f"{worst['task']} lost {-100 * worst['val']['change']['value']:.1f} % on validation "
+            f"images, {100 * worst['max_drop']:.3g} % may go",
+            where=report,
+            next="Ask for less, permit more, or train longer (--epochs, --rounds).",
+        )
+    spec, timed = pruning.spec, content["latency"]
+    if spec.quantity == "latency" and timed is not None:
+        before, after = (timed[name]["median_ms"] for name in ("before", "after"))
+        limit = before * spec.target if spec.relative else spec.target
+        if after > limit * MARGIN:
+            raise BudgetMissed(
+                f"the final file took {console.format_ms(after)}, the target is "
+                f"{console.format_ms(limit)}",
+                where=report,
+                next="Ask for a little less.",
+            )
+
+
+MARGIN = 1.02  # both files are measured, each to about 2 %

@@ -1,0 +1,338 @@
+"""The stages of `nasctl prune`: prune, in rounds with training between them; train on; deliver.
+
+A stage that the manifest knows as finished for the same inputs is skipped; every stage goes on
+where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from cli import console, measuring
+from cli.subject import Subject
+from compress import baselines, cost
+from compress import prune as pagcp
+from compress.cost import Cost
+from compress.job import Job, Pruned, Settings, Steps
+from compress.objective import Objective
+from deploy import onnx, verify
+from hw_profiles.device import Device
+from nas import checkpoint, multitask, multitask_training, paired
+from nas import run as runs
+from nas.data.examples import Examples
+from nas.elastic import channels_last
+from nas.errors import UsageError
+from nas.goals import Goal
+from nas.multitask import MultiTask
+from nas.multitask_training import Schedule
+from nas.run import Run
+
+PAGCP = "pagcp"
+LOOSEST = 6.0  # D, the factor by which the loss of the task that may drop most may grow (PAGCP)
+STEERING = 1024  # images, at most, that losses are measured on while channels go
+BATCH = 128
+RECORD, HISTORY, PRUNED = "prune.jsonl", "history.json", "pruned.safetensors"
+BETWEEN, TUNED = "round-{}.safetensors", "tuned.safetensors"
+STATE, CANDIDATES = "finetune.safetensors", "candidates"
+BUNDLE, MODEL, WEIGHTS = "bundle", "bundle/model.onnx", "model.safetensors"
+
+
+STAGE, REPORT = "prune", "report.json"
+FILES = [MODEL, f"{BUNDLE}/unpruned.onnx", WEIGHTS, HISTORY, REPORT]
+
+
+class PruneSpec(BaseModel):
+    """What a pruning is asked for. Fields are the long flags of `nasctl prune`, with their unit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    model: str
+    weights: str | None = None
+    data: str | None = None
+    size: int | None = Field(None, ge=8, le=1024)
+    tasks: list[str] = []  # as JSON has it: a manifest is compared with this
+    max_drop: dict[str, float]  # relative, of each task's metric
+    quantity: str  # macs, params or latency
+    target: float  # below 1: a share of the whole network's; else MACs, parameters or ms
+    relative: bool
+    hw: str = "cpu"
+    on: str = measuring.LOCAL
+    method: str = PAGCP
+    rounds: int = Field(1, ge=1, le=20)
+    epochs: float = Field(..., ge=0)  # of training after pruning, and between rounds
+    batch: int = Field(64, ge=2)
+    lr: float = Field(0.03, gt=0)
+    imitation: float = Field(0.5, ge=0, le=1)  # of the unpruned network, in the training
+    divisor: int = Field(..., ge=1)
+    seed: int = Field(0, ge=0)
+    threads: int = Field(..., ge=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Pruning:
+    """The resolved inputs of a pruning."""
+
+    spec: PruneSpec
+    run: Run
+    subject: Subject
+    device: Device
+
+    @property
+    def key(self) -> str:
+        """What the result depends on."""
+        asked = self.spec.model_dump(exclude={"data", "threads"}, mode="json")
+        weights = checkpoint.digest(self.subject.net)
+        return runs.digest([asked, weights, self.subject.task.fingerprint])
+
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        return self.subject.task.goals
+
+    @cached_property
+    def halves(self) -> tuple[Examples, Examples]:
+        """The validation images in two: those that losses are measured on while channels go, and
+        those that say what the tasks lost. Of training images the losses would not do: a network
+        that knows them by heart has none to speak of, and they multiply with the first channel."""
+        val = self.subject.task.val
+        generator = torch.Generator().manual_seed(self.spec.seed)
+        rows = torch.randperm(len(val), generator=generator)
+        middle = min(len(rows) // 2, STEERING)
+        return val.at(rows[:middle]), val.at(rows[middle:])
+
+    @property
+    def schedule(self) -> Schedule:
+        spec = self.spec
+        steps = round(spec.epochs * len(self.subject.task.train) / spec.batch)
+        return Schedule(
+            steps=steps, batch=spec.batch, lr=spec.lr, imitation=spec.imitation, seed=spec.seed
+        )
+
+
+def make_spec(fields: Mapping[str, Any]) -> PruneSpec:
+    """Validated; raises UsageError naming the flag that is wrong and what it may be."""
+    try:
+        return PruneSpec(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-")
+        raise UsageError(f"{first['msg']} (got {first['input']!r})", where=flag) from error
+
+
+def forget(run: Run) -> None:
+    """Remove what a pruning keeps in order to go on."""
+    kept = [run.path(PRUNED), run.path(TUNED), run.path(STATE)]
+    kept += [*run.folder.glob(BETWEEN.format("*")), *run.folder.glob(f"{Path(RECORD).stem}-*")]
+    for path in kept:
+        path.unlink(missing_ok=True)
+    shutil.rmtree(run.path(CANDIDATES), ignore_errors=True)
+
+
+# ---- prune ---------------------------------------------------------------------------------------
+
+
+def costs(pruning: Pruning) -> Cost:
+    """What the target counts."""
+    if pruning.spec.quantity == "macs":
+        return cost.Macs()
+    if pruning.spec.quantity == "params":
+        return cost.Params()
+    folder = pruning.run.path(CANDIDATES)
+    folder.mkdir(exist_ok=True)
+    shape = pruning.subject.task.shape
+
+    def export(net: nn.Module) -> Path:
+        path = folder / f"{cost.shape_of(net)}.onnx"
+        if not path.exists():
+            onnx.export(net, path, input_shape=shape)
+        return path
+
+    timer = measuring.timer(pruning.spec.on, pruning.device, pruning.spec.seed)
+    whole = export(pruning.subject.net)
+    whole_ms: list[float] = []
+
+    def measure(files: Sequence[Path]) -> list[float]:
+        """Beside the unpruned network, in the unit of its first time: processes and moods of the
+        machine differ by more than widths do."""
+        first, *found = [timing.median_ms for timing in timer([whole, *files])]
+        whole_ms.append(first)
+        return [ms / first * whole_ms[0] for ms in found]
+
+    return cost.Latency(export, measure)
+
+
+def job(pruning: Pruning, net: nn.Module) -> Job:
+    """What a method is asked for."""
+    spec, counted = pruning.spec, costs(pruning)
+    whole = counted.of(net, pruning.subject.example)
+    target = whole * spec.target if spec.relative else spec.target
+    if target >= whole:
+        raise UsageError(
+            f"the network has {whole:.4g} {counted.unit}, the target is {target:.4g}",
+            where="--target",
+            allowed="less than it has",
+        )
+    return Job(
+        net,
+        pruning.subject.example,
+        [objective(goal, pruning.subject.task) for goal in pruning.goals],
+        list(pruning.subject.task.batches(pruning.halves[0], BATCH)),
+        counted,
+        target,
+    )
+
+
+def objective(goal: Goal, task: MultiTask) -> Objective:
+    def loss(outputs: Any, targets: Any) -> torch.Tensor:
+        return goal.loss(multitask.answers(outputs, task), targets)
+
+    return Objective(goal.name, loss)
+
+
+def settings(spec: PruneSpec) -> Settings:
+    """Losses may grow in proportion to the drops that are allowed: by PAGCP's factor for the task
+    that may drop most, by less for the others."""
+    most = max(spec.max_drop.values())
+    bound = {name: LOOSEST ** (drop / most) for name, drop in spec.max_drop.items()}
+    return Settings(bound=bound, divisor=spec.divisor, seed=spec.seed)
+
+
+def pruned(pruning: Pruning) -> Pruned:
+    """The pruned network before its last training. Raises BudgetInfeasible where the target is
+    not met within the bounds."""
+    spec, run = pruning.spec, pruning.run
+    asked = job(pruning, pruning.subject.net)
+    steps: Steps
+    if spec.method == PAGCP:
+        recover = functools.partial(_recover, pruning)
+        steps = pagcp.prune(
+            asked, settings(spec), run.path(RECORD), rounds=spec.rounds, recover=recover
+        )
+    else:
+        steps = baselines.load(spec.method)(asked, settings(spec))
+    with console.bar("pruning", 1.0) as update:
+        while True:
+            try:
+                now = next(steps)
+            except StopIteration as end:
+                found: Pruned = end.value
+                break
+            update(now.done, now.doing)
+    run.write_text(HISTORY, found.history.to_json() + "\n")
+    checkpoint.write(run.path(PRUNED), found.net.state_dict(), {})
+    return found
+
+
+def _recover(pruning: Pruning, net: nn.Module, number: int) -> nn.Module:
+    """`net` trained after round `number`."""
+    return trained(pruning, net, BETWEEN.format(number), f"training after round {number + 1}")
+
+
+def trained(pruning: Pruning, net: nn.Module, name: str, doing: str) -> nn.Module:
+    """`net` after the schedule, taught by the unpruned network; kept in the run's file `name`."""
+    done, state = pruning.run.path(name), pruning.run.path(STATE)
+    channels_last(net)  # as training leaves it: other memory formats round otherwise
+    if done.exists():
+        checkpoint.fill(net, checkpoint.read(done)[0], done)
+        return net.eval()
+    schedule = pruning.schedule
+    teacher = pruning.subject.net if schedule.imitation else None
+    steps = multitask_training.train(
+        net, pruning.subject.task, schedule, teacher=teacher, resume=state
+    )
+    with console.bar(doing, max(1, schedule.steps)) as update, console.deferred_interrupt() as stop:
+        for step in steps:
+            update(step.step, " ".join(f"{k} {v:.3f}" for k, v in step.losses.items()))
+            if stop() and step.step < schedule.steps:
+                steps.close()  # which saves the state
+                raise KeyboardInterrupt
+    checkpoint.write(done, net.state_dict(), {})
+    state.unlink(missing_ok=True)
+    return net.eval()
+
+
+# ---- deliver -------------------------------------------------------------------------------------
+
+
+def delivered(pruning: Pruning, found: Pruned, net: nn.Module, seconds: float) -> dict[str, Any]:
+    """Export, run and judge both networks; the content of the report. Test images are read here,
+    once, for both."""
+    run, task, whole = pruning.run, pruning.subject.task, pruning.subject.net
+    run.path(BUNDLE).mkdir(exist_ok=True)
+    files = {"before": run.path(f"{BUNDLE}/unpruned.onnx"), "after": run.path(MODEL)}
+    images = next(task.batches(task.val, 64))[0].numpy()
+    parity = {}
+    for name, each in (("before", whole), ("after", net)):
+        onnx.export(each, files[name], input_shape=task.shape, metadata=_metadata(pruning))
+        parity[name] = verify.parity(each, files[name], images)
+    checkpoint.write(run.path(WEIGHTS), net.state_dict(), {})
+    example = pruning.subject.example
+    counts = {
+        unit.unit: {"before": unit.of(whole, example), "after": unit.of(net, example)}
+        for unit in (cost.Macs(), cost.Params())
+    }
+    return {
+        "nasctl": metadata.version("nasctl"),
+        "spec": pruning.spec.model_dump(mode="json"),
+        "origin": pruning.subject.origin,
+        "tasks": [_judged(pruning, goal, net) for goal in task.goals],
+        "counts": counts,
+        "latency": _timed(pruning, files),
+        "parity": parity,
+        "units": [asdict(row) for row in found.rows],
+        "left_alone": [asdict(left) for left in found.left_alone],
+        "seconds": round(seconds, 1),
+        "environment": verify.environment(),
+    }
+
+
+def _judged(pruning: Pruning, goal: Goal, net: nn.Module) -> dict[str, Any]:
+    """A task's metric before and after, on validation and on test images."""
+    task = pruning.subject.task.only([goal.name])
+    row: dict[str, Any] = {"task": goal.name, "max_drop": pruning.spec.max_drop[goal.name]}
+    for name, split in (("val", pruning.halves[1]), ("test", task.test)):
+        before, after = (
+            multitask.evidence(each, task, split)[goal.name] for each in (pruning.subject.net, net)
+        )
+        rng = np.random.default_rng((pruning.spec.seed, 21))
+        change = paired.change(goal, [before], [after], rng=rng)
+        scores = {"before": goal.score(before), "after": goal.score(after)}
+        row[name] = {**scores, "change": asdict(change), "images": len(split)}
+    return row
+
+
+def _timed(pruning: Pruning, files: Mapping[str, Path]) -> dict[str, Any] | None:
+    """Both files on the device, in turn with each other; None where it cannot be reached."""
+    if pruning.device.local != (pruning.spec.on == measuring.LOCAL):
+        return None
+    timings = measuring.timer(pruning.spec.on, pruning.device, pruning.spec.seed)(
+        list(files.values())
+    )
+    found = {name: asdict(timing) for name, timing in zip(files, timings, strict=True)}
+    return {"device": pruning.device.name, "on": pruning.spec.on, **found}
+
+
+def _metadata(pruning: Pruning) -> dict[str, str]:
+    task = pruning.subject.task
+    channels, height, width = task.shape
+    return {
+        "nasctl": metadata.version("nasctl"),
+        "model": str(pruning.subject.origin["model"]),
+        "input": f"float32 N x {channels} x {height} x {width}, (pixel / 255 - mean) / std",
+        "mean": json.dumps(list(task.moments[0])),
+        "std": json.dumps(list(task.moments[1])),
+        "data_sha256": task.fingerprint,
+        "run": pruning.run.folder.name,
+    }

@@ -1,0 +1,90 @@
+"""What pruning saves: multiply-adds, parameters or milliseconds of a network as it stands."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from compress.graph import Inputs, forward
+
+
+class Cost(Protocol):
+    """One figure of a network, smaller is better. `many` is for costs that are better taken of
+    several networks at once; the results are in their order."""
+
+    @property
+    def unit(self) -> str: ...
+
+    def of(self, net: nn.Module, example_inputs: Inputs) -> float: ...
+
+    def many(self, nets: Sequence[nn.Module], example_inputs: Inputs) -> list[float]: ...
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-adds of one forward call on the example inputs: of convolutions and of every matrix
+    product, those inside attention included; norms and activations count nothing."""
+
+    unit: str = "MACs"
+
+    def of(self, net: nn.Module, example_inputs: Inputs) -> float:
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            forward(net, example_inputs)
+        return counter.get_total_flops() / 2
+
+    def many(self, nets: Sequence[nn.Module], example_inputs: Inputs) -> list[float]:
+        return [self.of(net, example_inputs) for net in nets]
+
+
+@dataclass(frozen=True)
+class Params:
+    """Parameters, shared ones once."""
+
+    unit: str = "params"
+
+    def of(self, net: nn.Module, example_inputs: Inputs) -> float:
+        return float(sum(parameter.numel() for parameter in net.parameters()))
+
+    def many(self, nets: Sequence[nn.Module], example_inputs: Inputs) -> list[float]:
+        return [self.of(net, example_inputs) for net in nets]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of the exported file, by callables of whoever knows the target: `export(net)`
+    writes a file and says where, `measure(files)` times them in turn with each other."""
+
+    export: Callable[[nn.Module], Path]
+    measure: Callable[[Sequence[Path]], Sequence[float]]
+    unit: str = "ms"
+
+    def of(self, net: nn.Module, example_inputs: Inputs) -> float:
+        return self.many([net], example_inputs)[0]
+
+    def many(self, nets: Sequence[nn.Module], example_inputs: Inputs) -> list[float]:
+        return [float(ms) for ms in self.measure([self.export(net) for net in nets])]
+
+
+def beside(
+    cost: Cost, net: nn.Module, whole: nn.Module, whole_cost: float, example_inputs: Inputs
+) -> float:
+    """The cost of `net`. Milliseconds are taken in turn with those of `whole`, which are known to
+    be `whole_cost`: sessions differ from each other by some per cent as a whole."""
+    if not isinstance(cost, Latency):
+        return cost.of(net, example_inputs)
+    now, ms = cost.many([whole, net], example_inputs)
+    return whole_cost * ms / now
+
+
+def shape_of(net: nn.Module) -> str:
+    """Names the widths of a network: two with the same name cost the same, whatever the weights."""
+    shapes = "; ".join(f"{name} {list(p.shape)}" for name, p in net.state_dict().items())
+    return hashlib.sha256(shapes.encode()).hexdigest()[:16]

@@ -1,0 +1,359 @@
+"""PAGCP: performance-aware global channel pruning (T-PAMI 2023, arXiv 2303.11923).
+
+Units are visited one after another on the network as pruned so far. Inside a unit the filters of
+least norm go first; how many is decided by measuring every task's loss with ever more of them gone,
+until one task's loss grows by more than the unit's share of what is permitted. Afterwards the units
+that cost the tasks most per saving are put back.
+
+Written from the paper's algorithm. Where the published code differs from it or from what it is
+for, docs/methods/pagcp.md says what is done here, and what is an extension (bounds per task,
+latency, reaching a target exactly).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from compress import losses, units, widths
+from compress.cost import beside, shape_of
+from compress.graph import Graph, tensors
+from compress.history import History, Step
+from compress.job import Job, Progress, Pruned, Row, Settings, Steps
+from compress.objective import Objective
+from compress.record import Record
+from compress.reuse import Prefix
+from compress.schedule import Schedule
+from compress.units import Unit
+from nas.errors import BudgetInfeasible, NasctlError
+
+Recover = Callable[[nn.Module, int], nn.Module]  # (pruned network, round) -> the same, trained
+
+
+def prune(
+    job: Job,
+    settings: Settings = Settings(),
+    record: Path | None = None,
+    *,
+    rounds: int = 1,
+    recover: Recover | None = None,
+) -> Steps:
+    """PAGCP in up to `rounds` rounds, with `recover` (fine-tuning) between them.
+
+    Yields Progress. With `record` every measurement is a line of a file (of each round), and the
+    same call goes on from there. Bounds hold for a round, against the network that it begins with.
+    Raises BudgetInfeasible, naming the task that limits, where the target is not met in the end.
+    """
+    result, history = None, History()
+    rows: tuple[Row, ...] = ()
+    for number in range(rounds):
+        path = record and record.with_stem(f"{record.stem}-{number}")
+        found = yield from one_round(job, settings, path)
+        history = history.then(*found.history.steps)
+        rows += tuple(replace(row, round=number) for row in found.rows)
+        first = result or found
+        result = replace(
+            found,
+            history=history,
+            rows=rows,
+            cost_before=first.cost_before,
+            losses_before=first.losses_before,
+        )
+        if result.cost <= job.target:
+            return result
+        if number + 1 < rounds:
+            job = replace(job, net=recover(found.net, number) if recover else found.net)
+    assert result is not None, "rounds is at least 1"
+    raise _infeasible(job, settings, result)
+
+
+def one_round(job: Job, settings: Settings = Settings(), record: Path | None = None) -> Steps:
+    """One round, whether it meets the target or not."""
+    run = _Round(job, settings, Record(record, _inputs(job)))
+    yield from run.scan()
+    return run.chosen()
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """What was measured of a unit: its widths, widest first, and how much of its threshold each
+    used up (1 is all of it)."""
+
+    unit: Unit
+    order: Sequence[int]
+    used: Mapping[int, float]  # by width, those accepted
+    row: Row
+
+    def stop(self, share: float) -> int:
+        """The last width before one used more than `share` of the threshold."""
+        kept = self.unit.width
+        for width, used in self.used.items():
+            if used > share:
+                break
+            kept = width
+        return kept
+
+
+@dataclass
+class _Round:
+    """The state of one round: what is pruned so far, and what the tasks' losses are held to."""
+
+    job: Job
+    settings: Settings
+    known: Record
+    history: History = History()
+    visits: list[_Visit] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        job, settings = self.job, self.settings
+        names = [objective.name for objective in job.objectives]
+        bounds = settings.bounds(names)
+        self.judged: Sequence[Objective] = job.objectives
+        if settings.summed:
+            self.judged = [summed(job.objectives)]
+            bounds = {"sum": max(bounds.values())}
+        self.found = units.find(job.net, job.example_inputs)
+        stairs = {u: widths.stairs(job, u, settings, self.known) for u in self.found.units}
+        self.stairs = {unit: stair for unit, stair in stairs.items() if stair.widths}
+        if not self.stairs:
+            raise _nothing(self.found, settings)
+        self.schedule = Schedule(bounds, settings.first, len(self.stairs))
+        self.net = job.net
+        self.cost = self.cost_before = self.known.of(
+            f"{job.cost.unit} of the whole", lambda: job.cost.of(job.net, job.example_inputs)
+        )
+        self.before = self._losses(History(), job.net, self.judged)
+        _check_positive(self.before)
+        self.base = dict(self.before)
+        self.at = dict(self.before)  # losses of `net`
+
+    def scan(self) -> Generator[Progress, None, None]:
+        """Visit every unit, in the order of what it saves."""
+        began = time.perf_counter()
+        sign = 1 if self.schedule.ascending else -1
+        order = sorted(self.stairs, key=lambda unit: sign * self.stairs[unit].gain)
+        for number, unit in enumerate(order):
+            spent = time.perf_counter() - began
+            eta = spent / number * (len(order) - number) if number else math.nan
+            yield Progress(f"pruning {unit.root}", number / len(order), spent, eta)
+            self.visits.append(self._visit(unit))
+        yield Progress("choosing units", 1.0, time.perf_counter() - began, math.nan)
+
+    def _visit(self, unit: Unit) -> _Visit:
+        net, history = self.net, self.history
+        if self.settings.one_shot:
+            net, history = self.job.net, History()
+        members = Graph(copy.deepcopy(net), self.job.example_inputs).members(unit.root)
+        order = widths.weakest_first(widths.by_place(widths.magnitude(members, unit.width), unit))
+        accepted = sum(bool(visit.used) for visit in self.visits)
+        thresholds = self.schedule.thresholds(accepted)
+        limits = {task: loss * (1 + thresholds[task]) for task, loss in self.base.items()}
+        prefix = Prefix(unit.members)
+        used: dict[int, float] = {}
+        limiting = ""
+        last: Mapping[str, float] = self.at
+        for kept in self.stairs[unit].widths:
+            step = widths.step(unit, order, kept)
+            found = self._trial(net, history.then(step), limits, prefix)
+            if found.over:
+                limiting = found.over
+                break
+            used[kept] = max(
+                (found.values[t] / self.base[t] - 1) / thresholds[t] for t in self.base
+            )
+            last = found.values
+        row = Row(unit.root, unit.width, unit.width, unit.width, last, limits, limiting)
+        if used:
+            row = self._accept(unit, widths.step(unit, order, list(used)[-1]), row)
+        return _Visit(unit, order, used, row)
+
+    def _trial(
+        self, net: nn.Module, history: History, limits: Mapping[str, float], prefix: Prefix
+    ) -> losses.Losses:
+        job, step = self.job, history.steps[-1]
+
+        def measured() -> list[object]:
+            trial = History((step,)).replay(net, job.example_inputs)
+            with prefix.on(trial):
+                found = losses.measure(trial, self.judged, job.batches, limits)
+            return [found.values, found.over]
+
+        key = _digest(f"{history.to_json()} {sorted(limits.items())}")
+        return losses.Losses(*self.known.of(f"losses {key}", measured))
+
+    def _accept(self, unit: Unit, step: Step, row: Row) -> Row:
+        """Keep the widest step that every task bore, and say what it was worth."""
+        self.net = History((step,)).replay(self.net, self.job.example_inputs)
+        self.history = self.history.then(step)
+        cost = self._cost(self.net)
+        saved = self.cost - cost
+        grown = sum((row.losses[t] - self.at[t]) / self.before[t] for t in self.before)
+        if not self.settings.one_shot:
+            self.at = dict(row.losses)
+            self.base = {t: max(loss, row.losses[t]) for t, loss in self.base.items()}
+        self.cost = cost
+        accepted = unit.width - len(step.indices)
+        score = grown / saved if saved > 0 else math.inf
+        return replace(row, accepted=accepted, saved=saved, score=score)
+
+    # ---- which of the accepted steps are kept --------------------------------------------------
+
+    def chosen(self) -> Pruned:
+        """The network that is kept: the best units by score, as far down as the target asks."""
+        pruned = sorted((v for v in self.visits if v.used), key=lambda visit: visit.row.score)
+        # a unit that makes the network slower is never kept
+        pruned = [visit for visit in pruned if visit.row.score < math.inf]
+        least = math.ceil(self.settings.keep * len(pruned))
+        stops: dict[Unit, int] = {}
+        for n in range(least, len(pruned) + 1):
+            stops = {visit.unit: visit.stop(1.0) for visit in pruned[:n]}
+            if self._meets(stops):
+                stops = self._eased(pruned[:n])
+                break
+        result = self._result(*self._applied(stops))
+        if self.settings.summed or self.settings.one_shot or not self._over(result):
+            return result
+        # others than were measured together: what was is within the bounds
+        return self._result(*self._applied({visit.unit: visit.stop(1.0) for visit in self.visits}))
+
+    def _over(self, result: Pruned) -> bool:
+        bounds = self.settings.bounds([*result.losses])
+        return any(
+            not loss <= bounds[task] * result.losses_before[task]
+            for task, loss in result.losses.items()
+        )
+
+    def _eased(self, visits: Sequence[_Visit]) -> dict[Unit, int]:
+        """Prune no further than the target asks: every unit stops at the same share of its
+        threshold, the least that meets the target; the unit that makes the difference stops as
+        soon as the target is met."""
+        shares = sorted({used for visit in visits for used in visit.used.values()})
+        low, high = 0, len(shares) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self._meets({visit.unit: visit.stop(shares[middle]) for visit in visits}):
+                high = middle
+            else:
+                low = middle + 1
+        stops = {v.unit: v.stop(shares[high - 1]) if high else v.unit.width for v in visits}
+        for visit in visits:
+            last = visit.stop(shares[high])
+            for width in [w for w in visit.used if stops[visit.unit] > w >= last]:
+                stops[visit.unit] = width
+                if self._meets(stops):
+                    return stops
+        return stops
+
+    def _meets(self, stops: Mapping[Unit, int]) -> bool:
+        named = {unit.root: width for unit, width in stops.items()}
+        cost = self.known.of(
+            f"{self.job.cost.unit} at {named}", lambda: self._cost(self._applied(stops)[1])
+        )
+        return float(cost) <= self.job.target
+
+    def _applied(self, stops: Mapping[Unit, int]) -> tuple[History, nn.Module]:
+        """The accepted steps down to these widths, in the order they were taken, on the unpruned
+        network; units that are not named stay whole."""
+        steps = [
+            widths.step(visit.unit, visit.order, stops[visit.unit])
+            for visit in self.visits
+            if stops.get(visit.unit, visit.unit.width) < visit.unit.width
+        ]
+        history = History(tuple(steps))
+        return history, history.replay(self.job.net, self.job.example_inputs)
+
+    def _result(self, history: History, net: nn.Module) -> Pruned:
+        went = {step.root: len(step.indices) for step in history.steps}
+        rows = tuple(
+            replace(visit.row, kept=visit.row.width - went.get(visit.unit.root, 0))
+            for visit in self.visits
+        )
+        return Pruned(
+            net=net,
+            history=history,
+            cost_before=self.cost_before,
+            cost=self._cost(net),
+            losses_before=self._losses(History(), self.job.net, self.job.objectives),
+            losses=self._losses(history, net, self.job.objectives),
+            rows=rows,
+            left_alone=self.found.left_alone,
+        )
+
+    def _cost(self, net: nn.Module) -> float:
+        job, key = self.job, f"{self.job.cost.unit} of {shape_of(net)}"
+        return self.known.of(
+            key, lambda: beside(job.cost, net, job.net, self.cost_before, job.example_inputs)
+        )
+
+    def _losses(
+        self, history: History, net: nn.Module, objectives: Sequence[Objective]
+    ) -> dict[str, float]:
+        names = ", ".join(objective.name for objective in objectives)
+        key = f"{names} of {_digest(history.to_json())}"
+        return dict(
+            self.known.of(key, lambda: losses.measure(net, objectives, self.job.batches).values)
+        )
+
+
+def summed(objectives: Sequence[Objective]) -> Objective:
+    """One objective, the plain sum: what pruning by a training loss looks at."""
+
+    def loss(outputs: object, targets: object) -> torch.Tensor:
+        return torch.stack([o.loss(outputs, targets) for o in objectives]).sum()
+
+    return Objective("sum", loss, sum(o.least for o in objectives))
+
+
+def _check_positive(before: Mapping[str, float]) -> None:
+    for task, loss in before.items():
+        if loss <= 0:
+            raise NasctlError(
+                f"a loss of {loss:g} before pruning: no relative bound on its growth is possible",
+                where=f"task '{task}'",
+                allowed="a loss above 0",
+            )
+
+
+def _nothing(found: units.Found, settings: Settings) -> NasctlError:
+    reasons = [f"{left.root}: {left.reason}" for left in found.left_alone]
+    reasons += [f"{u.root}: {u.width // u.parts} channels of a part" for u in found.units]
+    return NasctlError(
+        f"nothing can be pruned to multiples of {settings.divisor} channels "
+        f"({'; '.join(reasons[:3])})",
+        where="model",
+    )
+
+
+def _infeasible(job: Job, settings: Settings, result: Pruned) -> BudgetInfeasible:
+    limits = Counter(row.limiting for row in result.rows if row.limiting)
+    task, times = limits.most_common(1)[0] if limits else ("no task", 0)
+    return BudgetInfeasible(
+        f"{result.cost:.4g} {job.cost.unit} of {result.cost_before:.4g} is as far as it goes "
+        f"within the bounds; {task} limits ({times} of {len(result.rows)} units)",
+        where=f"target {job.target:.4g} {job.cost.unit}",
+        next="Permit larger drops, more rounds with fine-tuning, or a smaller divisor than "
+        f"{settings.divisor}.",
+    )
+
+
+def _inputs(job: Job) -> str:
+    """What a record's values depend on: weights, data and tasks."""
+    digest = hashlib.sha256()
+    held = [t for batch in job.batches for t in (*tensors(batch[0]), *tensors(batch[1]))]
+    for tensor in (*job.net.state_dict().values(), *held):
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    names = ", ".join(objective.name for objective in job.objectives)
+    return f"{names}, sha256 {digest.hexdigest()[:16]}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

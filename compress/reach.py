@@ -1,0 +1,109 @@
+"""How every baseline meets a target: scores of channels, and the mildest pruning by them that does.
+
+A baseline says what a channel is worth and which units compete with each other (a scope); the
+widths, their rounding, the graph and the search for the target are the same for all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from compress import losses, widths
+from compress.cost import beside
+from compress.graph import Graph, Member
+from compress.history import History
+from compress.job import Job, Progress, Pruned, Row, Settings, Steps
+from compress.units import Found, Unit
+from nas.errors import BudgetInfeasible
+
+HALVINGS = 16  # of the interval in which the strength lies
+
+Scores = Mapping[Unit, Tensor]  # [places of a part]: what each is worth
+Widths = Mapping[Unit, int]
+#: from strength, 0 (nothing goes) to 1 (all that may), to the widths that are kept
+Allocate = Callable[[float], Widths]
+
+
+def scored(
+    graph: Graph, found: Sequence[Unit], score: Callable[[Sequence[Member], int], Tensor]
+) -> Scores:
+    """`score` of every unit of a network: (members of all channels, width) -> [width]."""
+    return {u: widths.by_place(score(graph.members(u.root), u.width), u) for u in found}
+
+
+def by_threshold(scores: Scores, scope: Callable[[Unit], Hashable], settings: Settings) -> Allocate:
+    """The strength's share of each scope's places goes, those of least score. No unit loses more
+    than the grid's last ratio: a global order may want to empty a layer."""
+    scopes: dict[Hashable, list[Unit]] = {}
+    for unit in scores:
+        scopes.setdefault(scope(unit), []).append(unit)
+    most = settings.grid[-1]
+
+    def allocate(strength: float) -> dict[Unit, int]:
+        kept: dict[Unit, int] = {}
+        for members in scopes.values():
+            every = torch.cat([scores[unit] for unit in members]).sort().values
+            limit = every[min(round(strength * len(every)), len(every) - 1)]
+            for unit in members:
+                share = float((scores[unit] < limit).float().mean()) if strength < 1 else 1.0
+                each = unit.width // unit.parts
+                kept[unit] = unit.parts * widths.rounded(each, min(share, most), settings.divisor)
+        return kept
+
+    return allocate
+
+
+def reach(job: Job, found: Found, scores: Scores, allocate: Allocate) -> Steps:
+    """Prune by the least strength whose network costs at most the target; the places of least
+    score go. Raises BudgetInfeasible where not even the greatest strength gives one."""
+    began = time.perf_counter()
+    before = job.cost.of(job.net, job.example_inputs)
+    orders = {unit: widths.weakest_first(worth) for unit, worth in scores.items()}
+    tried: dict[tuple[int, ...], tuple[History, nn.Module, float]] = {}
+
+    def at(strength: float) -> tuple[History, nn.Module, float]:
+        kept = allocate(strength)
+        key = tuple(kept.values())
+        if key not in tried:
+            steps = [widths.step(u, orders[u], n) for u, n in kept.items() if n < u.width]
+            history = History(tuple(steps))
+            net = history.replay(job.net, job.example_inputs)
+            cost = beside(job.cost, net, job.net, before, job.example_inputs)
+            tried[key] = history, net, cost
+        return tried[key]
+
+    low, high = 0.0, 1.0
+    best = at(high)
+    if best[2] > job.target:
+        raise BudgetInfeasible(
+            f"{best[2]:.4g} {job.cost.unit} is the least that this method comes to",
+            where=f"target {job.target:.4g} {job.cost.unit}",
+        )
+    for done in range(HALVINGS):
+        spent = time.perf_counter() - began
+        left = spent / done * (HALVINGS - done) if done else float("nan")
+        yield Progress("searching the strength", done / HALVINGS, spent, left)
+        middle = (low + high) / 2
+        tried_now = at(middle)
+        if tried_now[2] <= job.target:
+            high, best = middle, tried_now
+        else:
+            low = middle
+    history, net, cost = best
+    kept = {
+        u: u.width - sum(len(s.indices) for s in history.steps if s.root == u.root) for u in scores
+    }
+    return Pruned(
+        net=net,
+        history=history,
+        cost_before=before,
+        cost=cost,
+        losses_before=losses.measure(job.net, job.objectives, job.batches).values,
+        losses=losses.measure(net, job.objectives, job.batches).values,
+        rows=tuple(Row(unit.root, unit.width, n, n) for unit, n in kept.items()),
+        left_alone=found.left_alone,
+    )

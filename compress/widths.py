@@ -1,0 +1,113 @@
+"""Which widths a unit may be pruned to, and which of its channels go first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.cost import Latency
+from compress.graph import LAYERS, Member, gives
+from compress.history import History, Step
+from compress.job import Job, Settings
+from compress.record import Record
+from compress.units import Unit, places
+
+
+def rounded(each: int, ratio: float, divisor: int) -> int:
+    """Channels kept of `each` in one part: the multiple of `divisor` nearest to what the ratio
+    leaves, at least one of them; parts narrower than the divisor stay whole."""
+    if each < divisor:
+        return each
+    nearest = math.floor((1 - ratio) * each / divisor + 0.5) * divisor
+    return min(each, max(divisor, nearest))
+
+
+def offered(unit: Unit, settings: Settings) -> tuple[int, ...]:
+    """Widths of all parts together that the grid's ratios come to, widest first, each once."""
+    each = unit.width // unit.parts
+    kept = (unit.parts * rounded(each, ratio, settings.divisor) for ratio in settings.grid)
+    return tuple(sorted({width for width in kept if width < unit.width}, reverse=True))
+
+
+def magnitude(members: Sequence[Member], total: int) -> Tensor:
+    """[total]: mean over the layers that give a root's channel of the mean absolute weight that
+    gives it (PAGCP's group L1)."""
+    sums, counts = torch.zeros(total), torch.zeros(total)
+    for member in members:
+        module = member.module
+        if member.inputs or not isinstance(module, LAYERS):
+            continue
+        weight = module.weight.detach().float().cpu().transpose(0, gives(module))
+        norms = weight.flatten(1).abs().mean(1)
+        roots = torch.as_tensor(list(member.roots))
+        sums.index_add_(0, roots, norms[torch.as_tensor(list(member.at))])
+        counts.index_add_(0, roots, torch.ones(len(roots)))
+    return sums / counts.clamp(min=1)
+
+
+def by_place(scores: Tensor, unit: Unit) -> Tensor:
+    """[places of a part]: the mean over the parts of the scores [width] of channels."""
+    return scores.detach().float().cpu().view(unit.parts, -1).mean(0)
+
+
+def weakest_first(worth: Tensor) -> list[int]:
+    """Places in the order they go; equal ones by number."""
+    return worth.argsort(stable=True).tolist()
+
+
+def step(unit: Unit, order: Sequence[int], kept: int) -> Step:
+    """Prune the unit to width `kept`, the first of `order` going in every part."""
+    return Step(unit.root, places(unit, order[: (unit.width - kept) // unit.parts]))
+
+
+def alone(job: Job, unit: Unit, widths: Sequence[int], known: Record) -> list[float]:
+    """What the network costs with this unit alone at each width, taken together: a latency is to
+    be compared with others of the same session only."""
+
+    def taken() -> list[float]:
+        anyhow = range(unit.width // unit.parts)  # which channels go is all the same to the cost
+        steps = [step(unit, anyhow, kept) for kept in widths]
+        nets = [History((one,)).replay(job.net, job.example_inputs) for one in steps]
+        return job.cost.many(nets, job.example_inputs)
+
+    return known.of(f"{job.cost.unit} of {unit.root} alone at {list(widths)}", taken)
+
+
+@dataclass(frozen=True)
+class Stairs:
+    """Widths that a unit may be pruned to, widest first, and what pruning it saves for sure.
+
+    Where milliseconds are measured, no width is here that is as slow as a wider one: a kernel that
+    pads or falls back makes such widths a loss for nothing.
+    """
+
+    widths: tuple[int, ...]
+    gain: float  # cost saved by this unit alone at the probe ratio: what units are ordered by
+
+
+def stairs(job: Job, unit: Unit, settings: Settings, known: Record) -> Stairs:
+    """Raises nothing: a unit too narrow for the divisor has no widths."""
+    widths = offered(unit, settings)
+    if not widths:
+        return Stairs((), 0.0)
+    probe = min(widths, key=lambda width: abs(width - (1 - settings.probe) * unit.width))
+    if not isinstance(job.cost, Latency):  # counted: grows with the width
+        full, probed = alone(job, unit, (unit.width, probe), known)
+        return Stairs(widths, full - probed)
+    full, *costs = alone(job, unit, (unit.width, *widths), known)
+    falling = descending(widths, costs, full)
+    return Stairs(tuple(falling), full - costs[widths.index(probe)])
+
+
+def descending(widths: Sequence[int], costs: Sequence[float], full: float) -> dict[int, float]:
+    """Of widths from the widest on, those that cost less than the full one and all wider ones."""
+    kept: dict[int, float] = {}
+    least = full
+    for width, cost in zip(widths, costs, strict=True):
+        if cost < least:
+            kept[width] = least = cost
+    return kept

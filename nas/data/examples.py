@@ -1,0 +1,22 @@
+"""Images with everything that is known about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """uint8 images [N, C, H, W] and targets by name, each with N rows."""
+
+    images: Tensor
+    targets: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def at(self, rows: Tensor) -> Examples:
+        return Examples(self.images[rows], {name: t[rows] for name, t in self.targets.items()})

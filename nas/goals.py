@@ -1,0 +1,245 @@
+"""What a network that answers several questions at once is asked: class, box, label map, its
+boundaries, which classes are in the picture. One constructor each.
+
+A goal judges in two steps: `evidence` is what its metric needs to know of each image, `score` makes
+the metric of the evidence of any set of images. So every metric, a mean over images or not, can be
+resampled over images (`nas.paired`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Outputs = Mapping[str, Tensor]  # what a network returns: one tensor per goal, by the goal's name
+Targets = Mapping[str, Tensor]  # rows belong to the images of a batch
+
+VOID = 255  # in label maps: pixels that nobody labelled
+PRESENT = 0.01  # share of an image's pixels from which on a class counts as being in it
+THRESHOLDS = torch.arange(1, 20) / 20  # of boundary probability
+SLACK = 3  # side of the square in which a boundary pixel may match another: one pixel off
+
+
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """One question. `name` is also the key of the network's answer."""
+
+    name: str
+    loss: Callable[[Outputs, Targets], Tensor]  # scalar, mean over the batch
+    evidence: Callable[[Outputs, Targets], Tensor]  # [N, ...]
+    score: Callable[[Tensor], float]  # of evidence; higher is better
+    imitate: Callable[[Tensor, Tensor], Tensor] | None = None  # (own, teacher's answer) -> scalar
+    weight: float = 1.0  # of the loss among those of the other goals
+
+    def metric(self, outputs: Outputs, targets: Targets) -> float:
+        return self.score(self.evidence(outputs, targets))
+
+
+# ---- class ---------------------------------------------------------------------------------------
+
+
+def classes(name: str, *, target: str) -> Goal:
+    """One of C classes: logits [N, C], target int64 [N]. Metric: top-1 accuracy."""
+    return Goal(
+        name,
+        loss=lambda outputs, targets: F.cross_entropy(outputs[name], targets[target]),
+        evidence=lambda outputs, targets: (outputs[name].argmax(1) == targets[target]).float(),
+        score=_mean,
+        imitate=soft,
+    )
+
+
+def soft(logits: Tensor, taught: Tensor) -> Tensor:
+    """Cross-entropy to the teacher's distribution, over classes in dimension 1."""
+    return F.cross_entropy(logits, taught.softmax(1))
+
+
+def _mean(evidence: Tensor) -> float:
+    return evidence.double().nanmean().item()
+
+
+# ---- box -----------------------------------------------------------------------------------------
+
+
+def box(name: str, *, target: str) -> Goal:
+    """One box per image: answer [N, 4], target [N, 4] as left, top, right, bottom in shares of the
+    image, NaN where there is none; such images are left out. Metric: mean IoU.
+
+    The answer is the logits of centre x, centre y, width and height. Loss: generalised IoU
+    (Rezatofighi et al., CVPR 2019) plus the mean distance of the four sides.
+    """
+    return Goal(
+        name,
+        loss=lambda outputs, targets: _box_loss(corners(outputs[name]), targets[target]),
+        evidence=lambda outputs, targets: _iou(corners(outputs[name]), targets[target])[0],
+        score=_mean,
+        imitate=lambda own, taught: _box_loss(corners(own), corners(taught)),
+    )
+
+
+def corners(answer: Tensor) -> Tensor:
+    """Logits of centre and size [N, 4] to left, top, right, bottom."""
+    centre, size = answer.sigmoid().chunk(2, 1)
+    return torch.cat([centre - size / 2, centre + size / 2], 1)
+
+
+def _box_loss(boxes: Tensor, truth: Tensor) -> Tensor:
+    known = ~truth.isnan().any(1)
+    if not known.any():
+        return boxes.sum() * 0  # a zero with a gradient
+    boxes, truth = boxes[known], truth[known]
+    overlap, generalised = _iou(boxes, truth)
+    return (1 - generalised).mean() + (boxes - truth).abs().mean()
+
+
+def _iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU [N] and generalised IoU [N] of boxes [N, 4] row by row; NaN stays NaN."""
+    inner = _area(torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:]))
+    outer = _area(torch.minimum(a[:, :2], b[:, :2]), torch.maximum(a[:, 2:], b[:, 2:]))
+    union = (_area(a[:, :2], a[:, 2:]) + _area(b[:, :2], b[:, 2:]) - inner).clamp_min(1e-9)
+    iou = inner / union
+    return iou, iou - (outer - union) / outer.clamp_min(1e-9)
+
+
+def _area(low: Tensor, high: Tensor) -> Tensor:
+    return (high - low).clamp_min(0).prod(1)
+
+
+# ---- label map -----------------------------------------------------------------------------------
+
+
+def segmentation(name: str, *, target: str, n_classes: int) -> Goal:
+    """A class per pixel: logits [N, C, H, W], target uint8 [N, H, W] with VOID pixels left out.
+    Metric: IoU of all images' pixels together, mean over the classes that occur."""
+    return Goal(
+        name,
+        loss=lambda outputs, targets: F.cross_entropy(
+            outputs[name], targets[target].long(), ignore_index=VOID
+        ),
+        evidence=lambda outputs, targets: _areas(
+            outputs[name].argmax(1), targets[target], n_classes
+        ),
+        score=_mean_iou,
+        imitate=soft,
+    )
+
+
+def _areas(found: Tensor, truth: Tensor, n_classes: int) -> Tensor:
+    """Pixels [N, C, 3] of each class: found rightly, found, there; VOID pixels do not count."""
+    found = torch.where(truth == VOID, VOID, found)
+    rows = []
+    for label in range(n_classes):
+        here, there = found == label, truth == label
+        rows.append(torch.stack([part.sum((1, 2)) for part in (here & there, here, there)], 1))
+    return torch.stack(rows, 1)
+
+
+def _mean_iou(evidence: Tensor) -> float:
+    both, found, there = evidence.sum(0).double().unbind(1)
+    union = found + there - both
+    return (both[union > 0] / union[union > 0]).mean().item()
+
+
+# ---- boundaries ----------------------------------------------------------------------------------
+
+
+def boundary(name: str, *, target: str) -> Goal:
+    """Where a label map changes: logits [N, 1, H, W], target the map uint8 [N, H, W].
+
+    Metric: F-measure at the best threshold for the whole set (ODS of edge detection). A pixel is
+    right if the other side has one at most one pixel away. Ours: pixels are not matched one to one
+    and answers are not thinned, which is lenient with thick lines by at most the tolerance.
+    """
+    return Goal(
+        name,
+        loss=lambda outputs, targets: _boundary_loss(outputs[name][:, 0], targets[target]),
+        evidence=lambda outputs, targets: _matches(outputs[name][:, 0], targets[target]),
+        score=_best_f,
+        imitate=imitated,
+    )
+
+
+def boundaries(labels: Tensor) -> Tensor:
+    """True [N, H, W] where a pixel differs from its right or lower neighbour; VOID has none."""
+    edge = torch.zeros_like(labels, dtype=torch.bool)
+    for dim in (1, 2):
+        length = labels.shape[dim] - 1
+        one, other = labels.narrow(dim, 0, length), labels.narrow(dim, 1, length)
+        edge.narrow(dim, 0, length).logical_or_((one != other) & (one != VOID) & (other != VOID))
+    return edge
+
+
+def imitated(logits: Tensor, taught: Tensor) -> Tensor:
+    """Binary cross-entropy to the teacher's probabilities."""
+    return F.binary_cross_entropy_with_logits(logits, taught.sigmoid())
+
+
+def _boundary_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    each = F.binary_cross_entropy_with_logits(
+        logits, boundaries(labels).to(logits), reduction="none"
+    )
+    known = labels != VOID
+    return (each * known).sum() / known.sum().clamp_min(1)
+
+
+def _matches(logits: Tensor, labels: Tensor) -> Tensor:
+    """Counts [N, thresholds, 4]: answers that are right, answers, boundary found, boundary."""
+    truth, known = boundaries(labels), labels != VOID
+    near_truth, probability = _widened(truth), logits.sigmoid()
+    rows = []
+    for threshold in THRESHOLDS.tolist():
+        found = (probability > threshold) & known
+        parts = (found & near_truth, found, truth & _widened(found), truth)
+        rows.append(torch.stack([part.sum((1, 2)) for part in parts], 1))
+    return torch.stack(rows, 1)
+
+
+def _widened(mask: Tensor) -> Tensor:
+    return F.max_pool2d(mask.float(), SLACK, 1, SLACK // 2).bool()
+
+
+def _best_f(evidence: Tensor) -> float:
+    right, answers, found, truth = evidence.sum(0).double().unbind(1)
+    precision, recall = right / answers.clamp_min(1), found / truth.clamp_min(1)
+    f = 2 * precision * recall / (precision + recall).clamp_min(1e-12)
+    return f.max().item()
+
+
+# ---- presence ------------------------------------------------------------------------------------
+
+
+def presence(name: str, *, target: str, n_classes: int) -> Goal:
+    """Which classes are in the picture: logits [N, C], target the label map uint8 [N, H, W].
+
+    Metric: mean average precision over the classes that some images have and others lack.
+    """
+
+    def loss(outputs: Outputs, targets: Targets) -> Tensor:
+        wanted = present(targets[target], n_classes).to(outputs[name])
+        return F.binary_cross_entropy_with_logits(outputs[name], wanted)
+
+    def evidence(outputs: Outputs, targets: Targets) -> Tensor:
+        wanted = present(targets[target], n_classes).to(outputs[name])
+        return torch.stack([outputs[name], wanted], 2)
+
+    return Goal(name, loss, evidence, _mean_average_precision, imitated)
+
+
+def present(labels: Tensor, n_classes: int) -> Tensor:
+    """Bool [N, C]: does the class fill PRESENT of the image's pixels?"""
+    shares = [(labels == label).float().mean((1, 2)) for label in range(n_classes)]
+    return torch.stack(shares, 1) >= PRESENT
+
+
+def _mean_average_precision(evidence: Tensor) -> float:
+    scores, wanted = evidence.double().unbind(2)
+    order = scores.argsort(dim=0, descending=True, stable=True)
+    hit = wanted.gather(0, order)
+    precision = hit.cumsum(0) / torch.arange(1, len(hit) + 1, device=hit.device)[:, None]
+    positives = hit.sum(0)
+    told = (positives > 0) & (positives < len(hit))
+    return ((precision * hit).sum(0)[told] / positives[told]).mean().item()

@@ -1,0 +1,65 @@
+"""Paired intervals: against a closed form, and what pairing is for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from nas.goals import classes, segmentation
+from nas.paired import change
+
+
+def rng():
+    return np.random.default_rng(0)
+
+
+def correct(share, n=1000, seed=0):
+    return (torch.rand(n, generator=torch.Generator().manual_seed(seed)) < share).float()
+
+
+def test_of_a_mean_it_is_the_closed_form():
+    goal, n = classes("c", target="y"), 1000
+    before = torch.ones(n)
+    after = correct(0.8, n)
+    found = change(goal, [before], [after], rng=rng())
+    share = after.mean().item()
+    half = 1.96 * np.sqrt(share * (1 - share) / n)
+    assert found.value == pytest.approx(share - 1)
+    assert found.low == pytest.approx(share - 1 - half, abs=0.15 * half)
+    assert found.high == pytest.approx(share - 1 + half, abs=0.15 * half)
+
+
+def test_what_both_get_wrong_widens_nothing():
+    goal = classes("c", target="y")
+    before = correct(0.5)
+    after = before.clone()
+    after[before.nonzero()[:10]] = 0
+    found = change(goal, [before], [after], rng=rng())
+    unpaired = 1.96 * np.sqrt(2 * 0.25 / 1000) / 0.5
+    assert found.high - found.low < unpaired / 3
+    assert found.low < -10 / before.sum() < found.high
+
+
+def test_the_same_network_has_not_changed():
+    evidence = torch.randint(0, 9, (30, 3, 3), generator=torch.Generator().manual_seed(0))
+    evidence[..., 0] = 0.5 * evidence.min(2).values
+    found = change(segmentation("s", target="m", n_classes=3), [evidence], [evidence], rng=rng())
+    assert (found.value, found.low, found.high) == (0, 0, 0)
+
+
+def test_seeds_are_averaged_on_the_same_images():
+    goal = classes("c", target="y")
+    befores = [correct(0.8, seed=s) for s in range(4)]
+    afters = [correct(0.78, seed=10 + s) for s in range(4)]
+    one = change(goal, befores[:1], afters[:1], rng=rng(), draws=800)
+    four = change(goal, befores, afters, rng=rng(), draws=800)
+    ratio = (four.high - four.low) / (one.high - one.low)
+    assert 0.4 < ratio < 0.6  # independent errors: half as wide
+    wanted = np.mean([a.mean() for a in afters]) / np.mean([b.mean() for b in befores]) - 1
+    assert four.value == pytest.approx(wanted, rel=1e-4)
+
+
+def test_evidence_of_other_images_is_a_mistake_of_ours():
+    with pytest.raises(AssertionError, match="other images"):
+        change(classes("c", target="y"), [torch.ones(3)], [torch.ones(4)], rng=rng())

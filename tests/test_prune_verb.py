@@ -1,0 +1,285 @@
+"""`nasctl prune`: a user's own network of two tasks, one of ours, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx as onnx_file
+import pytest
+import torch
+
+from cli import measuring, prune
+from compress.history import History
+from deploy import onnx
+from hw_profiles import device
+from hw_profiles.protocol import Timing
+from hw_profiles.runtimes import onnxruntime
+from nas import checkpoint, multitask_training
+from nas.errors import UsageError
+
+REPOSITORY = Path(__file__).parents[1]
+MODULE = """
+import torch
+from torch import nn
+
+from nas.data.examples import Examples
+from nas.goals import box, classes
+from nas.multitask import MultiTask
+
+
+class Net(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        self.a = nn.Conv2d(1, width, 3, padding=1)
+        self.b = nn.Conv2d(width, width, 3, padding=1)
+        self.quadrant = nn.Linear(4 * width, 4)
+        self.where = nn.Linear(4 * width, 4)
+
+    def forward(self, x):
+        x = self.b(self.a(x).relu()).relu()
+        x = nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+        return {"quadrant": self.quadrant(x), "where": self.where(x)}
+
+
+class Steps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(64, 4)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        for _ in range(int(x.sum() > 0)):
+            x = x * 2
+        return {"quadrant": torch.tensor(self.a(x).tolist()), "where": torch.zeros(len(x), 4)}
+
+
+def build():
+    torch.manual_seed(0)
+    return Net()
+
+
+def untraceable():
+    return Steps()
+
+
+def number():
+    return 3
+
+
+def split(n, seed):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 4
+    images = torch.randint(0, 160, (n, 1, 8, 8), generator=g)
+    boxes = torch.zeros(n, 4)
+    for i, label in enumerate(labels.tolist()):
+        row, column = 4 * (label // 2), 4 * (label % 2)
+        images[i, :, row:row + 4, column:column + 4] += 90
+        boxes[i] = torch.tensor([column, row, column + 4, row + 4]) / 8
+    return Examples(images.to(torch.uint8), {"label": labels, "box": boxes})
+
+
+def task():
+    goals = (classes("quadrant", target="label"), box("where", target="box"))
+    return MultiTask("quadrants", goals, split(256, 0), split(96, 1), split(96, 2), boxes=("box",))
+"""
+MINE = ("prune", "mine:build", "--weights", "w.safetensors", "--data", "mine:task", "--threads", 1)
+LITTLE = (*MINE, "--divisor", 4, "--epochs", 2, "--batch", 32)
+
+
+def by_weights(on, board, seed):
+    """A clock on which a network of half the weights is twice as fast."""
+
+    def timing(path):
+        tensors = onnx_file.load(path).graph.initializer
+        ms = float(sum(np.prod(tensor.dims) for tensor in tensors))
+        return Timing(ms, ms, ms, ms, 0.0, 9)
+
+    return lambda paths: [timing(path) for path in paths]
+
+
+@pytest.fixture
+def mine(workdir, monkeypatch):
+    """A module with a network and its data, and the weights of the network trained."""
+    monkeypatch.syspath_prepend(str(workdir))
+    (workdir / "mine.py").write_text(MODULE)
+    sys.modules.pop("mine", None)
+    import mine
+
+    net = mine.build()
+    schedule = multitask_training.Schedule(steps=120, batch=32, lr=0.1)
+    for _ in multitask_training.train(net, mine.task(), schedule):
+        pass
+    checkpoint.write(workdir / "w.safetensors", net.state_dict(), {})
+    monkeypatch.setattr(measuring, "timer", by_weights)
+    yield mine
+    sys.modules.pop("mine", None)
+
+
+def test_a_network_of_two_tasks_of_ones_own(mine, nasctl, workdir):
+    words = (*LITTLE, "--target", "macs=-50%", "--max-drop", "quadrant=20%,where=30%")
+    outcome = nasctl(*words, "--run", "r", "--json")
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)
+    assert report["counts"]["MACs"]["after"] <= 0.5 * report["counts"]["MACs"]["before"]
+    assert [row["task"] for row in report["tasks"]] == ["quadrant", "where"]
+    for row in report["tasks"]:
+        assert row["val"]["change"]["value"] >= -row["max_drop"]
+        assert row["test"]["images"] == 96 and row["val"]["images"] == 48
+    assert report["latency"]["after"]["median_ms"] > 0
+    # what came out needs no code but the builder: history, weights and file agree
+    history = History.from_json((workdir / "r/history.json").read_text())
+    images = mine.task().normalise(mine.split(5, 3).images)
+    net = history.replay(mine.build(), images[:1])
+    weights = workdir / "r/model.safetensors"
+    checkpoint.fill(net, checkpoint.read(weights)[0], weights)
+    session = onnxruntime.load(workdir / "r/bundle/model.onnx")
+    found = onnxruntime.run(session, {"input": images.numpy()})
+    for name, value in zip(session.outputs, found, strict=True):
+        with torch.no_grad():
+            assert np.abs(value - net.eval()(images)[name].numpy()).max() < 1e-4
+    assert json.loads(nasctl(*words, "--run", "r", "--json").out) == report  # not repeated
+    left = {path.name for path in (workdir / "r").iterdir()} - {".lock"}
+    assert left == {"run.json", "report.json", "history.json", "model.safetensors", "bundle"}
+
+
+def test_interrupted_in_its_training_it_goes_on_there(mine, nasctl, workdir, monkeypatch):
+    words = (*LITTLE, "--target", "params=-30%", "--max-drop", "90%", "--json")
+    whole = json.loads(nasctl(*words, "--run", "whole").out)
+    begun = []
+
+    def interrupted(*arguments, original=multitask_training.goal_losses):
+        begun.append(arguments)
+        if len(begun) == 5:
+            os.kill(os.getpid(), 2)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(multitask_training, "goal_losses", interrupted)
+        assert nasctl(*words, "--run", "r").code == 130
+        assert len(begun) == 5
+        resumed = json.loads(nasctl(*words, "--run", "r").out)
+    assert len(begun) == 16  # two epochs of eight steps
+    for name in ("tasks", "counts", "units"):
+        assert resumed[name] == whole[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random_moments_it_ends_the_same(mine, workdir, seed):
+    words = [str(word) for word in (*LITTLE, "--target", "macs=-50%", "--max-drop", "40%")]
+    words += ["--rounds", "2", "--json", "--run"]
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{workdir}"}
+
+    def start(folder):
+        command = [sys.executable, "-m", "cli.main", *words, folder]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+
+    began = time.monotonic()
+    whole = json.loads(start("whole").communicate()[0])
+    took, kills = time.monotonic() - began, 0
+    for share in np.random.default_rng(seed).uniform(0.3, 0.9, 5):
+        process = start("killed")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(share * took)
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+    found = json.loads(start("killed").communicate()[0])
+    assert kills > 0
+    for name in ("tasks", "counts", "units"):
+        assert found[name] == whole[name]
+    files = ("model.safetensors", "history.json", "bundle/model.onnx")
+    for name in files:
+        assert (workdir / "killed" / name).read_bytes() == (workdir / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow  # a file for each width of each unit
+def test_a_target_in_milliseconds(mine, nasctl):
+    words = (*LITTLE, "--target", "latency=-40%", "--max-drop", "90%")
+    outcome = nasctl(*words, "--run", "r", "--json")
+    assert outcome.code == 0, outcome.err
+    timings = json.loads(outcome.out)["latency"]
+    assert timings["after"]["median_ms"] <= 0.6 * timings["before"]["median_ms"]
+
+
+def test_files_are_timed_in_turn_on_this_machine(mine, workdir, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(measuring, "FILES_S", 0.5)
+    paths = []
+    for width in (4, 64):
+        paths.append(workdir / f"{width}.onnx")
+        onnx.export(mine.Net(width), paths[-1], input_shape=(1, 32, 32))
+    narrow, wide = measuring.timer("local", device.load("cpu"), 0)(paths)
+    assert 0 < narrow.median_ms < wide.median_ms
+
+
+def test_a_target_beyond_the_bounds_says_how_far_it_got(mine, nasctl):
+    outcome = nasctl(*LITTLE, "--target", "macs=-93%", "--max-drop", "1%", "--run", "r")
+    assert outcome.code == 3
+    assert "as far as it goes within the bounds" in outcome.err
+    assert len(outcome.err.splitlines()[-1]) < 400
+
+
+def test_a_task_that_lost_too_much_is_exit_3_and_the_files_are_kept(mine, nasctl, workdir):
+    harsh = ("--epochs", 0, "--method", "random", "--max-drop", "quadrant=0.01%,where=0.01%")
+    outcome = nasctl(*MINE, "--divisor", 1, *harsh, "--target", "macs=-90%", "--run", "r")
+    assert outcome.code == 3, outcome.err
+    assert "lost" in outcome.err and "0.01 % may go" in outcome.err
+    assert (workdir / "r/bundle/model.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "fragments"),
+    [
+        (("--target", "macs=-50%", "--max-drop", "0%"), 2, ("0 %", "above zero")),
+        (("--target", "macs=-50%", "--max-drop", "quadrant=1%"), 2, ("nothing of where",)),
+        (("--target", "macs=-50%", "--max-drop", "wher=1%"), 2, ("'wher'", "mean where")),
+        (("--target", "macs=-50%", "--tasks", "quadrnt"), 2, ("--tasks", "mean quadrant")),
+        (("--target", "macs=50"), 2, ("--target", "MMACs")),
+        (("--target", "latency=-100%"), 2, ("leaves nothing",)),
+        (("--target", "flops=-50%"), 2, ("macs=-60%",)),
+        (("--target", "macs=100GMACs"), 2, ("less than it has",)),
+        (("--target", "macs=-50%", "--method", "pacgp"), 2, ("mean pagcp",)),
+        (("--target", "latency=-50%", "--hw", "jetson"), 2, ("is not this machine",)),
+        (("--target", "macs=-50%", "--rounds", "0"), 2, ("--rounds",)),
+        (("--target", "macs=-50%", "--batch", "1"), 2, ("--batch",)),
+    ],
+)
+def test_bad_words_are_one_line(mine, nasctl, words, code, fragments):
+    outcome = nasctl(*MINE, *words, "--run", "r")
+    assert outcome.code == code, outcome.err
+    line = outcome.err.splitlines()[-1]
+    assert line.startswith("nasctl: ")
+    for fragment in fragments:
+        assert fragment in line
+
+
+@pytest.mark.parametrize(
+    ("model", "fragments"),
+    [
+        ("mine:number", ("gave a int", "a torch module")),
+        ("mine:untraceable", ("operation 'tolist' cuts it",)),
+        ("mine:nothing", ("no 'nothing'",)),
+        ("elsewhere.safetensors", ("no model",)),
+    ],
+)
+def test_models_that_cannot_be_pruned(mine, nasctl, model, fragments):
+    outcome = nasctl("prune", model, "--data", "mine:task", "--target", "macs=-50%", "--run", "r")
+    assert outcome.code in (1, 2)
+    assert "Traceback" not in outcome.err
+    for fragment in fragments:
+        assert fragment in outcome.err.splitlines()[-1]
+
+
+def test_drops_as_typed():
+    assert prune.parse_drops("2%", ["a", "b"]) == {"a": 0.02, "b": 0.02}
+    assert prune.parse_drops("b=1.5%, a=3%", ["a", "b"]) == {"a": 0.03, "b": 0.015}
+    with pytest.raises(UsageError, match="0 %"):
+        prune.parse_drops("a=1%,b=0.0%", ["a", "b"])
