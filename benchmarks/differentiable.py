@@ -12,6 +12,7 @@ where it was stopped, in the middle of a training if need be.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable
@@ -119,16 +120,19 @@ def _latencies(found: space.SearchSpace, table: Path | None) -> list[Named]:
 
 
 def _search(setting: Setting, outcome: contract.Outcome) -> None:
-    rows = []
-    for experiment in setting.experiments:
-        for device, latency in setting.named:
-            ends = latency.of(np.stack([experiment.space.smallest, experiment.space.largest]))
-            for share in setting.shares:
-                budget_ms = float(ends[0] + share * (ends[1] - ends[0]))
-                target = Target(device, latency, budget_ms, setting.candidates)
-                for method in (*differentiable.names(), *RIVALS):
-                    rows.append(_row(experiment, target, method, setting.final))
-    _report(rows, outcome)
+    methods = (*differentiable.names(), *RIVALS)
+    every = itertools.product(setting.experiments, _targets(setting), methods)
+    _report([_row(*each, setting.final) for each in every], outcome)
+
+
+def _targets(setting: Setting) -> list[Target]:
+    space_ = setting.experiments[0].space
+    found = []
+    for device, latency in setting.named:
+        low, high = latency.of(np.stack([space_.smallest, space_.largest])).tolist()
+        budgets = [low + share * (high - low) for share in setting.shares]
+        found += [Target(device, latency, ms, setting.candidates) for ms in budgets]
+    return found
 
 
 def _row(experiment: Experiment, target: Target, method: str, final: int) -> dict[str, Any]:
@@ -163,9 +167,8 @@ def _learned(
         whole = Searched(channels_last(found.supernet()), found)
     goal = Goal(target.latency, target.budget_ms)
     said = {"expected_ms": 0.0, "entropy": 1.0}
-    for step in learn(
-        whole, found, task, experiment.recipe, method=_module(method), goal=goal, resume=state
-    ):
+    course, how = Course(task, experiment.recipe), differentiable.load(method)
+    for step in learn(whole, course, method=how, goal=goal, resume=state):
         said = {"expected_ms": step.latency_ms, "entropy": step.entropy}
     images = supernet.calibration_images(task)
 
@@ -220,12 +223,6 @@ def _best(problem: Problem, method: str, n: int) -> Genes:
         if len(rows) == 0 or len(history) == n:
             break
     return np.array(min(history, key=lambda c: c.cross_entropy).genes)
-
-
-def _module(method: str) -> Any:
-    import importlib
-
-    return importlib.import_module(f"nas.differentiable.{method}")
 
 
 def _report(rows: list[dict[str, Any]], outcome: contract.Outcome) -> None:

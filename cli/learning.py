@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,13 @@ from cli.stages import Job, staged
 from cli.training import STATE, SUPERNET
 from hw_profiles import latency
 from hw_profiles.latency import LatencyTable
-from nas import checkpoint
+from nas import checkpoint, differentiable
 from nas import run as runs
-from nas.differentiable.learning import Goal, Method, Searched, learn
+from nas.differentiable.learning import Goal, Learned, Searched, learn
 from nas.differentiable.policy import latency_of
 from nas.errors import UsageError
+from nas.gradients import Course
+from nas.recipe import Recipe
 from nas.search import Problem
 
 POLICY = "policy.json"  # gene -> the logit of each option
@@ -67,8 +69,8 @@ def with_policy(job: Job, problem: Problem) -> Problem:
 def step_seconds(job: Job) -> tuple[float, nn.Module]:
     """Seconds per step, of the distribution's too, and the supernet that was trained a little."""
     goal = _goal(job, latency.table(job.device) if not job.device.local else None)
-    searched, recipe = _searched(job), replace(job.recipe, steps=TIMED + 1)
-    steps = learn(searched, job.space, job.task, recipe, method=_method(job), goal=goal)
+    searched = _searched(job)
+    steps = _steps(job, searched, goal, replace(job.recipe, steps=TIMED + 1))
     next(steps)
     began = time.monotonic()
     for _ in steps:
@@ -83,20 +85,20 @@ def _goal(job: Job, table: LatencyTable | None) -> Goal:
     return Goal(latency_of(job.space, job.spec.space, found), job.spec.latency_ms)
 
 
-def _method(job: Job) -> Method:
-    found: Any = importlib.import_module(f"nas.differentiable.{job.spec.strategy}")
-    return found
-
-
 def _searched(job: Job) -> Searched:
     return Searched(training.fresh(job), job.space)
 
 
+def _steps(
+    job: Job, searched: Searched, goal: Goal, recipe: Recipe, state: Path | None = None
+) -> Generator[Learned, None, None]:
+    method = differentiable.load(job.spec.strategy)
+    return learn(searched, Course(job.task, recipe), method=method, goal=goal, resume=state)
+
+
 def _learn(job: Job, goal: Goal) -> None:
-    searched, recipe, state = _searched(job), job.recipe, job.run.path(STATE)
-    steps = learn(
-        searched, job.space, job.task, recipe, method=_method(job), goal=goal, resume=state
-    )
+    searched, recipe = _searched(job), job.recipe
+    steps = _steps(job, searched, goal, recipe, job.run.path(STATE))
     training.follow(steps, recipe.steps, f"learning by {job.spec.strategy}")
     said = {**job.description, "processes": 1, "accumulate": recipe.accumulate}
     checkpoint.write_described(job.run.path(SUPERNET), searched.net, said)

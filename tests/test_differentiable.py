@@ -15,6 +15,7 @@ from nas.differentiable import gumbel, proxyless, reinforce
 from nas.differentiable.learning import Goal, Searched, Turn, learn
 from nas.differentiable.policy import Latency, Policy, latency_of
 from nas.errors import NasctlError
+from nas.gradients import Course
 from nas.recipe import Recipe
 from nas.tasks import Split, Task
 
@@ -216,9 +217,8 @@ def test_a_budget_that_only_skips_meet_pulls_latency_down(name):
 def steps(space, task, method, whole, path=None, save_every_s=1e9, count=6):
     goal = Goal(estimates(space), 1.0)
     recipe = Recipe(steps=count, batch=16, lr=0.05)
-    return learn(
-        whole, space, task, recipe, method=method, goal=goal, resume=path, save_every_s=save_every_s
-    )
+    course = Course(task, recipe)
+    return learn(whole, course, method=method, goal=goal, resume=path, save_every_s=save_every_s)
 
 
 @every_method
@@ -260,7 +260,7 @@ def test_the_distribution_finds_the_operators_that_the_task_needs(name):
     whole = searched(space)
     recipe = Recipe(steps=150, batch=32, lr=0.1)
     goal = Goal(estimates(space), 10.0)
-    *_, last = learn(whole, space, task, recipe, method=METHODS[name], goal=goal)
+    *_, last = learn(whole, Course(task, recipe), method=METHODS[name], goal=goal)
     skip, one, three = whole.policy.probs[-1].tolist()
     assert three > 0.6 and skip < 0.2 and last.entropy < 0.9
 

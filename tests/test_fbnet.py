@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks import contract, latency_data, networks
+from benchmarks import contract, fbnet_blocks, networks
 from hw_profiles import op
 from nas import space as spaces
 from nas.errors import NasctlError
@@ -78,15 +79,23 @@ def test_what_is_no_fbnet_is_refused(small):
         small.from_names(["k7_e1"] * 22)
 
 
-def test_block_tables_sum_to_the_published_totals(small):
-    """What the authors of HW-NAS-Bench print for three networks on CIFAR-100, raspi4, ms."""
-    folder = contract.data("hwnasbench")
-    if folder is None:
+def test_the_table_of_blocks_gives_the_published_latencies(small):
+    folder = contract.data("help_latency")
+    if folder is None or contract.data("hwnasbench") is None:
+        pytest.skip("NASCTL_DATA/help_latency or hwnasbench is absent")
+    rows = pq.read_table(folder / "fbnet_latency.parquet").slice(0, 100).to_pylist()
+    genes = [small.from_indices([row[f"op_{at:02d}"] for at in range(22)]) for row in rows]
+    found = fbnet_blocks.block_latency(small, "raspi4").of(np.array(genes))
+    np.testing.assert_allclose(found, [row["raspi4_ms"] for row in rows], rtol=1e-6)
+    # the simulated accelerator's has an entry for every block too
+    assert fbnet_blocks.block_latency(small, "eyeriss").of(np.array(genes)).min() > 2.788
+
+
+def test_blocks_of_a_device_that_nobody_measured_are_refused(small):
+    if contract.data("hwnasbench") is None:
         pytest.skip("NASCTL_DATA/hwnasbench is absent")
-    rows = small.sample(np.random.default_rng(0), 5)
-    times = latency_data.block_sums(folder, [small.op_index(row) for row in rows])
-    assert {"raspi4", "eyeriss"} <= set(times)
-    assert (times["raspi4"] > 7.798).all()
+    with pytest.raises(NasctlError, match="no blocks of toaster; allowed: raspi4"):
+        fbnet_blocks.block_latency(small, "toaster")
 
 
 def test_a_shuffle_hands_every_group_channels_of_all_groups():

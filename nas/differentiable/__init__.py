@@ -10,7 +10,12 @@ Imports without torch; the files do not.
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nas.differentiable.learning import Method
 
 NOT_METHODS = {"__init__", "learning", "policy", "proposals"}  # the other files of this folder
 
@@ -18,3 +23,9 @@ NOT_METHODS = {"__init__", "learning", "policy", "proposals"}  # the other files
 def names() -> list[str]:
     """Every shipped method, by file name."""
     return sorted({path.stem for path in Path(__file__).parent.glob("*.py")} - NOT_METHODS)
+
+
+def load(name: str) -> Method:
+    """The file of method `name`, one of `names()`."""
+    found: Any = importlib.import_module(f"nas.differentiable.{name}")
+    return found

@@ -29,10 +29,8 @@ from nas.differentiable.policy import Latency, Policy
 from nas.errors import NasctlError
 from nas.gradients import Batch, Course, batches
 from nas.judge import device_of
-from nas.recipe import Recipe
 from nas.space import SearchSpace
 from nas.supernet import Step
-from nas.tasks import Task
 
 SHARE = 0.8  # of the training images for the weights
 WARM = 0.2  # share of the steps before the distribution moves
@@ -107,29 +105,28 @@ class Searched(nn.Module):
                 where="--space",
                 allowed="fbnet, nasbench201, or one whose supernet takes a blend",
             )
-        self.net, self.policy = net, Policy(space.sizes)
+        self.space, self.net, self.policy = space, net, Policy(space.sizes)
 
 
 def learn(
     searched: Searched,
-    space: SearchSpace,
-    task: Task,
-    recipe: Recipe,
+    course: Course,
     *,
     method: Method,
     goal: Goal,
     resume: Path | None = None,
     save_every_s: float = 20.0,
 ) -> Generator[Learned, None, None]:
-    """Train both in place for `recipe.steps` steps of the weights, yielding after each.
+    """Train both in place, yielding after each step of the weights, of which the recipe has so many.
 
     `resume`, `save_every_s` and what closing does are as in `nas.supernet.train`. Raises
     NasctlError where the loss is not finite, or the state is of another search.
     """
+    task, recipe = course.task, course.recipe
     optimiser = update.sgd(searched.net, recipe.lr, recipe.momentum, recipe.weight_decay)
     said = f"{recipe} {task.fingerprint} {method.architecture.__module__} {goal.fingerprint}"
     done = checkpoint.load(resume, searched, optimiser, said) if resume else 0
-    course = Course(task, recipe).on(device_of(searched.net))
+    course = course.on(device_of(searched.net))
     saved_at = time.monotonic()
 
     def save() -> None:
@@ -138,7 +135,7 @@ def learn(
 
     searched.net.train()
     while done < recipe.steps:
-        loss = _weights(searched, _turn(searched, space, goal, course, done, 0), method)
+        loss = _weights(searched, _turn(searched, goal, course, done, 0), method)
         if not torch.isfinite(loss):
             raise NasctlError(
                 f"training diverged at step {done + 1}: the loss is not finite",
@@ -147,7 +144,7 @@ def learn(
             )
         update.step(searched.net, optimiser, recipe.lr_at(done), recipe.clip_norm)
         if done >= WARM * recipe.steps and done % EVERY == 0:
-            method.architecture(_turn(searched, space, goal, course, done, 1))
+            method.architecture(_turn(searched, goal, course, done, 1))
             optimiser.zero_grad(set_to_none=True)
         done += 1
         due = done == recipe.steps or time.monotonic() - saved_at > save_every_s
@@ -170,16 +167,14 @@ def parts(n: int) -> tuple[range, range]:
     return range(cut), range(cut, n)
 
 
-def _turn(
-    searched: Searched, space: SearchSpace, goal: Goal, course: Course, step: int, part: int
-) -> Turn:
+def _turn(searched: Searched, goal: Goal, course: Course, step: int, part: int) -> Turn:
     """`part` 0 is the weights', 1 the distribution's."""
     recipe, among = course.recipe, parts(len(course.task.train))[part]
     batch: Batch = batches(course, step, device_of(searched.net), among)[0]
     return Turn(
         searched.net,
         searched.policy,
-        space,
+        searched.space,
         goal,
         batch.images,
         lambda logits: course.task.loss(logits.float(), batch.labels),

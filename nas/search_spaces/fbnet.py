@@ -23,11 +23,18 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hw_profiles import op as ops_
-from hw_profiles.op import Op, Tape, Wire
+from hw_profiles.op import Op, Tape, Wire, macs, params
 from nas.choice import Blend, Candidate, ChoiceNetwork
-from nas.elastic import BatchNorm2d, Conv2d, DepthwiseConv2d, Linear, Middle, Noise, Residual
-from nas.elastic import round_to as round_
+from nas.elastic import (
+    BatchNorm2d,
+    Conv2d,
+    DepthwiseConv2d,
+    Linear,
+    Middle,
+    Noise,
+    Residual,
+    round_to,
+)
 from nas.errors import NasctlError
 from nas.space import Gene, Genes, SearchSpace
 
@@ -104,9 +111,9 @@ class Space(SearchSpace):
     ) -> None:
         self.channels, self.classes, self.resolution = channels, classes, size
         self.small, scale = size < SMALL, width or (1.0 if size >= TABLE else 0.5)
-        self.stem = round_(STEM * scale)
-        self.widths = tuple(round_(s.width * scale) for s in STAGES for _ in range(s.layers))
-        self.last = round_((SMALL_LAST if self.small else LAST) * scale)
+        self.stem = round_to(STEM * scale)
+        self.widths = tuple(round_to(s.width * scale) for s in STAGES for _ in range(s.layers))
+        self.last = round_to((SMALL_LAST if self.small else LAST) * scale)
         places = _places(self.stem, self.widths, self.small)
         #: per layer its operators in the order of the gene's options
         self.order = tuple(_ascending(place) for place in places)
@@ -177,7 +184,7 @@ def _ascending(place: Place) -> tuple[str, ...]:
     def cost(name: str) -> tuple[int, int]:
         tape = Tape(place.c_in, 8)
         _layer_ops(tape, tape.input, name, place)
-        return ops_.macs(tape.ops), ops_.params(tape.ops)
+        return macs(tape.ops), params(tape.ops)
 
     return tuple(sorted(OPS, key=cost))
 
