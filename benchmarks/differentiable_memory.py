@@ -11,7 +11,6 @@ import multiprocessing
 import resource
 from collections.abc import Callable
 
-import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from benchmarks import contract
 from nas import space
 from nas.differentiable import gumbel, proxyless, reinforce
 from nas.differentiable.learning import Goal, Searched, Turn, path_weights
-from nas.differentiable.policy import Latency
+from nas.differentiable.policy import free
 
 STEPS: dict[str, Callable[[Turn], object]] = {
     "one path": path_weights,
@@ -80,8 +79,7 @@ def _turn(size: int, width: float, batch: int) -> Turn:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, size, size, generator=generator)
     labels = torch.arange(batch) % found.classes  # type: ignore[attr-defined]
-    tables = [([0], np.array([1]), np.zeros((int(found.sizes[0]), 1)))]
-    goal = Goal(Latency(1.0, tables, found.sizes), 1.0)
+    goal = Goal(free(found), 1.0)
     return Turn(
         whole.net,
         whole.policy,

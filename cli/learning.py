@@ -15,12 +15,11 @@ from torch import nn
 from cli import training
 from cli.stages import Job, staged
 from cli.training import STATE, SUPERNET
-from hw_profiles import latency
 from hw_profiles.latency import LatencyTable
 from nas import checkpoint, differentiable
 from nas import run as runs
 from nas.differentiable.learning import Goal, Learned, Searched, learn
-from nas.differentiable.policy import latency_of
+from nas.differentiable.policy import free, latency_of
 from nas.errors import UsageError
 from nas.gradients import Course
 from nas.recipe import Recipe
@@ -51,7 +50,8 @@ def check_space(job: Job) -> None:
 
 def learned(job: Job, table: LatencyTable) -> None:
     """Train supernet and distribution into the run; goes on where it was interrupted."""
-    goal = _goal(job, table)
+    assert job.spec.latency_ms is not None  # `check` saw to it
+    goal = Goal(latency_of(job.space, job.spec.space, table), job.spec.latency_ms)
     key = runs.digest([job.train_key, job.spec.strategy, goal.fingerprint])
     staged(job, "train", key, [SUPERNET, POLICY], functools.partial(_learn, job, goal))
     job.run.path(STATE).unlink(missing_ok=True)
@@ -68,21 +68,13 @@ def with_policy(job: Job, problem: Problem) -> Problem:
 
 def step_seconds(job: Job) -> tuple[float, nn.Module]:
     """Seconds per step, of the distribution's too, and the supernet that was trained a little."""
-    goal = _goal(job, latency.table(job.device) if not job.device.local else None)
-    searched = _searched(job)
+    searched, goal = _searched(job), Goal(free(job.space), 1.0)
     steps = _steps(job, searched, goal, replace(job.recipe, steps=TIMED + 1))
     next(steps)
     began = time.monotonic()
     for _ in steps:
         pass
     return (time.monotonic() - began) / TIMED, searched.net
-
-
-def _goal(job: Job, table: LatencyTable | None) -> Goal:
-    """Of a device that is yet to be measured, by a roofline: good enough to time a step with."""
-    assert job.spec.latency_ms is not None  # `check` saw to it
-    found = table if table is not None else latency.analytic(job.device)
-    return Goal(latency_of(job.space, job.spec.space, found), job.spec.latency_ms)
 
 
 def _searched(job: Job) -> Searched:

@@ -40,6 +40,14 @@ def test_a_space_of_sizes_is_refused_before_anything_is_trained(nasctl):
     assert result.code == 1 and "--space: this space chooses sizes" in result.err
 
 
+@pytest.mark.slow
+def test_a_dry_run_times_steps_of_both(nasctl):
+    words = ["--strategy", "reinforce", "--hw", "cpu", "--dry-run", "--json"]
+    result = nasctl(*SEARCH, *LITTLE, *words)
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["estimated_seconds"]["train"] > 0
+
+
 def learned(certain=0):
     """A problem whose distribution is all but certain of option `certain` of every gene."""
     problem = toy.problem()

@@ -117,7 +117,7 @@ def learn(
     resume: Path | None = None,
     save_every_s: float = 20.0,
 ) -> Generator[Learned, None, None]:
-    """Train both in place, yielding after each step of the weights, of which the recipe has so many.
+    """Train both in place, yielding after each of the recipe's steps, which are of the weights.
 
     `resume`, `save_every_s` and what closing does are as in `nas.supernet.train`. Raises
     NasctlError where the loss is not finite, or the state is of another search.

@@ -109,5 +109,12 @@ def latency_of(space: SearchSpace, name: str, table: LatencyTable) -> Latency:
     return Latency(constant, space.tables(high), space.sizes)
 
 
+def free(space: SearchSpace) -> Latency:
+    """A millisecond whatever is chosen: for timing a step where no latency is known."""
+    nothing = [np.zeros((int(size), 1)) for size in space.sizes]
+    tables = [([at], np.array([1]), values) for at, values in enumerate(nothing)]
+    return Latency(1.0, tables, space.sizes)
+
+
 def _any_op(space: SearchSpace) -> Op:
     return space.ops(space.decode(space.largest))[0]
