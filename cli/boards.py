@@ -31,11 +31,16 @@ def prepare(
 ) -> list[Job]:
     """A job per device; one budget is for all of them, otherwise there is one for each."""
     from hw_profiles import device
+    from nas import strategies
 
     boards = [device.load(name.strip()) for name in names]
     if given.get("storage"):
         raise UsageError(
             "several devices cannot share one study", where="--storage", next="One search each."
+        )
+    if strategies.learns(str(given.get("strategy"))):
+        raise UsageError(
+            f"--strategy {given['strategy']} learns for one device", where="--hw", next="One each."
         )
     if len({board.name for board in boards}) < len(boards):
         raise UsageError("a device is named twice", where="--hw")

@@ -50,8 +50,8 @@ def command(
     strategy: Annotated[
         str | None,
         typer.Option(
-            help="robot, predictor, coarse-to-fine, evolution, nsga2 or random. "
-            "[robot; of a supernet: predictor]"
+            help="robot, predictor, coarse-to-fine, evolution, nsga2 or random; gumbel, proxyless "
+            "or reinforce train the weights too. [robot; of a supernet: predictor]"
         ),
     ] = None,
     finetune: Annotated[
@@ -135,6 +135,10 @@ def prepare(
     board = device.load(str(given.get("hw", "cpu")))
     strategies.load(str(given.get("strategy", "robot")))
     given = _judged(given)
+    if strategies.learns(given["strategy"]):
+        from cli import learning
+
+        learning.check(given)
     spec, task = resolved(given, quick=quick, task=task)
     name = f"{spec.space}-{Path(spec.data).stem}-{board.name}-{spec.digest()[:8]}"
     run = runs.Run(folder or Path("runs") / name.replace(":", "-"))
@@ -207,7 +211,8 @@ def locked_search(job: Job, *, force: bool) -> dict[str, Any]:
 
 
 def _search(job: Job) -> dict[str, Any]:
-    from cli import deliver, features, judges, stages, summary
+    from cli import deliver, features, judges, learning, stages, summary
+    from nas import strategies
 
     began = time.monotonic()
     task, spec = job.task, job.spec
@@ -218,10 +223,17 @@ def _search(job: Job) -> dict[str, Any]:
     console.say(str(job.run.folder), "run")
     console.say(job.device.summary, "latency")
     stages.check_inputs(job)
+    learns = strategies.learns(spec.strategy)
+    if learns:
+        learning.check_space(job)
     table = stages.latency_table(job)
     stages.make_problem(job, table, lambda genes: (0.0, 0.0))  # an impossible budget ends it here
+    if learns:
+        learning.learned(job, table)
     judge = judges.made(job)
     problem = features.with_features(job, stages.make_problem(job, table, judge))
+    if learns:
+        problem = learning.with_policy(job, problem)
     how = f", each trained alone for {spec.epochs:g} epochs" if spec.alone else ""
     console.say(
         f"{spec.strategy}, {spec.evaluations} evaluations on validation images{how}", "search"
@@ -262,10 +274,14 @@ def plan(job: Job) -> dict[str, Any]:
 
 def _with_supernet(job: Job) -> dict[str, float]:
     """Seconds of training, searching and fine-tuning."""
-    from cli import judges, training
+    from cli import judges, learning, training
+    from nas import strategies
 
     spec, recipe = job.spec, job.recipe
-    step_s, net = training.step_seconds(job, recipe)
+    if strategies.learns(spec.strategy):
+        step_s, net = learning.step_seconds(job)
+    else:
+        step_s, net = training.step_seconds(job, recipe)
     judge = judges.Inherited(job, net)
     start = time.monotonic()
     judge(job.space.largest)

@@ -140,8 +140,9 @@ def make_problem(job: Job, table: LatencyTable, evaluate: Callable[[Genes], Any]
 
 
 def trained_supernet(job: Job) -> Network:
-    """The space's largest network, trained in this run or taken from the run it names."""
-    if job.spec.supernet is None:
+    """The space's supernet, trained in this run (unless its strategy does that: `cli.learning`) or
+    taken from the run it names."""
+    if job.spec.supernet is None and not strategies.learns(job.spec.strategy):
         console.say(f"{job.spec.space}, {job.space.count():.3g} networks", "supernet")
         work = functools.partial(training.train_supernet, job, job.recipe)
         staged(job, "train", job.train_key, [SUPERNET], work)

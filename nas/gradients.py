@@ -73,10 +73,13 @@ def batch_indices(n: int, batch: int, step: int, seed: int) -> Tensor:
     return torch.from_numpy(order[at * batch : (at + 1) * batch])
 
 
-def batches(course: Course, step: int, device: torch.device) -> list[Batch]:
-    """This process's shards of a step."""
+def batches(
+    course: Course, step: int, device: torch.device, among: range | None = None
+) -> list[Batch]:
+    """This process's shards of a step, of all training images or of those `among` them."""
     task, recipe = course.task, course.recipe
-    rows = batch_indices(len(task.train), recipe.batch, step, recipe.seed)
+    among = among or range(len(task.train))
+    rows = among.start + batch_indices(len(among), recipe.batch, step, recipe.seed)
     made = []
     for shard, part in parallel.workers().shards(len(rows), recipe.accumulate):
         at = rows[part].to(task.train.images.device)

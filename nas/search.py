@@ -71,6 +71,8 @@ class Problem:
     limits: tuple[Limit, ...] = ()
     #: genes [N, G] -> values [N] of each cheap feature by name, NaN where one is missing
     features: Callable[[Genes], Mapping[str, Array]] | None = None
+    #: logits [G, K] of a distribution that was learned with the weights (`nas.differentiable`)
+    policy: Array | None = None
 
     @property
     def budgets(self) -> tuple[Limit, ...]:

@@ -163,12 +163,16 @@ class SearchSpace(ABC):
         `ops` is called once per combination of the genes that a slot reads; a row is then one
         gather per slot. Equal to `sum(per_op(op) for op in ops(decode(row)))`, which is tested.
         """
+        tables = self.tables(per_op)
+        return lambda genes: sum(table[genes[:, at] @ strides] for at, strides, table in tables)
+
+    def tables(self, per_op: Callable[[Op], NDArray[np.float64]]) -> list[Table]:
+        """What `fold` looks up: per slot, sums of `per_op(op)` for every combination of genes."""
 
         def of_slot(ops: list[Op], slot: str) -> NDArray[np.float64]:
             return sum(per_op(op) for op in ops if op.slot == slot) + 0.0 * per_op(ops[0])
 
-        tables = self._tables(of_slot)
-        return lambda genes: sum(table[genes[:, at] @ strides] for at, strides, table in tables)
+        return self._tables(of_slot)
 
     @cached_property
     def costs(self) -> Callable[[Genes], NDArray[np.float64]]:

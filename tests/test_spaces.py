@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 
 import numpy as np
@@ -225,7 +226,9 @@ def test_enlarging_one_gene_never_lowers_a_cost(name, images):
     for at, size in enumerate(space.sizes):
         more = genes.copy()
         more[:, at] = np.minimum(more[:, at] + 1, size - 1)
-        assert (fold(space.canonical(more)) >= fold(genes)).all(), space.genes[at].name
+        grown = fold(space.canonical(more)) >= fold(genes)
+        # operators are ordered by MACs: one with more of them may have fewer parameters
+        assert (grown if name in ELASTIC else grown[:, 0]).all(), space.genes[at].name
 
 
 @every_space
@@ -248,7 +251,7 @@ def test_variation_stays_in_the_space_and_follows_the_generator(name, images):
 @every_space
 def test_count_is_the_number_of_distinct_rows(name, images):
     space = load(name, images)
-    if (n := int(np.prod(space.sizes))) > 200_000:
+    if (n := math.prod(space.sizes.tolist())) > 200_000:
         assert not any(gene.needs for gene in space.genes), "too many to count by hand"
         assert space.count() == n
     else:

@@ -16,7 +16,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch.nn.functional as F
@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hw_profiles.op import Op, Tape, Wire, live_elements
-from nas.elastic import BatchNorm2d, Conv2d, Linear, Middle, Network, Noise, Residual, round_to
+from nas.choice import Blend, ChoiceNetwork
+from nas.elastic import BatchNorm2d, Conv2d, Linear, Middle, Noise, Residual, round_to
 from nas.errors import NasctlError
 from nas.space import Gene, Genes, SearchSpace
 
@@ -162,13 +163,15 @@ class Cell(nn.Module):
             for ops in held
         )
 
-    def forward(self, x: Tensor, edges: Sequence[str]) -> Tensor:
+    def forward(self, x: Tensor, edges: Sequence[str], blend: Blend | None = None) -> Tensor:
         nodes = [x]
         for node in range(1, NODES):
             arriving = [
                 self._edge(at, nodes[start], edges[at])
+                if blend is None
+                else blend(at, nodes[start], [partial(self._edge, at, op=op) for op in OPS])
                 for at, (start, end) in enumerate(EDGES)
-                if end == node and edges[at] != "none"
+                if end == node and (blend is not None or edges[at] != "none")
             ]
             total = arriving[0] if arriving else x * 0.0
             for other in arriving[1:]:
@@ -177,6 +180,8 @@ class Cell(nn.Module):
         return nodes[-1]
 
     def _edge(self, at: int, x: Tensor, op: str) -> Tensor:
+        if op == "none":  # only in a blend
+            return x * 0.0
         if op == "skip_connect":
             return x
         if op == "avg_pool_3x3":
@@ -202,7 +207,7 @@ class Reduction(Residual):
         return [Middle(((self.first.conv.weight, 0), *norm, (last, 1)), last)]
 
 
-class CellNet(Network):
+class CellNet(ChoiceNetwork):
     """Runs `arch`, or with `every` candidate any architecture of the space.
 
     Sub-modules are named by stage and edge, whatever the edges hold, so that extraction finds them.
@@ -224,11 +229,17 @@ class CellNet(Network):
         self.last_norm = BatchNorm2d(c)
         self.head = Linear(c, classes)
 
-    def forward(self, x: Tensor, arch: Arch | None = None, noise: Noise | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        arch: Arch | None = None,
+        noise: Noise | None = None,
+        blend: Blend | None = None,
+    ) -> Tensor:
         edges = (arch or self.arch).edges
         x = self.stem_norm(self.stem(x))
         for block in self.blocks:
-            x = block(x, edges) if isinstance(block, Cell) else block(x)
+            x = block(x, edges, blend) if isinstance(block, Cell) else block(x)
         x = F.relu(self.last_norm(x)).mean((2, 3))
         return self.head(noise.features(x) if noise else x)
 

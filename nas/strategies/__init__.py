@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+from nas import differentiable
 from nas.data import module
 from nas.errors import NasctlError, unknown
 from nas.search import GENERATION, Problem, Propose
@@ -27,8 +28,9 @@ def names() -> list[str]:
 
 def load(name: str) -> Propose:
     """The `propose` of strategy `name`: a file here, or the user's own `my_pkg.my_mod`."""
-    if "." not in name and name not in names():
-        raise unknown("strategy", name, names(), where="--strategy")
+    if "." not in name and name not in names() and not learns(name):
+        known = [*names(), *differentiable.names()]
+        raise unknown("strategy", name, known, where="--strategy")
     propose: Propose = module.attribute(f"{_module(name)}:propose", "--strategy")
     if not callable(propose):
         raise NasctlError(
@@ -37,6 +39,11 @@ def load(name: str) -> Propose:
             next="See docs/methods/strategies.md.",
         )
     return propose
+
+
+def learns(name: str) -> bool:
+    """Does strategy `name` train the weights itself, with a distribution to propose from?"""
+    return name in differentiable.names()
 
 
 def generation(name: str) -> int:
@@ -59,4 +66,6 @@ def pool_size(name: str) -> int:
 
 
 def _module(name: str) -> str:
+    if learns(name):
+        return f"nas.differentiable.{name}"
     return name if "." in name else f"nas.strategies.{name.replace('-', '_')}"
