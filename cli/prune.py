@@ -163,6 +163,10 @@ def prepare(
     methods = ["pagcp", *baselines.names()]
     if given["method"] not in methods:
         raise unknown("pruning method", given["method"], methods, where="--method")
+    if given["method"] != "pagcp" and given.get("rounds", 1) > 1:
+        raise UsageError(
+            f"{given['method']} prunes in one round", where="--rounds", next="Leave it out."
+        )
     # what depends on the data is filled in below; everything typed is validated here
     rough = make_spec({"max_drop": {}, "divisor": 8, "threads": 1, **given})
     import torch
@@ -217,6 +221,7 @@ def execute(pruning: Pruning, *, force: bool) -> dict[str, Any]:
             content: dict[str, Any] = run.read_json(stages.REPORT)
         else:
             began = time.monotonic()
+            stages.check_scores(pruning)
             found = stages.pruned(pruning)
             net = stages.trained(pruning, found.net, stages.TUNED, "training what is left")
             content = stages.delivered(pruning, found, net, time.monotonic() - began)

@@ -34,7 +34,7 @@ from nas import checkpoint, multitask, multitask_training, paired
 from nas import run as runs
 from nas.data.examples import Examples
 from nas.elastic import channels_last
-from nas.errors import UsageError
+from nas.errors import NasctlError, UsageError
 from nas.goals import Goal
 from nas.multitask import MultiTask
 from nas.multitask_training import Schedule
@@ -206,6 +206,20 @@ def settings(spec: PruneSpec) -> Settings:
     most = max(spec.max_drop.values())
     bound = {name: LOOSEST ** (drop / most) for name, drop in spec.max_drop.items()}
     return Settings(bound=bound, divisor=spec.divisor, seed=spec.seed)
+
+
+def check_scores(pruning: Pruning) -> None:
+    """That there is something to lose: raises NasctlError naming the task where there is not."""
+    task = pruning.subject.task
+    seen = multitask.evidence(pruning.subject.net, task, pruning.halves[1])
+    for name, score in multitask.scores(task, seen).items():
+        console.say(f"  {name} {score:.4f} on {len(pruning.halves[1])} validation images")
+        if not score > 0:
+            raise NasctlError(
+                f"the unpruned network scores {score:g}: a share of that cannot be kept",
+                where=f"task '{name}'",
+                next="Are these its trained weights (--weights), and its data?",
+            )
 
 
 def pruned(pruning: Pruning) -> Pruned:

@@ -251,6 +251,7 @@ def test_a_task_that_lost_too_much_is_exit_3_and_the_files_are_kept(mine, nasctl
         (("--target", "macs=-50%", "--method", "pacgp"), 2, ("mean pagcp",)),
         (("--target", "latency=-50%", "--hw", "jetson"), 2, ("is not this machine",)),
         (("--target", "macs=-50%", "--rounds", "0"), 2, ("--rounds",)),
+        (("--target", "macs=-50%", "--method", "halp", "--rounds", "2"), 2, ("one round",)),
         (("--target", "macs=-50%", "--batch", "1"), 2, ("--batch",)),
     ],
 )
@@ -261,6 +262,16 @@ def test_bad_words_are_one_line(mine, nasctl, words, code, fragments):
     assert line.startswith("nasctl: ")
     for fragment in fragments:
         assert fragment in line
+
+
+def test_a_network_that_knows_nothing_has_nothing_to_lose(mine, nasctl, workdir):
+    net = mine.build()
+    net.where.bias.data[:] = torch.tensor([9.0, 9.0, -30.0, -30.0])  # a point
+    net.where.weight.data[:] = 0
+    checkpoint.write(workdir / "w.safetensors", net.state_dict(), {})
+    outcome = nasctl(*LITTLE, "--target", "macs=-50%", "--run", "r")
+    assert outcome.code == 1
+    assert "task 'where': the unpruned network scores" in outcome.err
 
 
 @pytest.mark.parametrize(
