@@ -43,9 +43,11 @@ def command(
         str, typer.Option(help="pagcp, or a baseline; a wrong name lists them.")
     ] = "pagcp",
     rounds: Annotated[
-        int | None, typer.Option(help="Of pruning, with training between. [1]")
+        int | None, typer.Option(help="Of pruning, at most, with a little training between. [4]")
     ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Of training after each round. [20]")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Of training after the last round. [20]")
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Images per step. [64]")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. [0.03]")] = None,
     imitation: Annotated[
@@ -223,7 +225,8 @@ def execute(pruning: Pruning, *, force: bool) -> dict[str, Any]:
             began = time.monotonic()
             stages.check_scores(pruning)
             found = stages.pruned(pruning)
-            net = stages.trained(pruning, found.net, stages.TUNED, "training what is left")
+            doing = "training what is left"
+            net = stages.trained(pruning, found.net, pruning.schedule, stages.TUNED, doing)
             content = stages.delivered(pruning, found, net, time.monotonic() - began)
             run.write_json(stages.REPORT, content)
             run.finish(stages.STAGE, pruning.key, content["seconds"], stages.FILES)

@@ -10,7 +10,7 @@ import functools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -71,8 +71,8 @@ class PruneSpec(BaseModel):
     hw: str = "cpu"
     on: str = measuring.LOCAL
     method: str = PAGCP
-    rounds: int = Field(1, ge=1, le=20)
-    epochs: float = Field(..., ge=0)  # of training after pruning, and between rounds
+    rounds: int = Field(4, ge=1, le=20)  # at most: the target ends them
+    epochs: float = Field(..., ge=0)  # of training after the last
     batch: int = Field(64, ge=2)
     lr: float = Field(0.03, gt=0)
     imitation: float = Field(0.5, ge=0, le=1)  # of the unpruned network, in the training
@@ -249,18 +249,23 @@ def pruned(pruning: Pruning) -> Pruned:
 
 
 def _recover(pruning: Pruning, net: nn.Module, number: int) -> nn.Module:
-    """`net` trained after round `number`."""
-    return trained(pruning, net, BETWEEN.format(number), f"training after round {number + 1}")
+    """`net` after a little training, which is enough to prune on: between them, all rounds take
+    half of what the last training takes."""
+    schedule = pruning.schedule
+    little = replace(schedule, steps=schedule.steps // (2 * pruning.spec.rounds))
+    name = BETWEEN.format(number)
+    return trained(pruning, net, little, name, f"training after round {number + 1}")
 
 
-def trained(pruning: Pruning, net: nn.Module, name: str, doing: str) -> nn.Module:
+def trained(
+    pruning: Pruning, net: nn.Module, schedule: Schedule, name: str, doing: str
+) -> nn.Module:
     """`net` after the schedule, taught by the unpruned network; kept in the run's file `name`."""
     done, state = pruning.run.path(name), pruning.run.path(STATE)
     channels_last(net)  # as training leaves it: other memory formats round otherwise
     if done.exists():
         checkpoint.fill(net, checkpoint.read(done)[0], done)
         return net.eval()
-    schedule = pruning.schedule
     teacher = pruning.subject.net if schedule.imitation else None
     steps = multitask_training.train(
         net, pruning.subject.task, schedule, teacher=teacher, resume=state
