@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from hw_profiles.device import Device
     from hw_profiles.measure import Pace, Setting
     from hw_profiles.profile import Group, Measure
-    from hw_profiles.protocol import Timing
+    from hw_profiles.protocol import Plan, Timing
+    from hw_profiles.remote.over_ssh import RemoteResult
 
 LOCAL, FILES = "local", "files:"
 GROUP_S = 60.0  # at most, for the networks of a session
@@ -56,8 +57,7 @@ def backend(on: str, setting: Setting, seed: int, folder: Path, pace: Pace) -> M
     from hw_profiles.graph import onnx_graph
     from hw_profiles.profile import Group, digest
     from hw_profiles.protocol import Plan
-    from hw_profiles.remote import offline, over_ssh, ssh
-    from hw_profiles.remote.bundle import Bundle
+    from hw_profiles.remote import offline
 
     plan = Plan(rounds=12, precision=0.03, time_limit_s=GROUP_S)
     if (carried := files(on)) is not None:
@@ -70,24 +70,13 @@ def backend(on: str, setting: Setting, seed: int, folder: Path, pace: Pace) -> M
             return Group(session.timings, session.reference_ms, session.pace_ms)
 
         return here
-    target = ssh.parse(on)
 
     def there(networks: Any) -> Group:
         models = {
             digest(ops): onnx_graph(ops, batch=setting.batch).SerializeToString()
             for ops in networks
         }
-        bundle = Bundle(
-            models,
-            measure.reference_model(),
-            plan=plan,
-            threads=setting.threads,
-            runtime=setting.runtime,
-            # the graphs are fp32 as they are; anything else must be demanded
-            precision=None if setting.precision == "fp32" else setting.precision,
-            seed=seed,
-        )
-        found = over_ssh.measure_models(target, bundle, workdir=folder / "remote")
+        found = _on_board(models, on, setting, plan, seed, folder / "remote")
         return Group([found.timings[digest(ops)] for ops in networks], found.reference_ms)
 
     return there
@@ -105,11 +94,10 @@ def timer(
     from hw_profiles import measure
     from hw_profiles.measure import Pace, Setting
     from hw_profiles.protocol import Plan
-    from hw_profiles.remote import over_ssh, ssh
-    from hw_profiles.remote.bundle import Bundle
 
     plan = Plan(rounds=10, precision=0.02, time_limit_s=ROUGH_S if rough else FILES_S)
-    setting, pace, times = Setting(board.runtime), Pace(), 1 if rough else measure.FRESH
+    setting, pace = Setting(board.runtime, board.precision), Pace()
+    times = 1 if rough else measure.FRESH
 
     def here(paths: Sequence[Path]) -> list[Timing]:
         rng = np.random.default_rng((seed, 22))
@@ -122,17 +110,30 @@ def timer(
 
     def there(paths: Sequence[Path]) -> list[Timing]:
         models = {str(place): path.read_bytes() for place, path in enumerate(paths)}
-        bundle = Bundle(
-            models,
-            measure.reference_model(),
-            plan=plan,
-            threads=setting.threads,
-            runtime=setting.runtime,
-            precision=None,
-            seed=seed,
-        )
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nasctl"
-        found = over_ssh.measure_models(ssh.parse(on), bundle, workdir=cache)
+        found = _on_board(models, on, setting, plan, seed, cache)
         return [found.timings[str(place)] for place in range(len(paths))]
 
     return here if on == LOCAL else there
+
+
+def _on_board(
+    models: dict[str, bytes], on: str, setting: Setting, plan: Plan, seed: int, folder: Path
+) -> RemoteResult:
+    """Serialised fp32 graphs by name, timed in one session on the board at `on`; a lost connection
+    goes on from `folder`."""
+    from hw_profiles import measure
+    from hw_profiles.remote import over_ssh, ssh
+    from hw_profiles.remote.bundle import Bundle
+
+    bundle = Bundle(
+        models,
+        measure.reference_model(),
+        plan=plan,
+        threads=setting.threads,
+        runtime=setting.runtime,
+        # the graphs are fp32 as they are; anything else must be demanded
+        precision=None if setting.precision == "fp32" else setting.precision,
+        seed=seed,
+    )
+    return over_ssh.measure_models(ssh.parse(on), bundle, workdir=folder)

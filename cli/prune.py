@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 EPOCHS, QUICK_EPOCHS = 20.0, 4.0
 DEFAULT_DROP = "2%"
+MARGIN = 1.02  # both files are measured, each to about 2 %
 _SHARE = re.compile(r"([0-9]*\.?[0-9]+)\s*%")
 _TARGET_FORMS = "macs=-60%, params=-50%, latency=-50%, or what is left: macs=20MMACs, latency=3ms"
 
@@ -97,7 +98,7 @@ def command(
     if dry_run:
         return
     if not json:
-        _say_outcome(pruning, content)
+        say_outcome(content, pruning.run.folder)
     _require_bounds(pruning, content)
 
 
@@ -244,7 +245,8 @@ def _say_inputs(pruning: Pruning) -> None:
     console.say(str(pruning.run.folder), "run")
 
 
-def _say_outcome(pruning: Pruning, content: dict[str, Any]) -> None:
+def say_outcome(content: dict[str, Any], folder: Path) -> None:
+    """The report of a pruning, for people."""
     from rich.table import Table
 
     table = Table("", "before", "after", "change")
@@ -262,8 +264,8 @@ def _say_outcome(pruning: Pruning, content: dict[str, Any]) -> None:
         table.add_row(label, f"{test['before']:.4f}", f"{test['after']:.4f}", change)
     console.show(table)
     if timed is None:
-        console.say(f"latency on {pruning.device.name}: not measured", "note")
-    console.say(str(pruning.run.path("bundle/model.onnx")), "file")
+        console.say(f"latency on {content['spec']['hw']}: not measured", "note")
+    console.say(str(folder / "bundle/model.onnx"), "file")
 
 
 def _row(table: Any, label: str, before: float, after: float) -> None:
@@ -294,6 +296,3 @@ def _require_bounds(pruning: Pruning, content: dict[str, Any]) -> None:
                 where=report,
                 next="Ask for a little less.",
             )
-
-
-MARGIN = 1.02  # both files are measured, each to about 2 %

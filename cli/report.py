@@ -14,7 +14,7 @@ def command(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
 ) -> None:
-    """Summarise a finished run and regenerate its report.html."""
+    """Summarise a finished run and, of a search, regenerate its report.html."""
     from nas.errors import UsageError
 
     if not run.is_dir():
@@ -24,6 +24,10 @@ def command(
     content = verify.read(run / "report.json")
     if json:
         return console.emit_json(content)
+    if "counts" in content:  # of a pruning, which has no page
+        from cli.prune import say_outcome
+
+        return say_outcome(content, run)
     from cli.summary import summarise
 
     report.write(content, run / "report.html")

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch_pruning.dependency import index_mapping
 
 from nas.errors import NasctlError
+from nas.outputs import tensors
 
 Inputs = Tensor | tuple[Any, ...]  # of one forward call
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -31,19 +32,6 @@ FAILS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeErr
 
 def forward(net: nn.Module, inputs: Inputs) -> Any:
     return net(*inputs) if isinstance(inputs, tuple) else net(inputs)
-
-
-def tensors(outputs: Any) -> list[Tensor]:
-    """The tensors of any nesting of lists, tuples, mappings and dataclasses, in their order."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    if isinstance(outputs, Mapping):
-        outputs = outputs.values()
-    elif dataclasses.is_dataclass(outputs):
-        outputs = vars(outputs).values()
-    elif not isinstance(outputs, (list, tuple)):
-        return []
-    return [tensor for part in outputs for tensor in tensors(part)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch import nn
 
 from compress import losses, units, widths
 from compress.cost import beside, shape_of
-from compress.graph import Graph, tensors
+from compress.graph import Graph
 from compress.history import History, Step
 from compress.job import Job, Progress, Pruned, Row, Settings, Steps
 from compress.objective import Objective
@@ -35,6 +35,7 @@ from compress.reuse import Prefix
 from compress.schedule import Schedule
 from compress.units import Unit
 from nas.errors import BudgetInfeasible, NasctlError
+from nas.outputs import tensors
 
 Recover = Callable[[nn.Module, int], nn.Module]  # (pruned network, round) -> the same, trained
 

@@ -30,9 +30,9 @@ from compress.graph import (
     forward,
     gives,
     is_depthwise,
-    tensors,
     width,
 )
+from nas.outputs import tensors
 
 #: relative: how far a pruned network may be from its masked original, in single and in double
 ALIKE = (1e-4, 1e-9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,11 @@ def named(outputs: Any) -> dict[str, Tensor]:
     return {".".join(path): tensor for path, tensor in _walk(outputs)}
 
 
+def tensors(outputs: Any) -> list[Tensor]:
+    """The same tensors without their names."""
+    return [tensor for _, tensor in _walk(outputs)]
+
+
 def _walk(outputs: Any) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     if isinstance(outputs, Tensor):
         yield (), outputs
@@ -30,6 +35,6 @@ def _walk(outputs: Any) -> Iterator[tuple[tuple[str, ...], Tensor]]:
         outputs = vars(outputs)
     if isinstance(outputs, (list, tuple)):
         outputs = {f"output_{place}": part for place, part in enumerate(outputs)}
-    if isinstance(outputs, dict):
+    if isinstance(outputs, Mapping):
         for key, part in outputs.items():
             yield from (((str(key), *path), tensor) for path, tensor in _walk(part))

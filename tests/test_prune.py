@@ -10,12 +10,13 @@ import torch
 
 from compress import losses, units, widths
 from compress.cost import Latency, Macs
-from compress.graph import LAYERS, Graph, tensors
+from compress.graph import LAYERS, Graph
 from compress.history import History
 from compress.job import GRID, Job, Settings, finish
 from compress.objective import Objective
 from compress.prune import one_round, prune
 from nas.errors import BudgetInfeasible, NasctlError
+from nas.outputs import tensors
 from tests.graphs import chain
 from tests.prunable import job, objectives
 

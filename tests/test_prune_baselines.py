@@ -9,12 +9,12 @@ import torch_pruning as tp
 
 from compress import baselines, units
 from compress.baselines.halp import knapsack
-from compress.graph import tensors
 from compress.history import History, Step
 from compress.job import Settings, finish
 from compress.reach import by_threshold
 from compress.units import Unit
 from nas.errors import BudgetInfeasible, UsageError
+from nas.outputs import tensors
 from tests.graphs import ResNet18
 from tests.prunable import job
 

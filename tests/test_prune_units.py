@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compress import units
-from compress.graph import Graph, forward, tensors
+from compress.graph import Graph, forward
 from compress.history import History, Step
 from nas.errors import NasctlError
+from nas.outputs import tensors
 from tests.graphs import BLOCKS, Detector, Vit, chain, conv, settled
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

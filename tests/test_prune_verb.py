@@ -145,6 +145,8 @@ def test_a_network_of_two_tasks_of_ones_own(mine, nasctl, workdir):
         with torch.no_grad():
             assert np.abs(value - net.eval()(images)[name].numpy()).max() < 1e-4
     assert json.loads(nasctl(*words, "--run", "r", "--json").out) == report  # not repeated
+    shown = nasctl("report", "r")
+    assert shown.code == 0 and "quadrant, test" in shown.out
     left = {path.name for path in (workdir / "r").iterdir()} - {".lock"}
     assert left == {"run.json", "report.json", "history.json", "model.safetensors", "bundle"}
 
