@@ -28,6 +28,7 @@ from compress import prune as pagcp
 from compress.cost import Cost
 from compress.job import Job, Pruned, Settings, Steps
 from compress.objective import Objective
+from compress.record import Record
 from deploy import onnx, verify
 from hw_profiles.device import Device
 from nas import checkpoint, multitask, multitask_training, paired
@@ -44,6 +45,7 @@ PAGCP = "pagcp"
 LOOSEST = 6.0  # D, the factor by which the loss of the task that may drop most may grow (PAGCP)
 STEERING = 1024  # images, at most, that losses are measured on while channels go
 BATCH = 128
+WHOLE = "prune-whole.jsonl"
 RECORD, HISTORY, PRUNED = "prune.jsonl", "history.json", "pruned.safetensors"
 BETWEEN, TUNED = "round-{}.safetensors", "tuned.safetensors"
 STATE, CANDIDATES = "finetune.safetensors", "candidates"
@@ -159,17 +161,17 @@ def costs(pruning: Pruning) -> Cost:
         return path
 
     timer = measuring.timer(pruning.spec.on, pruning.device, pruning.spec.seed, rough=True)
-    whole = export(pruning.subject.net)
-    whole_ms: list[float] = []
+    whole = pruning.subject.net
 
     def measure(files: Sequence[Path]) -> list[float]:
-        """Beside the unpruned network, in the unit of its first time: processes and moods of the
-        machine differ by more than widths do."""
-        first, *found = [timing.median_ms for timing in timer([whole, *files])]
-        whole_ms.append(first)
-        return [ms / first * whole_ms[0] for ms in found]
+        return [timing.median_ms for timing in timer(files)]
 
-    return cost.Latency(export, measure)
+    def unpruned() -> float:
+        return measure([export(whole)])[0]
+
+    # on record, so that a pruning that goes on has the same target
+    record = Record(pruning.run.path(WHOLE), pruning.key)
+    return cost.Latency(export, measure, whole, record.of("unpruned ms", unpruned))
 
 
 def job(pruning: Pruning, net: nn.Module) -> Job:

@@ -60,28 +60,25 @@ class Params:
 @dataclass(frozen=True)
 class Latency:
     """Milliseconds of the exported file, by callables of whoever knows the target: `export(net)`
-    writes a file and says where, `measure(files)` times them in turn with each other."""
+    writes a file and says where, `measure(files)` times them in turn with each other.
+
+    Always taken in turn with the network `whole` and in its terms, which are `whole_ms`: sessions
+    differ from each other by some per cent as a whole. Whoever goes on later must know that figure
+    still.
+    """
 
     export: Callable[[nn.Module], Path]
     measure: Callable[[Sequence[Path]], Sequence[float]]
+    whole: nn.Module
+    whole_ms: float
     unit: str = "ms"
 
     def of(self, net: nn.Module, example_inputs: Inputs) -> float:
         return self.many([net], example_inputs)[0]
 
     def many(self, nets: Sequence[nn.Module], example_inputs: Inputs) -> list[float]:
-        return [float(ms) for ms in self.measure([self.export(net) for net in nets])]
-
-
-def beside(
-    cost: Cost, net: nn.Module, whole: nn.Module, whole_cost: float, example_inputs: Inputs
-) -> float:
-    """The cost of `net`. Milliseconds are taken in turn with those of `whole`, which are known to
-    be `whole_cost`: sessions differ from each other by some per cent as a whole."""
-    if not isinstance(cost, Latency):
-        return cost.of(net, example_inputs)
-    now, ms = cost.many([whole, net], example_inputs)
-    return whole_cost * ms / now
+        now, *found = self.measure([self.export(net) for net in (self.whole, *nets)])
+        return [self.whole_ms * float(ms) / now for ms in found]
 
 
 def shape_of(net: nn.Module) -> str:

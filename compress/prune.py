@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from compress import losses, units, widths
-from compress.cost import beside, shape_of
+from compress.cost import shape_of
 from compress.graph import Graph
 from compress.history import History, Step
 from compress.job import Job, Progress, Pruned, Row, Settings, Steps
@@ -291,9 +291,7 @@ class _Round:
 
     def _cost(self, net: nn.Module) -> float:
         job, key = self.job, f"{self.job.cost.unit} of {shape_of(net)}"
-        return self.known.of(
-            key, lambda: beside(job.cost, net, job.net, self.cost_before, job.example_inputs)
-        )
+        return self.known.of(key, lambda: job.cost.of(net, job.example_inputs))
 
     def _losses(
         self, history: History, net: nn.Module, objectives: Sequence[Objective]
