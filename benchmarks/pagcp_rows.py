@@ -22,10 +22,10 @@ from nas.errors import BudgetInfeasible
 FLOPS, LATENCY = "flops", "latency"
 #: of the dense network's, what is left
 TARGETS = {FLOPS: 0.4, LATENCY: 0.5}
-#: every method prunes in up to so many rounds, with a little of the fine-tuning between them
+#: every method prunes in so many rounds of equal shares, with a little of the fine-tuning between
 ROUNDS = 4
-#: PAGCP's D of a round: the least of these with which the rounds meet the target
-BOUNDS = (3.0, 6.0, 12.0)
+#: PAGCP's D of a round: the paper's, a looser one where the rounds do not meet the target with it
+BOUNDS = (6.0, 12.0)
 #: kept widths are multiples of it. Milliseconds of fp32 convolutions on CPUs with AVX-512 fall in
 #: steps of 16; multiply-adds know of no steps, and see what ignoring them costs
 TILES = {FLOPS: 8, LATENCY: 16}
@@ -153,7 +153,7 @@ class Rounds:
         return Settings(divisor=TILES[self.key["cost"]], seed=self.key["seed"])
 
     def pagcp(self, net: nn.Module) -> Pruned:
-        """It takes as many rounds as it needs: each goes as far as its bound lets it."""
+        """In rounds of its own, with the first bound that meets the target."""
         method = self.key["method"]
         settings = replace(self.settings, summed=method == SUMMED, one_shot=method == ONE_SHOT)
         job = _job(self.experiment, self.key, net)

@@ -44,7 +44,7 @@ def command(
         str, typer.Option(help="pagcp, or a baseline; a wrong name lists them.")
     ] = "pagcp",
     rounds: Annotated[
-        int | None, typer.Option(help="Of pruning, at most, with a little training between. [4]")
+        int | None, typer.Option(help="Of pruning, with a little training between. [4]")
     ] = None,
     epochs: Annotated[
         float | None, typer.Option(help="Of training after the last round. [20]")

@@ -73,7 +73,7 @@ class PruneSpec(BaseModel):
     hw: str = "cpu"
     on: str = measuring.LOCAL
     method: str = PAGCP
-    rounds: int = Field(4, ge=1, le=20)  # at most: the target ends them
+    rounds: int = Field(4, ge=1, le=20)
     epochs: float = Field(..., ge=0)  # of training after the last
     batch: int = Field(64, ge=2)
     lr: float = Field(0.03, gt=0)

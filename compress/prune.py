@@ -26,6 +26,7 @@ from torch import nn
 
 from compress import losses, units, widths
 from compress.cost import shape_of
+from compress.easing import bargains, worst_first
 from compress.graph import Graph
 from compress.history import History, Step
 from compress.job import Job, Progress, Pruned, Row, Settings, Steps
@@ -48,17 +49,23 @@ def prune(
     rounds: int = 1,
     recover: Recover | None = None,
 ) -> Steps:
-    """PAGCP in up to `rounds` rounds, with `recover` (fine-tuning) between them.
+    """PAGCP in `rounds` rounds of equal shares of the way, with `recover` (fine-tuning) between.
 
     Yields Progress. With `record` every measurement is a line of a file (of each round), and the
-    same call goes on from there. Bounds hold for a round, against the network that it begins with.
+    same call goes on from there. Bounds hold for a round, against the network that it begins with;
+    where they end a round early, the next one makes up for it.
     Raises BudgetInfeasible, naming the task that limits, where the target is not met in the end.
     """
     result, history = None, History()
     rows: tuple[Row, ...] = ()
     for number in range(rounds):
         path = record and record.with_stem(f"{record.stem}-{number}")
-        found = yield from one_round(job, settings, path)
+        run = _Round(job, settings, Record(path, _inputs(job)))
+        whole = run.cost_before if result is None else result.cost_before
+        if number + 1 < rounds and job.target < whole:
+            run.target = whole * (job.target / whole) ** ((number + 1) / rounds)
+        yield from run.scan()
+        found = run.chosen()
         history = history.then(*found.history.steps)
         rows += tuple(replace(row, round=number) for row in found.rows)
         first = result or found
@@ -86,22 +93,18 @@ def one_round(job: Job, settings: Settings = Settings(), record: Path | None = N
 
 @dataclass(frozen=True)
 class _Visit:
-    """What was measured of a unit: its widths, widest first, and how much of its threshold each
-    used up (1 is all of it)."""
+    """What was measured of a unit."""
 
     unit: Unit
     order: Sequence[int]
-    used: Mapping[int, float]  # by width, those accepted
+    #: by accepted width, widest first: the share of its whole bound that the task which suffers
+    #: most has used up for it
+    grown: Mapping[int, float]
     row: Row
 
-    def stop(self, share: float) -> int:
-        """The last width before one used more than `share` of the threshold."""
-        kept = self.unit.width
-        for width, used in self.used.items():
-            if used > share:
-                break
-            kept = width
-        return kept
+    @property
+    def least(self) -> int:
+        return min(self.grown, default=self.unit.width)
 
 
 @dataclass
@@ -127,8 +130,10 @@ class _Round:
         self.stairs = {unit: stair for unit, stair in stairs.items() if stair.widths}
         if not self.stairs:
             raise _nothing(self.found, settings)
+        self.bounds = bounds
         self.schedule = Schedule(bounds, settings.first, len(self.stairs))
         self.net = job.net
+        self.target = job.target
         self.cost = self.cost_before = self.known.of(
             f"{job.cost.unit} of the whole", lambda: job.cost.of(job.net, job.example_inputs)
         )
@@ -155,11 +160,11 @@ class _Round:
             net, history = self.job.net, History()
         members = Graph(copy.deepcopy(net), self.job.example_inputs).members(unit.root)
         order = widths.weakest_first(widths.by_place(widths.magnitude(members, unit.width), unit))
-        accepted = sum(bool(visit.used) for visit in self.visits)
+        accepted = sum(bool(visit.grown) for visit in self.visits)
         thresholds = self.schedule.thresholds(accepted)
         limits = {task: loss * (1 + thresholds[task]) for task, loss in self.base.items()}
         prefix = Prefix(unit.members)
-        used: dict[int, float] = {}
+        grown: dict[int, float] = {}
         limiting = ""
         last: Mapping[str, float] = self.at
         for kept in self.stairs[unit].widths:
@@ -168,14 +173,15 @@ class _Round:
             if found.over:
                 limiting = found.over
                 break
-            used[kept] = max(
-                (found.values[t] / self.base[t] - 1) / thresholds[t] for t in self.base
+            grown[kept] = max(
+                math.log(max(1.0, found.values[task] / base)) / math.log(self.bounds[task])
+                for task, base in self.base.items()
             )
             last = found.values
         row = Row(unit.root, unit.width, unit.width, unit.width, last, limits, limiting)
-        if used:
-            row = self._accept(unit, widths.step(unit, order, list(used)[-1]), row)
-        return _Visit(unit, order, used, row)
+        if grown:
+            row = self._accept(unit, widths.step(unit, order, min(grown)), row)
+        return _Visit(unit, order, grown, row)
 
     def _trial(
         self, net: nn.Module, history: History, limits: Mapping[str, float], prefix: Prefix
@@ -210,21 +216,21 @@ class _Round:
 
     def chosen(self) -> Pruned:
         """The network that is kept: the best units by score, as far down as the target asks."""
-        pruned = sorted((v for v in self.visits if v.used), key=lambda visit: visit.row.score)
+        pruned = sorted((v for v in self.visits if v.grown), key=lambda visit: visit.row.score)
         # a unit that makes the network slower is never kept
         pruned = [visit for visit in pruned if visit.row.score < math.inf]
         least = math.ceil(self.settings.keep * len(pruned))
         stops: dict[Unit, int] = {}
         for n in range(least, len(pruned) + 1):
-            stops = {visit.unit: visit.stop(1.0) for visit in pruned[:n]}
-            if self._meets(stops):
+            stops = {visit.unit: visit.least for visit in pruned[:n]}
+            if self._at(stops) <= self.target:
                 stops = self._eased(pruned[:n])
                 break
         result = self._result(*self._applied(stops))
         if self.settings.summed or self.settings.one_shot or not self._over(result):
             return result
         # others than were measured together: what was is within the bounds
-        return self._result(*self._applied({visit.unit: visit.stop(1.0) for visit in self.visits}))
+        return self._result(*self._applied({visit.unit: visit.least for visit in self.visits}))
 
     def _over(self, result: Pruned) -> bool:
         bounds = self.settings.bounds([*result.losses])
@@ -234,32 +240,41 @@ class _Round:
         )
 
     def _eased(self, visits: Sequence[_Visit]) -> dict[Unit, int]:
-        """Prune no further than the target asks: every unit stops at the same share of its
-        threshold, the least that meets the target; the unit that makes the difference stops as
-        soon as the target is met."""
-        shares = sorted({used for visit in visits for used in visit.used.values()})
-        low, high = 0, len(shares) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if self._meets({visit.unit: visit.stop(shares[middle]) for visit in visits}):
-                high = middle
-            else:
-                low = middle + 1
-        stops = {v.unit: v.stop(shares[high - 1]) if high else v.unit.width for v in visits}
-        for visit in visits:
-            last = visit.stop(shares[high])
-            for width in [w for w in visit.used if stops[visit.unit] > w >= last]:
-                stops[visit.unit] = width
-                if self._meets(stops):
-                    return stops
-        return stops
+        """Prune no further than the target asks: the worst bargains are undone, as many as the
+        target lets; then those that fit into what is left."""
+        stairs = {visit.unit: self.stairs[visit.unit].savings for visit in visits}
+        undone = worst_first(b for v in visits for b in bargains(v.unit, v.grown, stairs[v.unit]))
 
-    def _meets(self, stops: Mapping[Unit, int]) -> bool:
+        def stops(n: int) -> dict[Unit, int]:
+            least = {visit.unit: visit.least for visit in visits}
+            return least | {bargain.unit: bargain.wide for bargain in undone[:n]}
+
+        low, high = 0, len(undone)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (
+                (middle, high) if self._at(stops(middle)) <= self.target else (low, middle - 1)
+            )
+        found = stops(low)
+        for bargain in undone[low:]:
+            saved = {bargain.unit.width: 0.0, **stairs[bargain.unit]}
+            now = found[bargain.unit]
+            slack = self.target - self._at(found)
+            for width in [w for w in saved if now < w <= bargain.wide]:  # widest first
+                wider = found | {bargain.unit: width}
+                if saved[now] - saved[width] <= slack and self._at(wider) <= self.target:
+                    found = wider
+                    break
+        return found
+
+    def _at(self, stops: Mapping[Unit, int]) -> float:
+        """The cost with units at these widths."""
         named = {unit.root: width for unit, width in stops.items()}
-        cost = self.known.of(
-            f"{self.job.cost.unit} at {named}", lambda: self._cost(self._applied(stops)[1])
+        return float(
+            self.known.of(
+                f"{self.job.cost.unit} at {named}", lambda: self._cost(self._applied(stops)[1])
+            )
         )
-        return float(cost) <= self.job.target
 
     def _applied(self, stops: Mapping[Unit, int]) -> tuple[History, nn.Module]:
         """The accepted steps down to these widths, in the order they were taken, on the unpruned

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,28 +79,34 @@ def alone(job: Job, unit: Unit, widths: Sequence[int], known: Record) -> list[fl
 
 @dataclass(frozen=True)
 class Stairs:
-    """Widths that a unit may be pruned to, widest first, and what pruning it saves for sure.
+    """Widths that a unit may be pruned to, widest first, and what pruning it alone saves.
 
     Where milliseconds are measured, no width is here that is as slow as a wider one: a kernel that
     pads or falls back makes such widths a loss for nothing.
     """
 
-    widths: tuple[int, ...]
-    gain: float  # cost saved by this unit alone at the probe ratio: what units are ordered by
+    savings: Mapping[int, float]  # of the cost, by width
+    gain: float  # at the probe ratio: what units are ordered by
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.savings)
 
 
 def stairs(job: Job, unit: Unit, settings: Settings, known: Record) -> Stairs:
     """Raises nothing: a unit too narrow for the divisor has no widths."""
     widths = offered(unit, settings)
     if not widths:
-        return Stairs((), 0.0)
+        return Stairs({}, 0.0)
     probe = min(widths, key=lambda width: abs(width - (1 - settings.probe) * unit.width))
     if not isinstance(job.cost, Latency):  # counted: grows with the width
         full, probed = alone(job, unit, (unit.width, probe), known)
-        return Stairs(widths, full - probed)
+        each = (full - probed) / (unit.width - probe)  # other widths: near enough to compare units
+        return Stairs({width: each * (unit.width - width) for width in widths}, full - probed)
     full, *costs = alone(job, unit, (unit.width, *widths), known)
     falling = descending(widths, costs, full)
-    return Stairs(tuple(falling), full - costs[widths.index(probe)])
+    savings = {width: full - cost for width, cost in falling.items()}
+    return Stairs(savings, full - costs[widths.index(probe)])
 
 
 def descending(widths: Sequence[int], costs: Sequence[float], full: float) -> dict[int, float]:

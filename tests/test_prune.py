@@ -161,6 +161,19 @@ def test_rounds_go_on_from_what_was_recovered():
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in found.net.state_dict().items())
 
 
+def test_rounds_go_equal_shares_of_the_way():
+    given, seen = job("plain", share=0.4), []
+
+    def recover(net, number):
+        seen.append(Macs().of(net, given.example_inputs) / full)
+        return net
+
+    full = Macs().of(given.net, given.example_inputs)
+    finish(prune(given, replace(LOOSE, bound=1e3), rounds=2, recover=recover))
+    assert len(seen) == 1
+    assert 0.8 * math.sqrt(given.target / full) < seen[0] <= math.sqrt(given.target / full)
+
+
 def test_a_killed_pruning_goes_on_to_the_same_network_and_measures_nothing_twice(tmp_path):
     given, path = job("plain"), tmp_path / "record.jsonl"
     whole = finish(one_round(given, LOOSE, path))
