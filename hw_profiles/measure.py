@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -131,12 +133,24 @@ def fresh_session(
     """
     fresh = multiprocessing.get_context("spawn")
     seed = int(rng.integers(2**63))
-    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+    with ProcessPoolExecutor(1, mp_context=fresh, initializer=_end_with_parent) as pool:
         known = math.inf if pace is None else pace.ms * (1 + protocol.PROCESSES_DIFFER)
         session = pool.submit(_session, list(networks), setting, seed, plan, known).result()
     if pace is not None:
         pace.ms = min(pace.ms, session.pace_ms)
     return session
+
+
+def _end_with_parent() -> None:
+    """A worker holds both ends of its queue, so it would wait for ever for a killed parent."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _session(

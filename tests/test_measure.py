@@ -1,9 +1,15 @@
 """hw_profiles.measure on a clock that moves only when a measured call moves it."""
 
 import gc
+import os
 import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from hw_profiles import protocol
@@ -219,3 +225,35 @@ def test_op_lists_are_run_for_real_and_a_far_bigger_one_takes_longer():
     assert shares[-1] == 1.0
     # about 140 times the MACs: no machine is noisy enough to hide that
     assert timings[1].median_ms > max(timings[0].median_ms, timings[2].median_ms) > 0
+
+
+ENDLESS = """
+import numpy as np
+from hw_profiles.measure import Plan, fresh_session
+from hw_profiles.op import Tape
+
+if __name__ == "__main__":
+    tape = Tape(3, 8)
+    tape.conv(tape.input, 8)
+    for_ever = Plan(rounds=10**9, time_limit_s=1e9)
+    fresh_session([tape.ops], rng=np.random.default_rng(0), plan=for_ever)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_measurement_leaves_no_process(tmp_path):
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    environment = {**os.environ, "PYTHONPATH": str(Path(protocol.__file__).parents[1])}
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "endless.py")], env=environment)
+    try:
+        started, until = psutil.Process(parent.pid), time.monotonic() + 60
+        workers: list[psutil.Process] = []
+        while not any(worker.cpu_times().user > 0.5 for worker in workers):
+            assert parent.poll() is None and time.monotonic() < until
+            time.sleep(0.2)
+            workers = started.children(recursive=True)
+    finally:
+        parent.kill()
+        parent.wait()
+    gone, alive = psutil.wait_procs(workers, timeout=30)
+    assert gone and not alive

@@ -90,7 +90,7 @@ def task():
     return MultiTask("quadrants", goals, split(256, 0), split(96, 1), split(96, 2), boxes=("box",))
 """
 MINE = ("prune", "mine:build", "--weights", "w.safetensors", "--data", "mine:task", "--threads", 1)
-LITTLE = (*MINE, "--divisor", 4, "--epochs", 2, "--batch", 32)
+LITTLE = (*MINE, "--divisor", 4, "--rounds", 1, "--epochs", 2, "--batch", 32)
 
 
 def by_weights(on, board, seed, rough=False):
