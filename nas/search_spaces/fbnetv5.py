@@ -234,13 +234,12 @@ class FBNetV5(Network):
     def __init__(self, arch: Arch, space: Space) -> None:
         super().__init__()
         self.arch = arch
-        widths, before = arch.widths, (space.channels, arch.widths[0])
-        self.stem = nn.ModuleList(
-            Conv2d(c_in, widths[0], 3, stride)
-            for c_in, stride in zip(before, space.strides, strict=False)
-        )
-        self.stem += [Conv2d(c_in, c_out, 3, 2) for c_in, c_out in pairwise(widths)]
-        self.stem_norms = nn.ModuleList(BatchNorm2d(conv.out_channels) for conv in self.stem)
+        widths = arch.widths
+        before = (space.channels, widths[0])
+        stem = [Conv2d(c, widths[0], 3, s) for c, s in zip(before, space.strides, strict=False)]
+        stem += [Conv2d(c_in, c_out, 3, 2) for c_in, c_out in pairwise(widths)]
+        self.stem = nn.ModuleList(stem)
+        self.stem_norms = nn.ModuleList(BatchNorm2d(conv.out_channels) for conv in stem)
         kept = (gate for gate in GATES if gate.name in arch.kept)
         self.gates = nn.ModuleDict({_key(gate): _gate(gate, widths) for gate in kept})
         self.heads = nn.ModuleDict(
