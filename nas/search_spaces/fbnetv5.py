@@ -242,16 +242,20 @@ class FBNetV5(Network):
         self.stem_norms = nn.ModuleList(BatchNorm2d(conv.out_channels) for conv in stem)
         kept = (gate for gate in GATES if gate.name in arch.kept)
         self.gates = nn.ModuleDict({_key(gate): _gate(gate, widths) for gate in kept})
-        self.heads = nn.ModuleDict(
-            {name: heads.build(a, space.maps, space.scale) for name, a in space.tasks.items()}
+        self.tasks = tuple(space.tasks)
+        self.heads = nn.ModuleDict(  # `class` alone is no attribute that an exporter could write
+            {
+                f"of_{name}": heads.build(a, space.maps, space.scale)
+                for name, a in space.tasks.items()
+            }
         )
 
     def forward(
         self, x: Tensor, arch: Arch | None = None, noise: Noise | None = None
     ) -> Tensor | dict[str, Tensor]:
         xs = self.backbone(x, arch, noise)
-        found = {name: head(xs, noise) for name, head in self.heads.items()}
-        return found if len(found) > 1 else next(iter(found.values()))
+        found = {name: self.heads[f"of_{name}"](xs, noise) for name in self.tasks}
+        return found if len(found) > 1 else found[self.tasks[0]]
 
     def backbone(
         self, x: Tensor, arch: Arch | None = None, noise: Noise | None = None
