@@ -1,8 +1,8 @@
 """Heads on maps of several resolutions: one per task, outside the backbone that is searched.
 
-Every head reads all maps, so that whatever a backbone computes is on a route to an answer. From
-fine to coarse maps are averaged down and added, for a vector (classes, presence) or a box; from
-coarse to fine they are brought up and added, for a label map (as semantic FPN, arXiv 1901.02446).
+Every head reads all maps, so that whatever a backbone computes is on a route to an answer. For
+a vector (classes, presence) or a box maps are averaged down to the coarsest and added; for a label
+map they are brought up and added, from coarse to fine (as semantic FPN, arXiv 1901.02446).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hw_profiles.op import Tape, Wire
 from nas.elastic import BatchNorm2d, Conv2d, Linear, Noise, round_to
 
-COMMON = {"vector": 96, "box": 64, "map": 32}  # channels in which maps are added
+COMMON = {"vector": 96, "box": 64, "map": 24}  # channels in which maps are added
 HIDDEN = 64  # of a box
 SIDES = 4  # centre x, centre y, width and height (`nas.goals.box`)
 
@@ -53,10 +53,14 @@ def write(tape: Tape, xs: Sequence[Wire], answer: Answer, maps: Maps, scale: flo
             y = tape.add(y, tape.conv(x, common, norm=True), act="relu" if x is xs[0] else "")
         y = tape.conv(y, answer.channels, bias=True)
         return tape.upsample(y, maps.stride) if maps.stride > 1 else y
-    y = tape.conv(xs[0], common, norm=True)
-    for x in xs[1:]:
-        y = tape.avgpool(y)
-        y = tape.add(y, tape.conv(x, common, norm=True), act="relu" if x is xs[-1] else "")
+    pooled = []
+    for x, halvings in zip(xs, reversed(range(len(xs))), strict=True):
+        size = 2**halvings
+        small = tape.avgpool(x, kernel=size, stride=size) if halvings else x
+        pooled.append(tape.conv(small, common, norm=True))
+    y, *others = pooled
+    for other in others:
+        y = tape.add(y, other, act="relu" if other is others[-1] else "")
     if answer.form == "vector":
         return tape.linear(tape.gap(y), answer.channels)
     return tape.linear(tape.linear(tape.flatten(y), HIDDEN, act="relu"), SIDES)
@@ -83,9 +87,13 @@ class Head(nn.Module):
 
     def down(self, xs: Sequence[Tensor]) -> Tensor:
         """All in the size of the coarsest."""
-        first, *others = (lateral(x) for lateral, x in zip(self.laterals, xs, strict=True))
+        every = zip(self.laterals, xs, reversed(range(len(xs))), strict=True)
+        first, *others = (
+            lateral(F.avg_pool2d(x, 2**halvings) if halvings else x)
+            for lateral, x, halvings in every
+        )
         for other in others:
-            first = F.avg_pool2d(first, 2) + other
+            first = first + other
         return F.relu(first)
 
     def up(self, xs: Sequence[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from nas.errors import BudgetInfeasible
 from nas.goals import Goal
 from nas.multitask import BATCH_EVAL, MultiTask, answers, evidence
 from nas.multitask_search import Search, Shared
-from nas.search import Problem
+from nas.search import GENERATION, Problem
 from nas.space import Genes
 
 CONSTANT = 64  # images that the best constant answer is fitted to
@@ -101,12 +101,12 @@ class Finalist:
     score: float  # the goal's metric, likewise
 
 
-def judged(shared: Shared, search: Search, name: str) -> Iterator[Finalist]:
-    """Those that the task's distribution proposes inside its budget, the likeliest first.
+def judged(shared: Shared, search: Search, name: str, n: int = GENERATION) -> Iterator[Finalist]:
+    """At most `n` that the task's distribution proposes inside its budget, the likeliest first.
 
     Raises BudgetInfeasible where none was found.
     """
-    rows = proposed(shared, search, name)
+    rows = proposed(shared, search, name)[:n]
     own = search.task.only([name])
     for row in rows:
         net = child(shared, search, name, row)
