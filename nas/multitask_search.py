@@ -48,6 +48,7 @@ WARM = 0.25  # share of the steps before the distributions move
 EVERY = 4  # steps of the weights per step of the distributions
 TRAVEL = 25.0  # of a logit over a whole search, at most: as in the plans of benchmarks.fbnetv5
 DECAY = 0.98  # of the running losses
+LEAST_SCALE = 1e-12  # of a loss: one that is zero divides nothing
 LEAST = 8  # labelled images that every task has among those of a step of the distributions
 CONSTANT = 64  # images that the best constant answer is fitted to
 
@@ -111,7 +112,8 @@ class Search:
         every = torch.arange(rows.start, rows.stop)
         if goal.labelled is None:
             return every
-        return every[goal.labelled(self.task.train.at(every).targets)]
+        targets = self.task.train.targets
+        return every[goal.labelled({name: t[every] for name, t in targets.items()})]
 
     def costs(self, rows: Genes) -> Array | None:
         """What each task's budget counts [N, T]: microseconds, or MACs; None without budgets."""
@@ -183,6 +185,7 @@ class Shared(nn.Module):
     window: Tensor  # [WINDOW, T], the latest losses last
     moves: Tensor  # steps of the distributions so far
     level: Tensor  # [T], running loss; NaN before the first
+    heard: Tensor  # [T], steps that had a loss of the task
     effective: Tensor  # [T], share of the last networks that the task's estimate was worth
     expected: Tensor  # [T], their weighted mean cost: microseconds or MACs
 
@@ -199,6 +202,7 @@ class Shared(nn.Module):
             self.register_buffer(name, torch.from_numpy(getattr(begin, name).copy()))
         self.register_buffer("window", torch.full((WINDOW, tasks), torch.nan, dtype=torch.float64))
         self.register_buffer("moves", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("heard", torch.zeros(tasks, dtype=torch.int64))
         for name in ("level", "effective", "expected"):
             self.register_buffer(name, torch.full((tasks,), torch.nan, dtype=torch.float64))
         self.samples = search.samples
@@ -219,6 +223,15 @@ class Shared(nn.Module):
         self.moves.fill_(state.step)
         self.effective.copy_(torch.from_numpy(report.effective / self.samples))
         self.expected.copy_(torch.from_numpy(report.latency_us))
+
+    def follow(self, at: int, loss: float) -> float:
+        """A task's running loss with this one: a mean at first, so that the start is forgotten."""
+        n = int(self.heard[at])
+        decay = min(DECAY, n / (n + 10))
+        before = float(self.level[at]) if n else loss
+        self.level[at] = max(decay * before + (1 - decay) * loss, LEAST_SCALE)
+        self.heard[at] += 1
+        return float(self.level[at])
 
 
 @dataclass(frozen=True)
@@ -295,10 +308,7 @@ def _weights(shared: Shared, search: Search, step: int) -> None:
             )
         if goal.labelled is not None and not goal.labelled(targets).any():
             continue
-        known = shared.level[at]
-        begun = known.isfinite()
-        known.copy_(known.lerp(loss.detach().double(), 1 - DECAY) if begun else loss.detach())
-        scale = max(float(known), torch.finfo(torch.float32).tiny)
+        scale = shared.follow(at, loss.item())
         parts.append(goal.weight * float(weight[at]) * loss / scale)
     if parts:
         torch.stack(parts).sum().backward()

@@ -78,7 +78,7 @@ def test_both_tasks_are_learned_and_told_apart_from_constant_answers():
     assert best.score > 0.9
 
 
-@pytest.mark.parametrize("stop", [1, 3, 7])
+@pytest.mark.parametrize("stop", [3, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 7))])
 def test_a_stopped_search_goes_on_bit_by_bit(stop, tmp_path):
     asked, path = search(), tmp_path / "state.safetensors"
     whole, _ = ended(asked)
@@ -116,6 +116,7 @@ def test_the_backbone_runs_once_per_step_however_many_tasks(tasks, monkeypatch):
     assert runs.count(False) == asked.plan.steps * (asked.samples + 1)
 
 
+@pytest.mark.slow
 def test_a_tasks_scale_does_not_decide_what_is_learned():
     def times(goal, factor):
         return replace(goal, loss=lambda outputs, targets: factor * goal.loss(outputs, targets))
@@ -185,6 +186,7 @@ def test_every_tasks_networks_are_inside_its_own_budget():
     assert (space.costs(free)[:, 0] > most).any()
 
 
+@pytest.mark.slow
 def test_a_tight_budget_moves_its_task_alone():
     """Where all networks are as good, the hinge alone says what to leave out."""
 
@@ -193,10 +195,10 @@ def test_a_tight_budget_moves_its_task_alone():
 
     space = space_for(sides(), 0.25).only("box")
     most = 1.02 * float(space.costs(space.smallest[None])[0, 0])
-    task, schedule = sides(goals=tuple(map(even, GOALS))), replace(SCHEDULE, steps=24)
-    shared, _ = ended(search(task, {"box": most}, schedule, samples=4))
+    task, schedule = sides(goals=tuple(map(even, GOALS))), replace(SCHEDULE, steps=32)
+    shared, _ = ended(search(task, {"box": most}, schedule, samples=8))
     free, tight = shared.state.policies.probs[:, :, 1].mean(1)
-    assert tight < 0.4 < free
+    assert tight < free - 0.1
 
 
 def test_one_task_alone_weighs_every_network_as_it_is():
