@@ -94,7 +94,9 @@ def prepare(
         what = f"{spec.batch} images per step, but {len(task.train)} training images"
         raise UsageError(what, where="--batch", allowed=f"up to {len(task.train) // 5}")
     name = f"{SPACE}-{task.name}-{board.name}-{run.digest(spec.model_dump())[:8]}"
-    return Job(spec, run.Run(folder or Path("runs") / name.replace(":", "-")), task, board)
+    job = Job(spec, run.Run(folder or Path("runs") / name.replace(":", "-")), task, board)
+    assert job.trainer is None or callable(job.trainer)  # raises for what names nothing
+    return job
 
 
 def _budgets(text: str | None, flag: str, names: list[str]) -> dict[str, float]:
@@ -149,6 +151,7 @@ def plan(job: Job) -> dict[str, Any]:
 
 def execute(job: Job, *, force: bool) -> dict[str, Any]:
     """Search, train each task's network, deliver; what is finished already is not repeated."""
+    from cli import many_tasks_delivery as delivery
     from cli import many_tasks_stages as stages
 
     began = time.monotonic()
@@ -163,7 +166,7 @@ def execute(job: Job, *, force: bool) -> dict[str, Any]:
         rows = {}
         for name in job.spec.tasks:
             console.say("train alone, export, verify", name)
-            rows[name] = stages.delivered(job, table, search, shared, finalists[name], name)
+            rows[name] = delivery.delivered(job, table, search, shared, finalists[name], name)
         return stages.reported(job, table, search, shared, rows, time.monotonic() - began)
 
 

@@ -5,49 +5,37 @@ each task. What the manifest knows as finished is skipped; every stage goes on w
 from __future__ import annotations
 
 import functools
-import json
-import math
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import nn
 
 from cli import console, stages
-from deploy import onnx, verify
+from deploy import verify
 from hw_profiles import latency as latencies
-from hw_profiles import measure, op
 from hw_profiles.device import Device
 from hw_profiles.latency import LatencyTable
-from nas import checkpoint, file, multitask, multitask_training
+from nas import checkpoint
 from nas import run as runs
-from nas.errors import BudgetMissed, UsageError
+from nas.data import module
+from nas.errors import UsageError
 from nas.multitask import MultiTask
-from nas.multitask_outcome import Finalist, child, judged, outcomes
+from nas.multitask_outcome import Finalist, judged, outcomes
 from nas.multitask_search import Search, Shared, learn, space_for
 from nas.multitask_training import Schedule
-from nas.outputs import ONLY
 from nas.run import Run
 from nas.search import Limit, Problem
-from nas.space import arch_to_dict
 
 STATE, SHARED, FINALISTS = "training.safetensors", "shared.safetensors", "finalists.json"
 TABLE, REPORT = stages.TABLE, "report.json"
-#: in a task's own folder
-OWN_STATE, WEIGHTS, MODEL = "finetune.safetensors", "model.safetensors", "bundle/model.onnx"
-RESULT, PICK = "result.json", "pick.json"
 PROFILED = 64  # networks timed for a table of this machine, of all tasks together
-ATTEMPTS = 5  # files timed before a budget on this machine is given up
-MARGIN = 1.02  # as in `cli.deliver`
 
 
 class TasksSpec(BaseModel):
@@ -65,6 +53,7 @@ class TasksSpec(BaseModel):
     macs: dict[str, float] = {}
     epochs: float = Field(..., gt=0)  # of the supernet
     finetune: float = Field(..., ge=0)  # of each task's network, alone
+    trainer: str | None = None  # what does that instead: my_pkg.my_mod:train
     batch: int = Field(64, ge=2)
     lr: float = Field(0.1, gt=0)
     seed: int = Field(0, ge=0)
@@ -106,6 +95,17 @@ class Job:
         spec = self.spec
         steps = round(epochs * len(self.task.train) / spec.batch)
         return Schedule(steps=max(1, steps), batch=spec.batch, lr=spec.lr, seed=spec.seed)
+
+    @cached_property
+    def trainer(self) -> Callable[..., object] | None:
+        """The user's own training of a task's network, `train(net, task)`, in place; None: ours."""
+        named = self.spec.trainer
+        if named is None:
+            return None
+        if not module.is_reference(named):
+            raise UsageError(f"'{named}'", where="--trainer", allowed="my_pkg.my_mod:train")
+        found: Callable[..., object] = module.attribute(named, "--trainer")
+        return found
 
     def own(self, name: str) -> Run:
         """A task's folder."""
@@ -183,7 +183,7 @@ def learned(job: Job, search: Search) -> Shared:
 
     def work() -> None:
         steps = learn(shared, search, resume=run.path(STATE))
-        _follow(steps, search.schedule.steps, "one supernet for all tasks")
+        follow(steps, search.schedule.steps, "one supernet for all tasks")
         checkpoint.write(run.path(SHARED), shared.state_dict(), {})
 
     staged(run, "train", search.fingerprint, [SHARED], work)
@@ -193,7 +193,7 @@ def learned(job: Job, search: Search) -> Shared:
     return shared
 
 
-def _follow(steps: Generator[Any, None, None], total: int, title: str) -> None:
+def follow(steps: Generator[Any, None, None], total: int, title: str) -> None:
     """Under a bar; Ctrl-C stops between two steps, where the state is saved."""
     with console.bar(title, total) as update, console.deferred_interrupt() as stop:
         for step in steps:
@@ -244,127 +244,7 @@ def step_seconds(job: Job) -> float:
     return (time.monotonic() - began) / 2
 
 
-# ---- each task's own network ---------------------------------------------------------------------
-
-
-def delivered(
-    job: Job,
-    table: LatencyTable,
-    search: Search,
-    shared: Shared,
-    finalists: list[Finalist],
-    name: str,
-) -> dict[str, Any]:
-    """The task's network trained alone, exported, run and judged; test images are read here, once.
-    Its files are in the folder of the task's name."""
-    own = job.own(name)
-    own.path("bundle").mkdir(parents=True, exist_ok=True)
-    key = runs.digest([search.fingerprint, job.spec.model_dump(), verify.environment()])
-
-    def work() -> None:
-        finalist = _pick(job, search, shared, finalists, name)
-        net = child(shared, search, name, np.array(finalist.genes))
-        task = job.task.only([name])
-        if job.spec.finetune:
-            steps = multitask_training.train(
-                net, task, job.own_schedule, resume=own.path(OWN_STATE)
-            )
-            _follow(steps, job.own_schedule.steps, f"training {name} alone")
-        checkpoint.write(own.path(WEIGHTS), net.state_dict(), {})
-        row = _row(job, table, net, finalist, task)
-        own.write_json(RESULT, row)
-
-    files = [f"{name}/{part}" for part in (MODEL, WEIGHTS, RESULT)]
-    staged(job.run, f"deliver {name}", key, files, work)
-    own.path(OWN_STATE).unlink(missing_ok=True)
-    found: dict[str, Any] = own.read_json(RESULT)
-    return found
-
-
-def _pick(
-    job: Job, search: Search, shared: Shared, finalists: list[Finalist], name: str
-) -> Finalist:
-    """The best; on this machine the best whose exported file was timed inside the budget. On
-    record, so that a run that goes on trains the same network on."""
-    budget, own = job.spec.latency_ms.get(name), job.own(name)
-    if budget is None or not job.device.local:
-        return finalists[0]
-    if own.path(PICK).exists():
-        return finalists[int(own.read_json(PICK))]
-    took = []
-    for at, finalist in enumerate(finalists[:ATTEMPTS]):
-        net = child(shared, search, name, np.array(finalist.genes))
-        onnx.export(net, own.path(MODEL), input_shape=job.task.shape)
-        took.append(_timed(job, own.path(MODEL)).median_ms)
-        if took[-1] * MARGIN <= budget:
-            own.write_json(PICK, at)
-            return finalist
-    raise BudgetMissed(
-        f"no file was measured inside {budget:g} ms; they took "
-        f"{', '.join(map(console.format_ms, took))}",
-        where=f"task '{name}'",
-        next="Raise its budget, or leave the machine to itself.",
-    )
-
-
-def _timed(job: Job, path: Path) -> measure.Timing:
-    plan = measure.Plan(inner=50, per_round=statistics.median, rounds=10, time_limit_s=10)
-    rng = np.random.default_rng((job.spec.seed, 7))
-    said = LatencyTable.load(job.run.path(TABLE)).provenance
-    pace = measure.Pace(float(said.get("pace_ms", math.inf)))
-    return verify.latency(path, rng=rng, plan=plan, pace=pace)
-
-
-def _row(
-    job: Job, table: LatencyTable, net: nn.Module, finalist: Finalist, task: MultiTask
-) -> dict[str, Any]:
-    """What is known of a task's delivered file."""
-    (goal,) = task.goals
-    own, path = job.space.only(goal.name), job.own(goal.name).path(MODEL)
-    arch = own.decode(np.array(finalist.genes))
-    ops = own.ops(arch)
-    described = _described(job, goal.name, finalist, arch_to_dict(arch))
-    onnx.export(net, path, input_shape=task.shape, metadata=described)
-    parity = verify.parity(net, path, next(task.batches(task.val, 64))[0].numpy())
-    timing = _timed(job, path) if job.device.local else None
-    images = torch.cat([x for x, _ in task.batches(task.test)]).numpy()
-    outputs = {goal.name: torch.from_numpy(verify.outputs(path, images, batch=64)[ONLY])}
-    seen = multitask.evidence(net, task, task.val)
-    budgets = {"latency": job.spec.latency_ms, "macs": job.spec.macs}
-    limit = [{"name": n, "most": m[goal.name]} for n, m in budgets.items() if goal.name in m]
-    late = timing is not None and timing.median_ms > job.spec.latency_ms.get(goal.name, math.inf)
-    return {
-        "genes": list(finalist.genes),
-        "arch": arch_to_dict(arch),
-        "macs": op.macs(ops),
-        "params": op.params(ops),
-        "budget": limit[0] if limit else None,
-        "predicted": asdict(table.estimate(ops, job.spec.space)),
-        "measured": None if timing is None else asdict(timing),
-        "missed": late,
-        "inherited_val": finalist.score,
-        "val": multitask.scores(task, seen)[goal.name],
-        "test": goal.score(goal.evidence(outputs, task.test.targets)),
-        "parity_error": parity,
-        "file": {**file.record(path), "path": f"{goal.name}/{MODEL}"},
-    }
-
-
-def _described(job: Job, name: str, finalist: Finalist, arch: Mapping[str, Any]) -> dict[str, str]:
-    """What the file says of itself."""
-    task = job.task
-    return {
-        "nasctl": metadata.version("nasctl"),
-        "space": job.spec.space,
-        "task": name,
-        "genes": json.dumps(finalist.genes),
-        "arch": json.dumps(arch),
-        "input": f"float32 N x {' x '.join(map(str, task.shape))}, (pixel / 255 - mean) / std",
-        "mean": json.dumps(list(task.moments[0])),
-        "std": json.dumps(list(task.moments[1])),
-        "data_sha256": task.fingerprint,
-        "run": job.run.folder.name,
-    }
+# ---- report --------------------------------------------------------------------------------------
 
 
 def reported(

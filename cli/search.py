@@ -45,6 +45,10 @@ def command(
         str | None,
         typer.Option(help="One network for each, as class,box (--space fbnetv5)."),
     ] = None,
+    trainer: Annotated[
+        str | None,
+        typer.Option(help="Trains each task's network: my_pkg.my_mod:train, of (net, task)."),
+    ] = None,
     width: options.Width = None,
     size: options.Size = None,
     epochs: options.Epochs = None,
@@ -111,7 +115,7 @@ def command(
     }
     from nas import run as runs
 
-    given = runs.given_fields({**flags, "tasks": tasks}, spec)
+    given = runs.given_fields({**flags, "tasks": tasks, "trainer": trainer}, spec)
     if "tasks" in given:
         from cli import many_tasks
 

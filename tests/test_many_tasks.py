@@ -9,9 +9,11 @@ import onnx
 import pytest
 from test_multitask_search import sides
 
-from cli import many_tasks_stages
+from cli import many_tasks_delivery as delivery
+from cli import many_tasks_stages as stages
 from deploy import verify
 from hw_profiles import device, latency
+from nas import checkpoint
 from nas.multitask_search import space_for
 
 DATA = "from test_multitask_search import examples, sides\ndef task():\n    return sides()\n"
@@ -68,14 +70,42 @@ def test_it_ends_in_a_verified_file_per_task_inside_its_budget(nasctl, data):
     assert shown.code == 0 and "box" in shown.out and "not measured" in shown.out
 
 
+OWN = """
+import torch
+def train(net, task):
+    (goal,) = task.goals
+    open(f"{goal.name}.txt", "w").write(f"{net.training} {len(task.train)}")
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+def broken(net, task):
+    raise OSError("no licence")
+"""
+
+
+@pytest.mark.slow
+def test_the_users_own_training_takes_the_place_of_ours(nasctl, data):
+    (data / "pipeline.py").write_text(OWN)
+    result = nasctl(*SEARCH, *LITTLE, "--trainer", "pipeline:train")
+    assert result.code == 0, result.err
+    for name in ("class", "box"):
+        assert (data / f"{name}.txt").read_text() == "True 80"
+        tensors, _ = checkpoint.read(data / "run" / name / "model.safetensors")
+        assert not any(t.any() for key, t in tensors.items() if key.endswith(".weight"))
+    again = nasctl(*SEARCH, *LITTLE, "--run", "other", "--trainer", "pipeline:broken")
+    assert again.code == 1 and "--trainer: the module failed with OSError: no licence" in again.err
+
+
 class Killed(BaseException):
     """What no code of ours catches: as kill -9, but at a place of our choosing."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["chosen", "_pick", "_row"])
+@pytest.mark.parametrize(
+    ("where", "place"), [(stages, "chosen"), (delivery, "_pick"), (delivery, "_row")]
+)
 def test_killed_anywhere_the_same_command_goes_on_to_the_same_files(
-    nasctl, data, place, monkeypatch
+    nasctl, data, where, place, monkeypatch
 ):
     whole = nasctl(*SEARCH, *LITTLE[:-1], "whole")
     assert whole.code == 0, whole.err
@@ -84,7 +114,7 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_files(
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(many_tasks_stages, place, killed)
+        patched.setattr(where, place, killed)
         with pytest.raises(Killed):
             nasctl(*SEARCH, *LITTLE)
     assert nasctl(*SEARCH, *LITTLE).code == 0
@@ -108,6 +138,8 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_files(
         (["--latency", "1us"], 3, "task 'class': no network fits 0.001ms: the smallest needs"),
         (["--macs", "box=1kMACs"], 3, "task 'box': no network fits 1000 MACs: the smallest"),
         (["--batch", "32"], 2, "--batch: 32 images per step, but 80 training images"),
+        (["--trainer", "train.py"], 2, "--trainer: 'train.py'; allowed: my_pkg.my_mod:train"),
+        (["--trainer", "two_sides:fit"], 2, "module 'two_sides' has no 'fit'"),
         (["--data", "digits"], 2, "--data: no such data 'digits'"),
     ],
 )
