@@ -31,7 +31,7 @@ from nas.multitask_outcome import Finalist, judged, outcomes
 from nas.multitask_search import Search, Shared, learn, space_for
 from nas.multitask_training import Schedule
 from nas.run import Run
-from nas.search import Limit, Problem
+from nas.search import GENERATION, Limit, Problem
 
 STATE, SHARED, FINALISTS = "training.safetensors", "shared.safetensors", "finalists.json"
 TABLE, REPORT = stages.TABLE, "report.json"
@@ -207,14 +207,7 @@ def chosen(job: Job, search: Search, shared: Shared) -> dict[str, list[Finalist]
     """Each task's networks inside its budget, best first on validation images."""
 
     def work() -> None:
-        found = {}
-        for name in job.spec.tasks:
-            with console.bar(f"networks of {name}", 16) as update:
-                rows = []
-                for finalist in judged(shared, search, name):
-                    rows.append(asdict(finalist))
-                    update(len(rows), f"best loss {min(row['loss'] for row in rows):.4f}")
-            found[name] = sorted(rows, key=lambda row: float(row["loss"]))
+        found = {name: _ranked(search, shared, name) for name in job.spec.tasks}
         job.run.write_json(FINALISTS, found)
 
     staged(job.run, "search", search.fingerprint, [FINALISTS], work)
@@ -223,6 +216,15 @@ def chosen(job: Job, search: Search, shared: Shared) -> dict[str, list[Finalist]
         name: [Finalist(tuple(row["genes"]), row["loss"], row["score"]) for row in found[name]]
         for name in job.spec.tasks
     }
+
+
+def _ranked(search: Search, shared: Shared, name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    with console.bar(f"networks of {name}", GENERATION) as update:
+        for finalist in judged(shared, search, name):
+            rows.append(asdict(finalist))
+            update(len(rows), f"best loss {min(row['loss'] for row in rows):.4f}")
+    return sorted(rows, key=lambda row: float(row["loss"]))
 
 
 def step_seconds(job: Job) -> float:

@@ -183,11 +183,13 @@ def resume(folder: Path, latency_ms: float | None) -> Iterator[tuple[Job, Judge,
 
     Holds the run's lock, so that no search can be writing there at the same time.
     """
+    from cli.training import require_one_task
     from nas import run as runs
 
     run = runs.Run(folder)
     with run.locked():
         said = run.manifest()["spec"]
+        require_one_task(said, folder)
         own = said.get("supernet") is None and not said.get("alone")
         for stage in ("train", "search") if own else ("search",):
             if not run.unchanged(stage):

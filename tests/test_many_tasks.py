@@ -66,6 +66,9 @@ def test_it_ends_in_a_verified_file_per_task_inside_its_budget(nasctl, data):
     again = nasctl(*SEARCH, *LITTLE, *words(most))
     assert again.code == 0 and "one supernet" not in again.err
     assert {p: p.read_bytes() for p in before} == before
+    for verb in (["export", "run", "--latency", "9ms"], ["extract", "run", "--arch", "smallest"]):
+        other = nasctl(*verb)
+        assert other.code == 1 and "a network for each of class, box" in other.err
     shown = nasctl("report", "run")
     assert shown.code == 0 and "box" in shown.out and "not measured" in shown.out
 
