@@ -28,6 +28,10 @@ def command(
         from cli.prune import say_outcome
 
         return say_outcome(content, run)
+    if "convergence" in content:  # of a search for several tasks
+        from cli import many_tasks
+
+        return many_tasks.say_outcome(content, run)
     from cli.summary import summarise
 
     report.write(content, run / "report.html")

@@ -30,7 +30,10 @@ def command(
         typer.Option(help="Device (see `nasctl devices`), .toml file, or several: a,b. [cpu]"),
     ] = None,
     latency: Annotated[
-        str | None, typer.Option(help="Budget, as 5ms (one per device: 5ms,2ms); none: the knee.")
+        str | None,
+        typer.Option(
+            help="Budget, as 5ms (per device: 5ms,2ms; per task: class=5ms); none: the knee."
+        ),
     ] = None,
     macs: Annotated[str | None, typer.Option(help="Budget, as 200MMACs.")] = None,
     params: Annotated[str | None, typer.Option(help="Budget, as 2Mparams.")] = None,
@@ -38,6 +41,14 @@ def command(
         str | None, typer.Option(help="Budget of activations at their peak, as 8MB.")
     ] = None,
     space: options.Space = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="One network for each, as class,box (--space fbnetv5)."),
+    ] = None,
+    trainer: Annotated[
+        str | None,
+        typer.Option(help="Trains each task's network: my_pkg.my_mod:train, of (net, task)."),
+    ] = None,
     width: options.Width = None,
     size: options.Size = None,
     epochs: options.Epochs = None,
@@ -91,7 +102,6 @@ def command(
         "lr": lr,
         "evaluations": evaluations,
         "strategy": strategy,
-        "macs": budgets.parse(macs, budgets.MACS, "--macs"),
         "params": budgets.parse(params, budgets.PARAMS, "--params"),
         "memory_bytes": budgets.parse(memory, budgets.MEMORY, "--memory"),
         "energy_mj": budgets.parse(energy, budgets.ENERGY, "--energy"),
@@ -105,7 +115,16 @@ def command(
     }
     from nas import run as runs
 
-    given = runs.given_fields(flags, spec)
+    given = runs.given_fields({**flags, "tasks": tasks, "trainer": trainer}, spec)
+    if "tasks" in given:
+        from cli import many_tasks
+
+        typed = {"latency": latency, "macs": macs}
+        how = {"quick": quick, "force": force, "dry_run": dry_run}
+        report = many_tasks.search(given, typed, run, **how)
+        return console.emit_json(report) if json else None
+    if macs is not None:
+        given["macs"] = budgets.parse(macs, budgets.MACS, "--macs")
     latencies = [console.parse_latency(text) for text in latency.split(",")] if latency else []
     names = str(given.get("hw", "cpu")).split(",")
     if len(names) > 1:
@@ -122,6 +141,7 @@ def command(
         report = plan(job) if dry_run else locked_search(job, force=force)
     if json:
         console.emit_json(report)
+    return None
 
 
 def prepare(
@@ -163,11 +183,13 @@ def resume(folder: Path, latency_ms: float | None) -> Iterator[tuple[Job, Judge,
 
     Holds the run's lock, so that no search can be writing there at the same time.
     """
+    from cli.training import require_one_task
     from nas import run as runs
 
     run = runs.Run(folder)
     with run.locked():
         said = run.manifest()["spec"]
+        require_one_task(said, folder)
         own = said.get("supernet") is None and not said.get("alone")
         for stage in ("train", "search") if own else ("search",):
             if not run.unchanged(stage):

@@ -22,13 +22,14 @@ from hw_profiles import measure, op
 from hw_profiles.device import Device
 from hw_profiles.latency import LatencyTable
 from hw_profiles.models import calibrate
+from hw_profiles.op import Op
 from nas import checkpoint, search, space, strategies
 from nas import run as runs
 from nas import study as studies
 from nas.elastic import Network
 from nas.errors import NasctlError, UsageError
 from nas.search import Candidate, Problem
-from nas.space import Genes
+from nas.space import Genes, SearchSpace
 
 PROFILED = 64  # networks measured to fit a local device's table
 CLEAN = 24  # of them beyond doubt are enough
@@ -97,11 +98,24 @@ def _made_for(job: Job) -> dict[str, str | int | float]:
 
 def _profile(job: Job) -> None:
     rng = np.random.default_rng((job.spec.seed, 5))
-    ends = np.stack([job.space.smallest, job.space.largest])
-    rows = np.concatenate([ends, job.space.sample(rng, PROFILED - 2)])
-    networks = [job.space.ops(job.space.decode(row)) for row in rows]
+    networks = drawn(job.space, rng, PROFILED)
+    table = measured_here(networks, job.device, job.spec.space, rng)
+    job.run.write_text(TABLE, table.model_dump_json(indent=1) + "\n")
+
+
+def drawn(space_: SearchSpace, rng: np.random.Generator, n: int) -> list[list[Op]]:
+    """The smallest network of a space, its largest, and others at random."""
+    ends = np.stack([space_.smallest, space_.largest])
+    rows = np.concatenate([ends, space_.sample(rng, n - 2)])
+    return [space_.ops(space_.decode(row)) for row in rows]
+
+
+def measured_here(
+    networks: list[list[Op]], device: Device, name: str, rng: np.random.Generator
+) -> LatencyTable:
+    """A table of this machine from networks of the space `name`, timed now."""
     pace = measure.Pace()
-    with console.bar(f"measuring {job.device.name}", 1.0) as update:
+    with console.bar(f"measuring {device.name}", 1.0) as update:
         timings = measure.measure_ops(
             networks,
             rng=rng,
@@ -111,15 +125,15 @@ def _profile(job: Job) -> None:
         )
     both = list(zip(networks, timings, strict=True))
     clean = [(ops, timing.median_ms) for ops, timing in both if not timing.noisy]
-    doubt = "; the machine was busy and the others are in doubt" if len(clean) < PROFILED else ""
+    few = len(clean) < len(networks)
+    doubt = "; the machine was busy and the others are in doubt" if few else ""
     if len(clean) < CLEAN:  # better a doubtful table, which says so, than none
-        doubt = f"; the machine was busy and {PROFILED - len(clean)} of them are in doubt"
+        doubt = f"; the machine was busy and {len(networks) - len(clean)} of them are in doubt"
         clean = [(ops, timing.median_ms) for ops, timing in both]
     origin = f"{len(clean)} random networks of the space, run in ONNX Runtime on this machine"
-    table = calibrate.fit(clean, job.device, space=job.spec.space, source_text=origin)
+    table = calibrate.fit(clean, device, space=name, source_text=origin)
     said = {"includes": f"{len(clean)} whole networks measured{doubt}"}
-    table = table.model_copy(update={**said, "provenance": {"pace_ms": pace.ms}})
-    job.run.write_text(TABLE, table.model_dump_json(indent=1) + "\n")
+    return table.model_copy(update={**said, "provenance": {"pace_ms": pace.ms}})
 
 
 def make_problem(job: Job, table: LatencyTable, evaluate: Callable[[Genes], Any]) -> Problem:

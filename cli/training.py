@@ -82,6 +82,7 @@ def opened(folder: Path) -> Training:
     if not run.path(runs.MANIFEST).is_file():
         raise UsageError(f"no run in {folder}", where="RUN", next="See the runs/ folder.")
     recorded = run.manifest()["spec"]
+    require_one_task(recorded, folder)
     if recorded.get("alone"):
         raise NasctlError(
             "this search trained each network alone: it has no supernet",
@@ -98,6 +99,16 @@ def opened(folder: Path) -> Training:
     task = tasks.load(spec.data, size=spec.size)
     torch.set_num_threads(spec.threads)
     return Training(spec, run, task, space_for(spec, task))
+
+
+def require_one_task(recorded: Mapping[str, Any], folder: Path) -> None:
+    """Raises NasctlError for a run of `nasctl search --tasks`."""
+    if "tasks" in recorded:
+        raise NasctlError(
+            f"this search has a network for each of {', '.join(recorded['tasks'])}",
+            where=str(folder),
+            next=f"Their files are in {folder / recorded['tasks'][0]} and beside it.",
+        )
 
 
 # ---- training ------------------------------------------------------------------------------------

@@ -20,13 +20,14 @@ KINDS = {
     "avgpool": "pool",
     "maxpool": "pool",
     "gap": "pool",
+    "upsample": "join",  # one more pass over a map
     "add": "join",
     "mul": "join",
     "concat": "join",
     "act": "act",
 }
 COARSE = tuple(dict.fromkeys(KINDS.values()))
-FAMILIES = (*COARSE, "pointwise", "grouped", "ragged", "gap", "mul", "epilogue")
+FAMILIES = (*COARSE, "pointwise", "grouped", "ragged", "gap", "mul", "upsample", "epilogue")
 RAGGED = 4  # depthwise convolutions of channels that are no multiple of it take slow paths
 EPILOGUES = ("hswish", "silu", "hsigmoid")  # relu is one comparison in the convolution's own loop
 
@@ -64,7 +65,7 @@ def _fine(op: Op) -> str:
         return "pointwise" if op.kernel == 1 else "grouped" if op.groups > 1 else "conv"
     if op.kind == "dwconv":
         return "ragged" if op.c_out % RAGGED else "dwconv"
-    return op.kind if op.kind in ("gap", "mul") else KINDS[op.kind]
+    return op.kind if op.kind in ("gap", "mul", "upsample") else KINDS[op.kind]
 
 
 def _tiled(op: Op, tile: int) -> float:

@@ -129,6 +129,11 @@ def _spatial(graph: _Graph, op: Op, x: str, out: str) -> None:
     if op.kind == "gap":
         graph.node("GlobalAveragePool", [x], out)
         return
+    if op.kind == "upsample":
+        grown = np.array([1, 1, op.stride, op.stride], np.float32)
+        scales = graph.constant(f"{out}.scales", grown)
+        graph.node("Resize", [x, "", scales], out, mode="linear")
+        return
     pad = 0 if op.kernel % 2 == 0 else op.kernel // 2
     window: dict[str, Any] = {
         "kernel_shape": [op.kernel] * 2,

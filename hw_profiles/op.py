@@ -19,7 +19,10 @@ from typing import Any
 
 INPUT = -1  # what an op reads when it reads the network's input
 
-KINDS = ("conv", "dwconv", "linear", "avgpool", "maxpool", "gap", "add", "mul", "concat", "act")
+KINDS = (
+    *("conv", "dwconv", "linear", "avgpool", "maxpool", "gap", "upsample"),
+    *("add", "mul", "concat", "act"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Op:
     h: int  # input height in pixels; 1 for a linear layer
     w: int
     kernel: int = 1
-    stride: int = 1
+    stride: int = 1  # of an upsampling the whole factor by which height and width grow
     groups: int = 1
     #: fused activation: relu, hswish, hsigmoid, silu or nothing; zero, alone, forgets its input
     act: str = ""
@@ -54,6 +57,8 @@ class Op:
     def _out(self, size: int) -> int:
         if self.kind == "gap":
             return 1
+        if self.kind == "upsample":
+            return size * self.stride
         pad = 0 if self.kernel % 2 == 0 else self.kernel // 2
         return (size + 2 * pad - self.kernel) // self.stride + 1
 
@@ -153,10 +158,11 @@ class Tape:
     442368
     """
 
-    def __init__(self, channels: int, size: int) -> None:
+    def __init__(self, channels: int, size: int, width: int | None = None) -> None:
+        """For images of `size` x `width` pixels; square ones without a width."""
         self.ops: list[Op] = []
         self.slot = ""
-        self.input = Wire(INPUT, channels, size, size)
+        self.input = Wire(INPUT, channels, size, width or size)
 
     def conv(
         self,
@@ -189,6 +195,15 @@ class Tape:
     def gap(self, x: Wire) -> Wire:
         """Global average pool: one number per channel."""
         return self._append(Op("gap", x.c, x.c, x.h, x.w, reads=(x.at,)))
+
+    def upsample(self, x: Wire, factor: int) -> Wire:
+        """Bilinear, by a whole factor; corners are not aligned."""
+        return self._append(Op("upsample", x.c, x.c, x.h, x.w, stride=factor, reads=(x.at,)))
+
+    @staticmethod
+    def flatten(x: Wire) -> Wire:
+        """The map as one vector, which a linear layer may read: no operator, nothing moves."""
+        return Wire(x.at, x.c * x.h * x.w, 1, 1)
 
     def add(self, x: Wire, y: Wire, *, act: str = "") -> Wire:
         return self._append(Op("add", x.c, x.c, x.h, x.w, act=act, reads=(x.at, y.at)))

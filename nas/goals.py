@@ -15,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nas.heads import Answer
+
 Outputs = Mapping[str, Tensor]  # what a network returns: one tensor per goal, by the goal's name
 Targets = Mapping[str, Tensor]  # rows belong to the images of a batch
 
 VOID = 255  # in label maps: pixels that nobody labelled
+UNLABELLED = -1  # as a class: the image has none
 PRESENT = 0.01  # share of an image's pixels from which on a class counts as being in it
 THRESHOLDS = torch.arange(1, 20) / 20  # of boundary probability
 SLACK = 3  # side of the square in which a boundary pixel may match another: one pixel off
@@ -34,6 +37,9 @@ class Goal:
     score: Callable[[Tensor], float]  # of evidence; higher is better
     imitate: Callable[[Tensor, Tensor], Tensor] | None = None  # (own, teacher's answer) -> scalar
     weight: float = 1.0  # of the loss among those of the other goals
+    answer: Answer | None = None  # what a head for it returns; None: nobody said
+    #: which images [N] anybody labelled for it; the others are left out of loss and metric
+    labelled: Callable[[Targets], Tensor] | None = None
 
     def metric(self, outputs: Outputs, targets: Targets) -> float:
         return self.score(self.evidence(outputs, targets))
@@ -42,15 +48,29 @@ class Goal:
 # ---- class ---------------------------------------------------------------------------------------
 
 
-def classes(name: str, *, target: str) -> Goal:
-    """One of C classes: logits [N, C], target int64 [N]. Metric: top-1 accuracy."""
-    return Goal(
-        name,
-        loss=lambda outputs, targets: F.cross_entropy(outputs[name], targets[target]),
-        evidence=lambda outputs, targets: (outputs[name].argmax(1) == targets[target]).float(),
-        score=_mean,
-        imitate=soft,
-    )
+def classes(name: str, *, target: str, n_classes: int | None = None) -> Goal:
+    """One of C classes: logits [N, C], target int64 [N], UNLABELLED where an image has none; such
+    images are left out. Metric: top-1 accuracy."""
+
+    def loss(outputs: Outputs, targets: Targets) -> Tensor:
+        if not known(targets).any():
+            return _nothing(outputs[name])
+        return F.cross_entropy(outputs[name], targets[target], ignore_index=UNLABELLED)
+
+    def evidence(outputs: Outputs, targets: Targets) -> Tensor:
+        right = (outputs[name].argmax(1) == targets[target]).float()
+        return right.masked_fill(~known(targets), torch.nan)
+
+    def known(targets: Targets) -> Tensor:
+        return targets[target] != UNLABELLED
+
+    answer = None if n_classes is None else Answer("vector", n_classes)
+    return Goal(name, loss, evidence, _mean, soft, answer=answer, labelled=known)
+
+
+def _nothing(outputs: Tensor) -> Tensor:
+    """A loss of images without labels: zero, with a gradient."""
+    return outputs.sum() * 0
 
 
 def soft(logits: Tensor, taught: Tensor) -> Tensor:
@@ -78,6 +98,8 @@ def box(name: str, *, target: str) -> Goal:
         evidence=lambda outputs, targets: _iou(corners(outputs[name]), targets[target])[0],
         score=_mean,
         imitate=lambda own, taught: _box_loss(corners(own), corners(taught)),
+        answer=Answer("box"),
+        labelled=lambda targets: ~targets[target].isnan().any(1),
     )
 
 
@@ -90,7 +112,7 @@ def corners(answer: Tensor) -> Tensor:
 def _box_loss(boxes: Tensor, truth: Tensor) -> Tensor:
     known = ~truth.isnan().any(1)
     if not known.any():
-        return boxes.sum() * 0  # a zero with a gradient
+        return _nothing(boxes)
     boxes, truth = boxes[known], truth[known]
     overlap, generalised = _iou(boxes, truth)
     return (1 - generalised).mean() + (boxes - truth).abs().mean()
@@ -115,17 +137,23 @@ def _area(low: Tensor, high: Tensor) -> Tensor:
 def segmentation(name: str, *, target: str, n_classes: int) -> Goal:
     """A class per pixel: logits [N, C, H, W], target uint8 [N, H, W] with VOID pixels left out.
     Metric: IoU of all images' pixels together, mean over the classes that occur."""
-    return Goal(
-        name,
-        loss=lambda outputs, targets: F.cross_entropy(
-            outputs[name], targets[target].long(), ignore_index=VOID
-        ),
-        evidence=lambda outputs, targets: _areas(
-            outputs[name].argmax(1), targets[target], n_classes
-        ),
-        score=_mean_iou,
-        imitate=soft,
-    )
+
+    def loss(outputs: Outputs, targets: Targets) -> Tensor:
+        truth = targets[target]
+        if (truth == VOID).all():
+            return _nothing(outputs[name])
+        return F.cross_entropy(outputs[name], truth.long(), ignore_index=VOID)
+
+    def evidence(outputs: Outputs, targets: Targets) -> Tensor:
+        return _areas(outputs[name].argmax(1), targets[target], n_classes)
+
+    answer = Answer("map", n_classes)
+    known = _known_pixels(target)
+    return Goal(name, loss, evidence, _mean_iou, soft, answer=answer, labelled=known)
+
+
+def _known_pixels(target: str) -> Callable[[Targets], Tensor]:
+    return lambda targets: (targets[target] != VOID).any(2).any(1)
 
 
 def _areas(found: Tensor, truth: Tensor, n_classes: int) -> Tensor:
@@ -160,6 +188,8 @@ def boundary(name: str, *, target: str) -> Goal:
         evidence=lambda outputs, targets: _matches(outputs[name][:, 0], targets[target]),
         score=_best_f,
         imitate=imitated,
+        answer=Answer("map", 1),
+        labelled=_known_pixels(target),
     )
 
 
@@ -218,15 +248,23 @@ def presence(name: str, *, target: str, n_classes: int) -> Goal:
     Metric: mean average precision over the classes that some images have and others lack.
     """
 
+    known = _known_pixels(target)
+
     def loss(outputs: Outputs, targets: Targets) -> Tensor:
+        there = known(targets)
+        if not there.any():
+            return _nothing(outputs[name])
         wanted = present(targets[target], n_classes).to(outputs[name])
-        return F.binary_cross_entropy_with_logits(outputs[name], wanted)
+        return F.binary_cross_entropy_with_logits(outputs[name][there], wanted[there])
 
     def evidence(outputs: Outputs, targets: Targets) -> Tensor:
         wanted = present(targets[target], n_classes).to(outputs[name])
-        return torch.stack([outputs[name], wanted], 2)
+        rows = torch.stack([outputs[name], wanted], 2)
+        return rows.masked_fill(~known(targets)[:, None, None], torch.nan)
 
-    return Goal(name, loss, evidence, _mean_average_precision, imitated)
+    answer = Answer("vector", n_classes)
+    score = _mean_average_precision
+    return Goal(name, loss, evidence, score, imitated, answer=answer, labelled=known)
 
 
 def present(labels: Tensor, n_classes: int) -> Tensor:
@@ -236,7 +274,8 @@ def present(labels: Tensor, n_classes: int) -> Tensor:
 
 
 def _mean_average_precision(evidence: Tensor) -> float:
-    scores, wanted = evidence.double().unbind(2)
+    known = ~evidence.isnan().flatten(1).any(1)
+    scores, wanted = evidence[known].double().unbind(2)
     order = scores.argsort(dim=0, descending=True, stable=True)
     hit = wanted.gather(0, order)
     precision = hit.cumsum(0) / torch.arange(1, len(hit) + 1, device=hit.device)[:, None]

@@ -185,8 +185,11 @@ def _of_folder(path: Path, size: int | None) -> MultiTask:
     if not (files := parquet.files_in(path)):
         raise NasctlError("no parquet files", where=str(path), allowed=FORMS)
     if boxes.fits(files[0]):
-        goals: tuple[Goal, ...] = (classes("class", target="label"), box("box", target="box"))
-        return _assembled(path, goals, boxes.read(path, size), boxes=("box",))
+        splits = boxes.read(path, size)
+        n = int(splits["train"].targets["label"].max()) + 1
+        named = classes("class", target="label", n_classes=n)
+        goals: tuple[Goal, ...] = (named, box("box", target="box"))
+        return _assembled(path, goals, splits, boxes=("box",))
     if camvid.fits(files[0]):
         n = len(camvid.CLASSES)
         dense = segmentation("seg", target="map", n_classes=n)

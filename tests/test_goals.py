@@ -6,6 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, jaccard_score
 
+from nas import goals
 from nas.goals import (
     VOID,
     boundaries,
@@ -184,3 +185,52 @@ def test_imitation_is_least_where_the_answers_agree():
         at_teacher.backward()
         assert own.grad.abs().max() < 1e-3 or goal.name == "box"
         assert goal.imitate(random(*shape, seed=1), taught) > at_teacher
+
+
+# ---- images that nobody labelled -----------------------------------------------------------------
+
+
+def unlabelled(target):
+    """The targets of two images with the second one's label taken away."""
+    taken = {name: t.clone() for name, t in target.items()}
+    for t in taken.values():
+        t[1] = {torch.int64: goals.UNLABELLED, torch.uint8: goals.VOID}.get(t.dtype, torch.nan)
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("goal", "answer", "target"),
+    [
+        (goals.classes("x", target="t"), (2, 3), torch.tensor([1, 2])),
+        (goals.box("x", target="t"), (2, 4), torch.tensor([[0.1, 0.2, 0.5, 0.9]] * 2)),
+        (
+            goals.segmentation("x", target="t", n_classes=3),
+            (2, 3, 4, 4),
+            (torch.arange(32) % 3).view(2, 4, 4).to(torch.uint8),
+        ),
+        (
+            goals.boundary("x", target="t"),
+            (2, 1, 4, 4),
+            (torch.arange(32) % 3).view(2, 4, 4).to(torch.uint8),
+        ),
+        (
+            goals.presence("x", target="t", n_classes=3),
+            (2, 3),
+            (torch.arange(32) % 2).view(2, 4, 4).to(torch.uint8),
+        ),
+    ],
+    ids=["class", "box", "segmentation", "boundary", "presence"],
+)
+def test_an_image_without_label_counts_for_nothing(goal, answer, target):
+    outputs = {"x": torch.randn(answer, generator=torch.Generator().manual_seed(0))}
+    outputs["x"].requires_grad_()
+    both = unlabelled({"t": target})
+    first = {"x": outputs["x"][:1]}, {"t": target[:1]}
+    assert goal.labelled(both).tolist() == [True, False]
+    torch.testing.assert_close(goal.loss(outputs, both), goal.loss(*first))
+    score = goal.score(goal.evidence(outputs, both))
+    assert score == pytest.approx(goal.score(goal.evidence(*first)), nan_ok=True)
+    none = {"t": both["t"][1:]}
+    loss = goal.loss({"x": outputs["x"][1:]}, none)
+    loss.backward()
+    assert loss == 0 and not outputs["x"].grad.any()

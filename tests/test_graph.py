@@ -44,6 +44,8 @@ def torch_reference(model, ops, x):
             y = F.avg_pool2d(a, op.kernel, op.stride, pad, count_include_pad=False)
         elif op.kind == "maxpool":
             y = F.max_pool2d(a, op.kernel, op.stride, pad)
+        elif op.kind == "upsample":
+            y = F.interpolate(a, scale_factor=op.stride, mode="bilinear", align_corners=False)
         elif op.kind == "gap":
             y = a.mean((2, 3), keepdim=True)
         elif op.kind == "concat":
@@ -85,6 +87,15 @@ def test_grouped_and_depthwise_convolutions():
 def test_pools(kind, kernel, stride):
     tape = Tape(3, 8)
     getattr(tape, kind)(tape.input, kernel=kernel, stride=stride)
+    check(tape)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_upsampling_and_a_linear_layer_that_reads_a_map(factor):
+    tape = Tape(3, 4, 6)
+    x = tape.upsample(tape.conv(tape.input, 5), factor)
+    assert (x.h, x.w) == (4 * factor, 6 * factor)
+    tape.linear(tape.flatten(x), 7)
     check(tape)
 
 

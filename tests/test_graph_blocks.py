@@ -22,6 +22,7 @@ NETWORKS = 4
 
 
 KINDS = {"avg_pool2d": "avgpool", "mean": "gap", "add": "add", "mul": "mul"}
+KINDS["interpolate"] = "upsample"
 
 
 def place(kind, shape, reads):
@@ -54,7 +55,7 @@ class Trace(TorchFunctionMode):
         elif name == "batch_norm":
             found = self.fold(id(args[0]), reads[0], args, kwargs)
             self.normed.add(id(out))
-        elif name in ("relu", "hardswish", "hardsigmoid"):
+        elif name in ("relu", "hardswish", "hardsigmoid", "flatten"):
             found = reads[0]
         else:  # sizes and such
             return out

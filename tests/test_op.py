@@ -35,7 +35,7 @@ def test_groups_divide_the_weights(groups, weights):
 def test_linear_and_elementwise():
     assert Op("linear", 64, 10, 1, 1, bias=True).params == 650
     assert Op("linear", 64, 10, 1, 1).macs == 640
-    for kind in ("add", "mul", "concat", "act", "avgpool", "maxpool", "gap"):
+    for kind in ("add", "mul", "concat", "act", "avgpool", "maxpool", "gap", "upsample"):
         op = Op(kind, 8, 8, 4, 4)
         assert op.macs == op.params == 0
         assert op.bytes() > 0  # nothing is free

@@ -21,7 +21,13 @@ from nas.space import SearchSpace
 
 IMAGES = {"rgb": {"channels": 3, "size": 32}, "grey": {"channels": 1, "size": 8}}
 EVERY = [(name, images) for name in spaces.names() for images in IMAGES]
-FREE = ("depth", "mid", "kernel")  # what a zero-initialised last norm hides at initialisation
+FREE = (
+    "depth",
+    "mid",
+    "kernel",
+    "fuse",
+    "block",
+)  # what a zero-initialised last norm hides at initialisation
 
 every_space = pytest.mark.parametrize(("name", "images"), EVERY)
 on_grey = pytest.mark.parametrize("name", spaces.names())

@@ -43,6 +43,7 @@ STAND_INS = {
     "ragged": ("dwconv", "conv"),
     "gap": ("pool", "join"),
     "mul": ("join", "pool"),
+    "upsample": ("join", "pool"),
     "epilogue": ("act", "join"),
 }
 

@@ -28,7 +28,7 @@ from nas.errors import NasctlError
 
 ROLES = ("pointwise", "spatial", "dwconv", "linear", "pool", "add", "mul", "concat", "act")
 JOINS = ("add", "mul", "concat")
-POOLS = ("avgpool", "maxpool", "gap")
+POOLS = ("avgpool", "maxpool", "gap", "upsample")  # a map of another size
 MEASURES = ("ops", "gmacs", "mb", "root_gmacs", "root_mb")
 _PAIRS = len(ROLES) ** 2
 

@@ -71,6 +71,18 @@ def _reshape(a: Attributes, x: Tensor, shape: list[int]) -> Tensor:
     return x.reshape([x.shape[at] if size == 0 else size for at, size in enumerate(shape)])
 
 
+def _resize(a: Attributes, x: Tensor, to: Tensor | list[int]) -> Tensor:
+    """`to` is the whole new shape, or how many times each dimension grows."""
+    if a.get("mode", b"nearest") != b"linear" or not a.get(
+        "coordinate_transformation_mode", b"half_pixel"
+    ).endswith(b"half_pixel"):
+        raise NasctlError("only bilinear, by half pixels, is known", where="operator Resize")
+    if isinstance(to, list):
+        return F.interpolate(x, to[2:], mode="bilinear", align_corners=False)
+    grown = [float(factor) for factor in to[2:]]
+    return F.interpolate(x, scale_factor=grown, mode="bilinear", align_corners=False)
+
+
 #: integers (shapes, axes) arrive as lists, because torch wants them so
 OPERATORS: dict[str, Callable[..., Tensor]] = {
     "Add": lambda a, x, y: x + y,
@@ -89,6 +101,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "ReduceMean": _mean,
     "Relu": lambda a, x: F.relu(x),
     "Reshape": _reshape,
+    "Resize": _resize,
     "Sigmoid": lambda a, x: torch.sigmoid(x),
 }
 

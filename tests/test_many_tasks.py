@@ -1,0 +1,182 @@
+"""`nasctl search --tasks`: a verified file per task inside its budget, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from test_multitask_search import sides
+
+from cli import many_tasks_delivery as delivery
+from cli import many_tasks_stages as stages
+from deploy import verify
+from hw_profiles import device, latency
+from nas import checkpoint
+from nas.multitask_search import space_for
+
+DATA = "from test_multitask_search import examples, sides\ndef task():\n    return sides()\n"
+SEARCH = ["search", "--tasks", "class,box", "--data", "two_sides:task", "--hw", "jetson-tx2"]
+LITTLE = ["--epochs", "1.6", "--finetune", "0.4", "--batch", "16", "--width", "0.25"]
+LITTLE += ["--threads", "1", "--run", "run"]
+
+
+@pytest.fixture
+def data(workdir):
+    (workdir / "two_sides.py").write_text(DATA)
+    return workdir
+
+
+def budgets():
+    """A little above each task's smallest network, in ms on the device."""
+    space = space_for(sides(), 0.25)
+    table = latency.table(device.load("jetson-tx2"))
+    found = {}
+    for name in ("class", "box"):
+        own = space.only(name)
+        ends = [own.smallest, own.largest]
+        low, high = (table.estimate(own.ops(own.decode(g)), "fbnetv5").high_ms for g in ends)
+        found[name] = low + 0.4 * (high - low)
+    return found
+
+
+def words(most):
+    return ["--latency", ",".join(f"{name}={ms:.4f}ms" for name, ms in most.items())]
+
+
+@pytest.mark.slow
+def test_it_ends_in_a_verified_file_per_task_inside_its_budget(nasctl, data):
+    most = budgets()
+    first = nasctl(*SEARCH, *LITTLE, *words(most), "--json")
+    assert first.code == 0, first.err
+    found = json.loads(first.out[first.out.index("\n{") :])
+    task = sides()
+    for name, row in found["tasks"].items():
+        assert row["predicted"]["high_ms"] <= most[name] + 1e-4
+        assert row["parity_error"] < 1e-4
+        path = data / "run" / row["file"]["path"]
+        said = {p.key: p.value for p in onnx.load(path).metadata_props}
+        assert said["task"] == name and json.loads(said["genes"]) == row["genes"]
+        images = task.normalise(task.test.images[:3]).numpy()
+        (output,) = verify.outputs(path, images).values()
+        assert output.shape == (3, {"class": 2, "box": 4}[name]) and np.isfinite(output).all()
+    assert set(found["convergence"]) == {"class", "box"}
+    before = {p: p.read_bytes() for p in (data / "run").glob("*/bundle/model.onnx")}
+    again = nasctl(*SEARCH, *LITTLE, *words(most))
+    assert again.code == 0 and "one supernet" not in again.err
+    assert {p: p.read_bytes() for p in before} == before
+    for verb in (["export", "run", "--latency", "9ms"], ["extract", "run", "--arch", "smallest"]):
+        other = nasctl(*verb)
+        assert other.code == 1 and "a network for each of class, box" in other.err
+    shown = nasctl("report", "run")
+    assert shown.code == 0 and "box" in shown.out and "not measured" in shown.out
+
+
+OWN = """
+import torch
+def train(net, task):
+    (goal,) = task.goals
+    open(f"{goal.name}.txt", "w").write(f"{net.training} {len(task.train)}")
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+def broken(net, task):
+    raise OSError("no licence")
+"""
+
+
+@pytest.mark.slow
+def test_the_users_own_training_takes_the_place_of_ours(nasctl, data):
+    (data / "pipeline.py").write_text(OWN)
+    result = nasctl(*SEARCH, *LITTLE, "--trainer", "pipeline:train")
+    assert result.code == 0, result.err
+    for name in ("class", "box"):
+        assert (data / f"{name}.txt").read_text() == "True 80"
+        tensors, _ = checkpoint.read(data / "run" / name / "model.safetensors")
+        assert not any(t.any() for key, t in tensors.items() if key.endswith(".weight"))
+    again = nasctl(*SEARCH, *LITTLE, "--run", "other", "--trainer", "pipeline:broken")
+    assert again.code == 1 and "--trainer: the module failed with OSError: no licence" in again.err
+
+
+class Killed(BaseException):
+    """What no code of ours catches: as kill -9, but at a place of our choosing."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "place"), [(stages, "chosen"), (delivery, "_pick"), (delivery, "_row")]
+)
+def test_killed_anywhere_the_same_command_goes_on_to_the_same_files(
+    nasctl, data, where, place, monkeypatch
+):
+    whole = nasctl(*SEARCH, *LITTLE[:-1], "whole")
+    assert whole.code == 0, whole.err
+
+    def killed(*arguments):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(where, place, killed)
+        with pytest.raises(Killed):
+            nasctl(*SEARCH, *LITTLE)
+    assert nasctl(*SEARCH, *LITTLE).code == 0
+    for name in ("class", "box"):
+        one, two = (
+            (data / run / name / "model.safetensors").read_bytes() for run in ("whole", "run")
+        )
+        assert one == two
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--tasks", "class,boxes"], 2, "unknown task 'boxes'; allowed: box, class. Did you mean"),
+        (["--tasks", "class,class"], 2, "--tasks: a task is named twice"),
+        (["--space", "resnet"], 2, "space 'resnet' answers one task; allowed: fbnetv5"),
+        (["--strategy", "random"], 2, "--strategy: is of searches for one task"),
+        (["--latency", "class=1ms,seg=2ms"], 2, "--latency: unknown task 'seg'"),
+        (["--latency", "class=5"], 2, "'5' has no unit"),
+        (["--latency", "1ms", "--macs", "box=1MMACs"], 2, "two budgets for box"),
+        (["--latency", "1us"], 3, "task 'class': no network fits 0.001ms: the smallest needs"),
+        (["--macs", "box=1kMACs"], 3, "task 'box': no network fits 1000 MACs: the smallest"),
+        (["--batch", "32"], 2, "--batch: 32 images per step, but 80 training images"),
+        (["--trainer", "train.py"], 2, "--trainer: 'train.py'; allowed: my_pkg.my_mod:train"),
+        (["--trainer", "two_sides:fit"], 2, "module 'two_sides' has no 'fit'"),
+        (["--data", "digits"], 2, "--data: no such data 'digits'"),
+    ],
+)
+def test_what_is_refused_before_any_training(nasctl, data, arguments, code, said):
+    result = nasctl(*SEARCH, *LITTLE, *arguments)
+    assert result.code == code, result.err
+    assert said in " ".join(result.err.split())
+    assert not (data / "run" / "shared.safetensors").exists()
+
+
+def test_a_table_that_lacks_an_operator_is_told(nasctl, data, monkeypatch):
+    table = latency.table(device.load("jetson-tx2"))
+    lacking = table.model_copy(
+        update={"terms": {k: v for k, v in table.terms.items() if k != "pool"}}
+    )
+    monkeypatch.setattr(latency, "table", lambda board: lacking)
+    result = nasctl(*SEARCH, *LITTLE)
+    assert result.code == 1
+    assert "no latency for operator 'avgpool'" in result.err
+
+
+def test_images_without_a_label_of_a_task_are_told(nasctl, data):
+    code = DATA.replace(
+        "return sides()",
+        "two = examples(80)\n    two.targets['box'][:] = float('nan')\n    return sides(two)",
+    )
+    (data / "no_boxes.py").write_text(code)
+    result = nasctl(*SEARCH, *LITTLE, "--data", "no_boxes:task")
+    assert result.code == 1
+    assert "task 'box': none of the 64 training images" in " ".join(result.err.split())
+
+
+def test_a_dry_run_says_how_long(nasctl, data):
+    result = nasctl(*SEARCH, *LITTLE, "--dry-run", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["estimated_seconds"]["search"] > 0
+    assert not (data / "run").exists()
