@@ -2,8 +2,8 @@
 
 AutoDistil (arXiv 2201.12507, section 3.2) takes alternate layers and the leading corner of every
 matrix. `ranked` is its control here: heads, middle channels and channels of the teacher are first
-put in order of importance, so that the same corner holds what counts most, and `important_layers` are
-those whose removal does most to the output. Any order is the same teacher (tested).
+put in order of importance, so that the same corner holds what counts most, and `important_layers`
+are those whose removal does most to the output. Any order is the same teacher (tested).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nas.elastic import leading
 from nas.search_spaces.bert import Bert, kept
+from nas.transformer import Attention
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def ranked(teacher: Bert) -> Bert:
     """A copy of the teacher, the same function, whose most important heads, middle channels and
     channels come first: by the norms of the weights that read them."""
     net = copy.deepcopy(teacher)
-    for layer in net.layers.children():
+    for layer in net.stack():
         for middle in layer.mlp.middles():
             order = _descending(middle.reader.transpose(0, 1))
             for tensor, dim in middle.tensors:
@@ -78,7 +79,7 @@ def _descending(rows: Tensor) -> Tensor:
     return rows.flatten(1).norm(dim=1).argsort(descending=True)
 
 
-def _sort_heads(attention: nn.Module) -> None:
+def _sort_heads(attention: Attention) -> None:
     size = attention.size
     importance = attention.output.weight.unflatten(1, (-1, size)).transpose(0, 1)
     order = _descending(importance)
@@ -92,7 +93,7 @@ def _sort_heads(attention: nn.Module) -> None:
 def _sort_channels(net: Bert) -> None:
     """Residual sums tie the channels of all layers together: one order for all of them."""
     readers = [net.words.weight.t()]
-    for layer in net.layers.children():
+    for layer in net.stack():
         attention = layer.attention
         for part in (attention.query, attention.key, attention.value, layer.mlp.expand):
             readers.append(part.weight.t())

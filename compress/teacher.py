@@ -80,8 +80,7 @@ def load(name: str) -> Teacher:
     frame, arch = _sizes(config, where)
     source = _read(library.AutoModel, name, "weights")
     tokenizer = _read(library.AutoTokenizer, name, "tokenizer")
-    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
-        raise NasctlError("the tokenizer has no [CLS] or [SEP]", where=where)
+    _check(tokenizer, frame, where)
     return Teacher(converted(source.state_dict(), frame, arch), tokenizer)
 
 
@@ -111,6 +110,25 @@ def _read(reader: Any, name: str, what: str) -> Any:
             where=f"--teacher {name}",
             next="Nothing is downloaded: fetch the model first (hf download NAME).",
         ) from error
+
+
+def _check(tokenizer: PreTrainedTokenizerBase, frame: Frame, where: str) -> None:
+    """Raises NasctlError for a tokenizer that is none: where its files are absent the library makes
+    one that knows no word, and says nothing."""
+    words = len(tokenizer) - len(tokenizer.all_special_tokens)
+    if words <= 0:
+        raise NasctlError(
+            "no tokenizer to read",
+            where=where,
+            next="Its folder needs tokenizer.json, or vocab.txt, beside the weights.",
+        )
+    if len(tokenizer) > frame.vocabulary:
+        raise NasctlError(
+            f"the tokenizer knows {len(tokenizer)} tokens, the network {frame.vocabulary}",
+            where=where,
+        )
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        raise NasctlError("the tokenizer has no [CLS] or [SEP]", where=where)
 
 
 def _sizes(config: Any, where: str) -> tuple[Frame, Arch]:

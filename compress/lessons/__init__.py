@@ -2,13 +2,15 @@
 
 A lesson is a module: `lesson(student, teacher)` is a scalar made of what both have shown of the
 same batch (`nas.seen.Seen`). Parameters that it has of its own (adapters, critics) are trained with
-the student and never deployed. The teacher's part carries no gradient.
+the student and never deployed. The teacher's part carries no gradient. A lesson's `repr` names all
+its settings: it is part of what identifies a training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from nas.seen import Seen
@@ -21,7 +23,9 @@ class Weighted(nn.Module):
         super().__init__()
         self.lessons, self.weights = nn.ModuleList(lessons), tuple(weights)
 
+    def extra_repr(self) -> str:
+        return f"{self.weights}"
+
     def forward(self, student: Seen, teacher: Seen) -> Tensor:
         terms = zip(self.weights, self.lessons, strict=True)
-        total: Tensor = sum(weight * lesson(student, teacher) for weight, lesson in terms)  # type: ignore[assignment]
-        return total
+        return torch.stack([weight * lesson(student, teacher) for weight, lesson in terms]).sum()

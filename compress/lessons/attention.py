@@ -16,6 +16,9 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.teachers = layer, teachers
 
+    def extra_repr(self) -> str:
+        return f"layers {self.layer}, {self.teachers}"
+
     def forward(self, student: Seen, teacher: Seen) -> Tensor:
         mine, wanted = _shares(student, self.layer), _shares(teacher, self.teachers).detach()
         tiny = torch.finfo(mine.dtype).tiny  # masked columns are zero in both

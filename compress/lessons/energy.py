@@ -17,6 +17,9 @@ class Energy(nn.Module):
         super().__init__()
         self.layer, self.teachers = layer, teachers
 
+    def extra_repr(self) -> str:
+        return f"layers {self.layer}, {self.teachers}"
+
     def forward(self, student: Seen, teacher: Seen) -> Tensor:
         mine = _map(student.features[self.layer], student.mask)
         wanted = _map(teacher.features[self.teachers], student.mask).detach()

@@ -20,6 +20,9 @@ class Features(nn.Module):
         self.adapter = Project(width, teachers_width)
         self.layer, self.teachers = layer, teachers
 
+    def extra_repr(self) -> str:
+        return f"layers {self.layer}, {self.teachers}"
+
     def forward(self, student: Seen, teacher: Seen) -> Tensor:
         mine = self.adapter(last(student.features[self.layer]).float())
         wanted = last(teacher.features[self.teachers]).float().detach()

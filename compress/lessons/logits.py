@@ -16,11 +16,12 @@ class Logits(nn.Module):
         super().__init__()
         self.temperature = temperature
 
+    def extra_repr(self) -> str:
+        return f"{self.temperature}"
+
     def forward(self, student: Seen, teacher: Seen) -> Tensor:
         assert student.logits is not None and teacher.logits is not None
-        mine, wanted = (
-            (seen.logits.float() / self.temperature).log_softmax(1)  # type: ignore[union-attr]
-            for seen in (student, teacher)
-        )
-        kl = F.kl_div(mine, wanted.detach(), reduction="batchmean", log_target=True)
+        mine = (student.logits.float() / self.temperature).log_softmax(1)
+        wanted = (teacher.logits.float() / self.temperature).log_softmax(1).detach()
+        kl = F.kl_div(mine, wanted, reduction="batchmean", log_target=True)
         return kl * self.temperature**2

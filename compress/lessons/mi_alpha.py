@@ -41,6 +41,9 @@ class MiAlpha(nn.Module):
         self.mine, self.theirs = Project(width, size), Project(teachers_width, size)
         self.alpha, self.layer, self.teachers = alpha, layer, teachers
 
+    def extra_repr(self) -> str:
+        return f"{self.alpha}, layers {self.layer}, {self.teachers}"
+
     def forward(self, student: Seen, teacher: Seen) -> Tensor:
         x = self.mine(pooled(student.features[self.layer], student.mask).float())
         y = pooled(teacher.features[self.teachers], student.mask).float().detach()

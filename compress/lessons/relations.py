@@ -39,6 +39,9 @@ class Relations(nn.Module):
             raise UsageError(f"'{kind}'", where="--loss", allowed=KINDS)
         self.heads, self.kind, self.layer, self.teachers = heads, kind, layer, teachers
 
+    def extra_repr(self) -> str:
+        return f"{self.heads}, {self.kind}, layers {self.layer}, {self.teachers}"
+
     def forward(self, student: Seen, teacher: Seen) -> Tensor:
         ours, theirs = student.attention[self.layer], teacher.attention[self.teachers]
         real = _real(student, ours.q)

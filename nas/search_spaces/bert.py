@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -231,6 +231,10 @@ class Bert(Network):
         logits = self.look(x, arch, noise).logits
         assert logits is not None
         return logits
+
+    def stack(self) -> list[Layer]:
+        """Its layers, in order."""
+        return [cast(Layer, layer) for layer in self.layers.values()]
 
     def look(self, x: Tensor, arch: Arch | None = None, noise: Noise | None = None) -> Seen:
         """What each layer computes on the way: `features` are what the layers write [N, S, C]."""
