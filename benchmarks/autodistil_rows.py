@@ -21,7 +21,6 @@ from nas.recipe import Recipe
 from nas.sampling import sandwich
 from nas.search_spaces.bert import Arch, Bert, Space
 
-
 SAVE_EVERY_S = 180.0  # a state is a quarter of a gigabyte
 
 

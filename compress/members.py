@@ -71,11 +71,7 @@ def rank(
     """The members `rows` [N, G], one by one; with `kept` each is appended to that file when it is
     known, and those found there are not computed again. The caller answers for the file being of
     these weights."""
-    known: dict[tuple[int, ...], float] = {}
-    if kept is not None and kept.is_file():
-        for line in lines.whole(kept):
-            row = json.loads(line)
-            known[tuple(row["genes"])] = row["loss"]
+    known = _losses(kept) if kept is not None and kept.is_file() else {}
     net.eval()
     costs = space.costs(rows).astype(int).tolist()
     for row, (macs, params) in zip(rows, costs, strict=True):
@@ -85,6 +81,21 @@ def rank(
             if kept is not None:
                 lines.append(kept, {"genes": genes, "loss": known[genes]})
         yield Member(genes, known[genes], macs, params)
+
+
+def read(space: SearchSpace, kept: Path) -> list[Member]:
+    """What `rank` has kept."""
+    found = _losses(kept)
+    costs = space.costs(np.array(list(found))).astype(int).tolist()
+    return [
+        Member(genes, loss, macs, params)
+        for (genes, loss), (macs, params) in zip(found.items(), costs, strict=True)
+    ]
+
+
+def _losses(kept: Path) -> dict[tuple[int, ...], float]:
+    rows = map(json.loads, lines.whole(kept))
+    return {tuple(row["genes"]): row["loss"] for row in rows}
 
 
 def front(members: Sequence[Member], costs: NDArray[np.float64]) -> list[int]:
@@ -98,9 +109,12 @@ def best_within(members: Sequence[Member], costs: NDArray[np.float64], limit: fl
     gives a larger loss. Raises BudgetInfeasible naming the cheapest."""
     inside = [at for at in range(len(members)) if costs[at] <= limit]
     if not inside:
-        cheapest = int(np.argmin(costs))
-        raise BudgetInfeasible(
-            f"no student costs at most {limit:.4g}: the cheapest costs {costs[cheapest]:.4g}",
-            next="Ask for more, or distil a smaller sub-space.",
-        )
+        raise infeasible(limit, float(costs.min()), "ms")
     return min(inside, key=lambda at: (members[at].loss, costs[at], members[at].genes))
+
+
+def infeasible(limit: float, least: float, quantity: str) -> BudgetInfeasible:
+    return BudgetInfeasible(
+        f"no student has at most {limit:.4g} {quantity}: the cheapest costs {least:.4g}",
+        next="Ask for more, or distil a smaller sub-space.",
+    )

@@ -148,10 +148,12 @@ def kept(depth: int, of: int) -> tuple[int, ...]:
 
 
 def within(layers: int, hidden: int, heads: int) -> dict[str, Grid]:
-    """Three sub-spaces inside a teacher of these sizes: the paper's idea (thin and deep, the sizes
-    of each close together) where table 1 itself does not fit. Shares of the teacher's sizes are
-    ours: a teacher of 384 channels cannot spare three quarters of them.
+    """Three sub-spaces inside a teacher of these sizes: table 1 for the paper's own, else its idea
+    (thin and deep, the sizes of each close together). These shares of a teacher's sizes are ours: a
+    teacher of 384 channels cannot spare three quarters of them.
     """
+    if (layers, hidden, heads) == (12, 768, 12):
+        return dict(GRIDS)
     found = {}
     for name, share in SHARES.items():
         wide = _between(hidden // STEP, share.hidden)
