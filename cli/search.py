@@ -127,7 +127,13 @@ def command(
         given["macs"] = budgets.parse(macs, budgets.MACS, "--macs")
     latencies = [console.parse_latency(text) for text in latency.split(",")] if latency else []
     names = str(given.get("hw", "cpu")).split(",")
-    if len(names) > 1:
+    if given.get("space") == "bert":
+        from cli import distill, students
+
+        report = students.search({**given, **({"latency_ms": latencies[0]} if latencies else {})})
+        if not json:
+            distill.say_outcome(report, Path(given["supernet"]))
+    elif len(names) > 1:
         from cli import boards
 
         jobs = boards.prepare(given, names, latencies, run, quick=quick)

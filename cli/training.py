@@ -63,14 +63,21 @@ class Training:
 
 
 def space_for(spec: Spec, task: Task) -> SearchSpace:
-    """The spec's space for the task's images."""
-    return spaces.load(
+    """The spec's space for the task's images. Raises UsageError for a space of something else."""
+    found = spaces.load(
         spec.space,
         channels=task.channels,
         classes=task.n_classes,
         size=task.size,
         width=spec.width,
     )
+    if found.reads != "images":
+        raise UsageError(
+            f"{spec.space} reads {found.reads}, not images",
+            where="--space",
+            next="See nasctl distill.",
+        )
+    return found
 
 
 def opened(folder: Path) -> Training:

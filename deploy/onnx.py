@@ -14,7 +14,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -46,9 +46,10 @@ def export(
     import onnx
     from onnx import helper
 
-    model = _trace(net, (2, *input_shape), opset)  # batch 2: 1 would be taken as a constant
-    _strip(model)
-    model.producer_name = "nasctl"
+    first = next(net.parameters(), torch.empty(0))
+    # batch 2: 1 would be taken as a constant
+    example = torch.zeros(2, *input_shape, device=first.device, dtype=first.dtype)
+    model = traced(net, example, {0: torch.export.Dim("batch")}, opset)
     helper.set_model_props(model, dict(metadata or {}))
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -73,9 +74,11 @@ def draft(net: nn.Module, path: Path, example: torch.Tensor) -> None:
     part.replace(path)
 
 
-def _trace(net: nn.Module, shape: Sequence[int], opset: int) -> onnx.ModelProto:
-    first = next(net.parameters(), torch.empty(0))
-    example = torch.zeros(*shape, device=first.device, dtype=first.dtype)
+def traced(
+    net: nn.Module, example: torch.Tensor, free: Mapping[int, Any], opset: int
+) -> onnx.ModelProto:
+    """`net`, in eval mode, as a model without the exporter's notes; the example's dimensions that
+    are in `free` may be of any size. Raises NasctlError for what torch cannot export."""
     with _eval_mode(net), _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
@@ -85,8 +88,8 @@ def _trace(net: nn.Module, shape: Sequence[int], opset: int) -> onnx.ModelProto:
                 opset_version=opset,
                 input_names=["input"],
                 output_names=list(named(net(example))),
-                # a name for the dimension: otherwise it is called s77 or so
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                # names for the dimensions: otherwise they are called s77 or so
+                dynamic_shapes=(dict(free),),
                 verbose=False,
             )
         except RuntimeError as error:  # the exporter's own is one; so is a forward that fails
@@ -96,7 +99,10 @@ def _trace(net: nn.Module, shape: Sequence[int], opset: int) -> onnx.ModelProto:
                 next="Its forward must not depend on values in tensors, nor on a fixed batch size.",
             ) from error
     assert program is not None  # dynamo=True always returns one
-    return program.model_proto
+    model = program.model_proto
+    _strip(model)
+    model.producer_name = "nasctl"
+    return model
 
 
 @contextlib.contextmanager

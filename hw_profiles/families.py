@@ -25,11 +25,21 @@ KINDS = {
     "mul": "join",
     "concat": "join",
     "act": "act",
+    # too few were measured for families of their own
+    "embed": "join",
+    "position": "join",
+    "layernorm": "act",
+    "attention": "linear",
 }
 COARSE = tuple(dict.fromkeys(KINDS.values()))
 FAMILIES = (*COARSE, "pointwise", "grouped", "ragged", "gap", "mul", "upsample", "epilogue")
 RAGGED = 4  # depthwise convolutions of channels that are no multiple of it take slow paths
-EPILOGUES = ("hswish", "silu", "hsigmoid")  # relu is one comparison in the convolution's own loop
+EPILOGUES = (
+    "hswish",
+    "silu",
+    "hsigmoid",
+    "gelu",
+)  # relu is one comparison in the convolution's own loop
 
 
 class Share(NamedTuple):

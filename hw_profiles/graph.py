@@ -16,10 +16,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from hw_profiles.op import INPUT, KINDS, Op
+from hw_profiles import graph_tokens
+from hw_profiles.op import INPUT, KINDS, TOKENS, Op
 from nas.errors import unknown
 
-ACTS = ("relu", "hswish", "hsigmoid", "silu")
+ACTS = ("relu", "hswish", "hsigmoid", "silu", "gelu")
 
 
 def onnx_graph(
@@ -27,25 +28,24 @@ def onnx_graph(
 ) -> onnx.ModelProto:
     """The network that `ops` describes; `batch=None` leaves the batch dimension free.
 
-    Its input is "input" (batch, channels, height, width). The last op is "output"; any other op
-    that nobody reads becomes "output_<position>", or the runtime would drop it as dead code and
-    its cost with it.
+    Its input is "input" (batch, channels, height, width), or token numbers (batch, tokens). The
+    last op is "output"; any other op that nobody reads becomes "output_<position>", or the runtime
+    would drop it as dead code and its cost with it.
     """
-    channels, height, width = _input_shape(ops)
     rows: int | str = "batch" if batch is None else batch
+    size = _input_shape(ops)
+    kind = TensorProto.INT64 if len(size) == 1 else TensorProto.FLOAT
     graph = _Graph(np.random.default_rng(seed))
-    wires = {INPUT: _Wire("input", channels, flat=False)}
+    wires = {INPUT: _Wire("input", size[0], flat=False)}
     outputs = []
     read = {at for op in ops for at in op.reads}
     for at, op in enumerate(ops):
         name = "output" if at == len(ops) - 1 else f"t{at}" if at in read else f"output_{at}"
         wire = wires[at] = _emit(graph, op, [wires[source] for source in op.reads], name)
         if name.startswith("output"):
-            size = (rows, op.c_out) if wire.flat else (rows, op.c_out, op.h_out, op.w_out)
-            outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, size))
-    inputs = [
-        helper.make_tensor_value_info("input", TensorProto.FLOAT, (rows, channels, height, width))
-    ]
+            sizes = (rows, *_sizes(op, wire))
+            outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes))
+    inputs = [helper.make_tensor_value_info("input", kind, (rows, *size))]
     imports = [helper.make_opsetid("", opset)]
     model = helper.make_model(
         helper.make_graph(graph.nodes, "ops", inputs, outputs, graph.weights),
@@ -63,6 +63,7 @@ class _Wire:
     name: str
     channels: int
     flat: bool  # (batch, channels), what a linear layer writes, rather than a map
+    tokens: bool = False  # (batch, tokens, channels)
 
 
 @dataclass(slots=True)
@@ -83,7 +84,16 @@ class _Graph:
         return self.constant(name, (self.rng.standard_normal(shape) * std).astype(np.float32))
 
 
-def _input_shape(ops: Sequence[Op]) -> tuple[int, int, int]:
+def _sizes(op: Op, wire: _Wire) -> tuple[int, ...]:
+    """Of an op's result, without the batch."""
+    if wire.tokens:
+        return op.h, op.c_out
+    return (op.c_out,) if wire.flat else (op.c_out, op.h_out, op.w_out)
+
+
+def _input_shape(ops: Sequence[Op]) -> tuple[int, ...]:
+    if ops[0].kind == "embed":
+        return (ops[0].h,)
     for op in ops:
         if INPUT in op.reads and op.kind != "concat":  # a concat's channels are a sum
             return op.c_in, op.h, op.w
@@ -98,6 +108,11 @@ def _emit(graph: _Graph, op: Op, reads: Sequence[_Wire], out: str) -> _Wire:
         raise ValueError(f"{op.kind} reads two tensors, not {len(reads)}")
     flat = all(wire.flat for wire in reads)
     before = f"{out}.pre" if op.act and op.kind != "act" else out
+    if op.kind in TOKENS or any(wire.tokens for wire in reads):
+        tokens = graph_tokens.emit(graph, op, [wire.name for wire in reads], before)
+        if before != out:
+            _activate(graph, op.act, before, out)
+        return _Wire(out, op.c_out, flat=not tokens, tokens=tokens)
     if op.kind == "linear":
         flat = True
         _linear(graph, op, reads[0], before)
@@ -186,5 +201,7 @@ def _activate(graph: _Graph, act: str, x: str, out: str) -> None:
         graph.node("HardSigmoid", [x], out, alpha=1 / 6, beta=0.5)
     elif act == "silu":
         graph.node("Mul", [x, graph.node("Sigmoid", [x], f"{out}.gate")], out)
+    elif act == "gelu":
+        graph_tokens.gelu(graph, x, out)
     else:
         raise unknown("activation", act, ACTS)

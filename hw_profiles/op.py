@@ -5,6 +5,7 @@ MACs, parameters, bytes, peak memory, latency and even a whole runnable graph ar
 
 Units and conventions, once and for all:
 * 1 MAC is one multiply-add; batch is 1 (a latency table says which batch it was measured at);
+* a sequence of n tokens is n pixels high and 1 wide, and `linear` then runs on every token;
 * `params` counts what torch counts before folding: weights, biases and the two affine vectors of a
   batch norm. In the deployed file the norm is folded into weights and bias: see `weights`;
 * every spatial operator pads by kernel // 2 on each side ("same" for odd kernels), except a 2x2
@@ -19,9 +20,14 @@ from typing import Any
 
 INPUT = -1  # what an op reads when it reads the network's input
 
+#: what sequences need beside `linear`: a table's rows by number (c_in of them), learned vectors per
+#: place, a norm over channels (not folded when deployed), softmax(QK)V in `groups` heads
+TOKENS = ("embed", "position", "layernorm", "attention")
+
 KINDS = (
     *("conv", "dwconv", "linear", "avgpool", "maxpool", "gap", "upsample"),
     *("add", "mul", "concat", "act"),
+    *TOKENS,
 )
 
 
@@ -37,7 +43,8 @@ class Op:
     kernel: int = 1
     stride: int = 1  # of an upsampling the whole factor by which height and width grow
     groups: int = 1
-    #: fused activation: relu, hswish, hsigmoid, silu or nothing; zero, alone, forgets its input
+    #: fused activation: relu, hswish, hsigmoid, silu, gelu or nothing; zero, alone, forgets its
+    #: input
     act: str = ""
     norm: bool = False  # followed by a batch norm, folded when deployed
     bias: bool = False
@@ -70,6 +77,16 @@ class Op:
         return self.c_in * self.c_out if self.kind == "linear" else 0
 
     @property
+    def stored(self) -> int:
+        """Number of parameters that nothing is multiplied with, biases and batch norms apart."""
+        tables = {
+            "embed": self.c_in * self.c_out,
+            "position": self.c_out * self.h * self.w,
+            "layernorm": 2 * self.c_out,
+        }
+        return tables.get(self.kind, 0)
+
+    @property
     def fuses_add(self) -> bool:
         """A convolution with a second input: a residual added in its epilogue, as kernels do."""
         return self.kind in ("conv", "dwconv") and len(self.reads) > 1
@@ -80,29 +97,36 @@ class Op:
 
     @property
     def macs(self) -> int:
+        if self.kind == "attention":  # every token with every other, twice: QK and the sum over V
+            return 2 * self.c_out * (self.h * self.w) ** 2
         return self.weights * self.h_out * self.w_out
 
     @property
     def params(self) -> int:
-        return self.weights + self.c_out * (int(self.bias) + 2 * int(self.norm))
+        return self.weights + self.stored + self.c_out * (int(self.bias) + 2 * int(self.norm))
 
     @property
     def elements_in(self) -> int:
         """Activation elements read, over all inputs."""
         if self.kind == "mul":  # a map times one number per channel (squeeze-excite)
             return self.c_in * (self.h * self.w + 1)
-        return self.c_in * self.h * self.w * (2 if self.kind == "add" else 1)
+        return self.tensor_in * {"add": 2, "attention": 3}.get(self.kind, 1)
+
+    @property
+    def tensor_in(self) -> int:
+        """Elements of one of the tensors that it reads: of a table's reader, one number a token."""
+        return self.h * self.w * (1 if self.kind == "embed" else self.c_in)
 
     @property
     def elements_out(self) -> int:
         return self.c_out * self.h_out * self.w_out
 
     def bytes(self, itemsize: int = 4) -> int:
-        """Memory traffic without any cache: activations read and written, weights read once."""
-        has_bias = self.bias or self.norm
-        return itemsize * (
-            self.elements_in + self.elements_out + self.weights + self.c_out * int(has_bias)
-        )
+        """Memory traffic without any cache: activations read and written, weights read once, of a
+        table only the rows that are asked for."""
+        held = self.weights + self.c_out * int(self.bias or self.norm)
+        held += min(self.stored, self.elements_out)
+        return itemsize * (self.elements_in + self.elements_out + held)
 
 
 def to_row(op: Op) -> dict[str, Any]:
@@ -125,7 +149,7 @@ def live_elements(ops: Sequence[Op]) -> list[int]:
     be computed in place, so a runtime may need less, never more (besides its own workspaces).
     """
     last = {read: at for at, op in enumerate(ops) for read in op.reads}
-    live = {INPUT: ops[0].c_in * ops[0].h * ops[0].w}
+    live = {INPUT: ops[0].tensor_in}
     sums = []
     for at, op in enumerate(ops):
         live[at] = op.elements_out
@@ -217,6 +241,27 @@ class Tape:
         return self._append(
             Op("concat", c, c, xs[0].h, xs[0].w, reads=tuple(wire.at for wire in xs))
         )
+
+    # ---- sequences: as many pixels high as they have tokens, and 1 wide
+
+    def embed(self, x: Wire, rows: int, c: int) -> Wire:
+        """A vector per token, looked up in tables of `rows` vectors in all."""
+        return self._append(Op("embed", rows, c, x.h * x.w, 1, reads=(x.at,)))
+
+    def position(self, x: Wire) -> Wire:
+        """A map as a sequence, with learned vectors added."""
+        return self._append(Op("position", x.c, x.c, x.h * x.w, 1, reads=(x.at,)))
+
+    def layernorm(self, x: Wire) -> Wire:
+        return self._append(Op("layernorm", x.c, x.c, x.h, x.w, reads=(x.at,)))
+
+    def project(self, x: Wire, c_out: int, *, act: str = "") -> Wire:
+        """A linear layer with bias on every token."""
+        return self._append(Op("linear", x.c, c_out, x.h, x.w, act=act, bias=True, reads=(x.at,)))
+
+    def attention(self, q: Wire, k: Wire, v: Wire, heads: int) -> Wire:
+        reads = (q.at, k.at, v.at)
+        return self._append(Op("attention", q.c, q.c, q.h, q.w, groups=heads, reads=reads))
 
     def act(self, x: Wire, act: str, *, norm: bool = False) -> Wire:
         """An activation that follows no layer, with `norm` behind a batch norm of its own."""

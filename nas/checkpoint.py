@@ -27,7 +27,11 @@ FORMAT = 1  # of the description; another one cannot be compared with ours
 SAID = "nasctl"  # the description's one entry: safetensors writes several in no fixed order
 
 #: what an optimiser's state is called here -> in the optimiser
-SLOTS = {"momentum": "momentum_buffer", "ema": "ema"}
+SLOTS = {
+    "momentum": "momentum_buffer",
+    "ema": "ema",
+    **{"first": "exp_avg", "second": "exp_avg_sq", "updates": "step"},  # Adam's
+}
 
 
 def save(
@@ -97,8 +101,9 @@ def restore(
         for ours, theirs in SLOTS.items():
             optimiser.state[parameter].pop(theirs, None)
             if (value := tensors.get(f"{ours}.{name}")) is not None:
-                # empty_like keeps the memory format, on which bit-equal resuming depends
-                optimiser.state[parameter][theirs] = torch.empty_like(parameter).copy_(value)
+                # like the parameter: on its memory format bit-equal resuming depends
+                like = parameter if value.shape == parameter.shape else value
+                optimiser.state[parameter][theirs] = torch.empty_like(like).copy_(value)
 
 
 def fill(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:

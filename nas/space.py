@@ -56,6 +56,7 @@ class SearchSpace(ABC):
     #: slot name -> the genes that its ops depend on; every op of `ops(arch)` names its slot
     slots: Mapping[str, tuple[str, ...]]
     arch_type: type
+    reads: str = "images"  # [N, channels, resolution, resolution]; or "text": token numbers [N, S]
 
     @abstractmethod
     def decode(self, genes: Genes) -> Any:

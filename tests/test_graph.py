@@ -18,6 +18,7 @@ ACT = {
     "hswish": F.hardswish,
     "hsigmoid": F.hardsigmoid,
     "silu": F.silu,
+    "gelu": F.gelu,
 }
 
 
@@ -154,8 +155,8 @@ def test_folded_norm_leaves_a_bias_and_no_node():
 def test_unknown_names_are_errors_with_the_known_ones():
     with pytest.raises(UsageError, match="convv.*Did you mean conv"):
         onnx_graph([Op("convv", 3, 3, 4, 4)])
-    with pytest.raises(UsageError, match="gelu.*relu"):
-        onnx_graph([Op("conv", 3, 3, 4, 4, act="gelu")])
+    with pytest.raises(UsageError, match="mish.*relu"):
+        onnx_graph([Op("conv", 3, 3, 4, 4, act="mish")])
 
 
 def test_a_join_of_one_tensor_and_a_network_without_input_are_refused():

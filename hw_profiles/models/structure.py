@@ -28,6 +28,7 @@ from nas.errors import NasctlError
 
 ROLES = ("pointwise", "spatial", "dwconv", "linear", "pool", "add", "mul", "concat", "act")
 JOINS = ("add", "mul", "concat")
+AS = {"embed": "add", "position": "add", "layernorm": "act", "attention": "linear"}
 POOLS = ("avgpool", "maxpool", "gap", "upsample")  # a map of another size
 MEASURES = ("ops", "gmacs", "mb", "root_gmacs", "root_mb")
 _PAIRS = len(ROLES) ** 2
@@ -57,7 +58,7 @@ def _role(op: Op) -> int:
         raise NasctlError(f"cannot describe operator '{op.kind}'", allowed=KINDS)
     if op.kind == "conv":
         return ROLES.index("pointwise" if op.kernel == 1 else "spatial")
-    return ROLES.index("pool" if op.kind in POOLS else op.kind)
+    return ROLES.index("pool" if op.kind in POOLS else AS.get(op.kind, op.kind))
 
 
 @lru_cache(maxsize=100_000)

@@ -1,0 +1,177 @@
+"""`nasctl distill`: a family of students of a transformer, ranked without training each."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import console, options
+from nas.errors import UsageError
+
+if TYPE_CHECKING:
+    from cli.distilling import Distilling
+
+
+def command(
+    teacher: Annotated[str, typer.Option(help="Folder of a BERT, or its name in the hub cache.")],
+    text: Annotated[str, typer.Option(help="Plain UTF-8 text: a file, or several: a,b.")],
+    subspaces: Annotated[
+        str, typer.Option(help="Of tiny, small, base; or a .toml of your own.")
+    ] = "tiny,small",
+    hw: Annotated[str, typer.Option(help="Device name or a .toml file.")] = "cpu",
+    sequence: Annotated[int | None, typer.Option(help="Tokens per sequence. [128]")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the text. [1]")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences per step. [64]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [0.001]")] = None,
+    loss: Annotated[str | None, typer.Option(help="kl, mse or scores. [kl]")] = None,
+    relation_heads: Annotated[int | None, typer.Option(help="[the teacher's heads]")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Forward passes in bfloat16.")] = False,
+    finetune: Annotated[
+        Path | None, typer.Option(help="Sentences and labels (tsv, csv, parquet) of a task.")
+    ] = None,
+    test: Annotated[Path | None, typer.Option(help="Likewise, to judge on.")] = None,
+    tuning_epochs: Annotated[float | None, typer.Option(help="Of fine-tuning. [3]")] = None,
+    tuning_lr: Annotated[float | None, typer.Option(help="Of fine-tuning. [0.0002]")] = None,
+    seed: options.Seed = None,
+    threads: Annotated[int | None, typer.Option(help="Of the processor. [all cores]")] = None,
+    run: options.Run = None,
+    force: options.Force = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the sub-spaces are, and stop.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
+    """Distil a transformer into sub-spaces of students, rank every student, deliver the best.
+
+    No student is trained by itself; pick others by `nasctl search --space bert --supernet RUN`. The
+    same command goes on where it was interrupted.
+    """
+    flags = {
+        "teacher": teacher,
+        "text": text.split(","),
+        "subspaces": subspaces.split(","),
+        "hw": hw,
+        "sequence": sequence,
+        "epochs": epochs,
+        "batch": batch,
+        "lr": lr,
+        "loss": loss,
+        "relation_heads": relation_heads,
+        "bf16": bf16,
+        "finetune": finetune and str(finetune),
+        "test": test and str(test),
+        "tuning_epochs": tuning_epochs,
+        "tuning_lr": tuning_lr,
+        "seed": seed,
+        "threads": threads,
+    }
+    if (finetune is None) != (test is None):
+        raise UsageError("one without the other", where="--finetune, --test")
+    given = {name: value for name, value in flags.items() if value is not None}
+    distilling = prepare(given, run)
+    content = plan(distilling) if dry_run else execute(distilling, force=force)
+    if json:
+        console.emit_json(content)
+    elif not dry_run:
+        say_outcome(content, distilling.run.folder)
+
+
+def prepare(given: dict[str, Any], folder: Path | None) -> Distilling:
+    """Everything validated and loaded: names before data, data before any work."""
+    from cli.train import cores
+    from hw_profiles import device
+
+    board = device.load(given["hw"])
+    from cli.distilling import Distilling, make_spec
+    from nas.run import Run, digest
+
+    spec = make_spec({"threads": cores(), **given})
+    import torch
+
+    from compress import teacher
+
+    torch.set_num_threads(spec.threads)
+    found = teacher.load(spec.teacher)
+    name = f"distill-{Path(spec.teacher).name}-{digest(spec.model_dump())[:8]}"
+    return Distilling(spec, Run(folder or Path("runs") / name), found, board)
+
+
+def plan(distilling: Distilling) -> dict[str, Any]:
+    """The teacher and its sub-spaces, without doing anything."""
+    from cli.distilling import described
+
+    content = described(distilling)
+    _say_inputs(distilling)
+    for name, space in content["subspaces"].items():
+        low, high = (value / 1e6 for value in space["macs"])
+        console.say(
+            f"{space['students']} students of {low:.3g} to {high:.3g} MMACs "
+            f"at {distilling.spec.sequence} tokens",
+            name,
+        )
+    return content
+
+
+def execute(distilling: Distilling, *, force: bool) -> dict[str, Any]:
+    """Pack, distil, rank, deliver; what is finished already is not repeated."""
+    from cli import distilling as stages
+    from cli import students as choosing
+
+    run = distilling.run
+    with run.locked(distilling.spec, force=force):
+        if force:
+            stages.forget(distilling)
+        _say_inputs(distilling)
+        key = distilling.key
+        if run.done(stages.STAGE, key):
+            content: dict[str, Any] = run.read_json(stages.REPORT)
+        else:
+            began = time.monotonic()
+            n = stages.packed(distilling)
+            console.say(f"{n} sequences of {distilling.spec.sequence} tokens", "text")
+            for name in distilling.spaces:
+                stages.trained(distilling, name, n)
+            students = [
+                choosing.knee(distilling, name, stages.ranked(distilling, name, n))
+                for name in distilling.spaces
+            ]
+            content = choosing.delivered(distilling, students)
+            run.write_json(stages.REPORT, content)
+            run.finish(stages.STAGE, key, time.monotonic() - began, choosing.files(content))
+    return content
+
+
+def _say_inputs(distilling: Distilling) -> None:
+    arch = distilling.teacher.net.arch
+    console.say(
+        f"{len(arch.layers)} layers, {arch.hidden} channels, {arch.heads} heads, MLP {arch.mlp}",
+        "teacher",
+    )
+    console.say(str(distilling.run.folder), "run")
+
+
+def say_outcome(content: dict[str, Any], folder: Path) -> None:
+    """The students, for people."""
+    from rich.table import Table
+
+    table = Table("", "sizes", "relation loss", "MMACs", "M params", "ms", "accuracy", box=None)
+    for row in content["students"]:
+        ms, accuracy = row["latency_ms"], row["accuracy"]
+        arch = row["arch"]
+        sizes = f"{len(arch['layers'])} x {arch['hidden']}, {arch['heads']} heads, {arch['mlp']}"
+        table.add_row(
+            row["name"],
+            sizes,
+            f"{row['loss']:.4f}" if row["loss"] is not None else "",
+            f"{row['macs'] / 1e6:.3g}",
+            f"{row['params'] / 1e6:.3g}",
+            f"{ms:.3g}" if ms else "not measured",
+            f"{accuracy:.2%}" if accuracy is not None else "no task",
+        )
+    console.show(table)
+    for line in content["notes"]:
+        console.say(line, "note")
+    console.say(str(folder / "bundle"), "files")

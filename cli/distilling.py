@@ -1,0 +1,279 @@
+"""The stages of `nasctl distill` before any student is chosen: pack the text, train a supernet per
+sub-space, rank its members. Each goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cli import console
+from compress import adamw, inherit, members
+from compress.adamw import Plan
+from compress.distill import Course, distill
+from compress.lessons.relations import Relations
+from compress.members import Member
+from compress.teacher import Teacher
+from hw_profiles import op
+from hw_profiles.device import Device
+from nas import checkpoint, file
+from nas import run as runs
+from nas.data import text
+from nas.errors import NasctlError, UsageError, unknown
+from nas.recipe import Recipe
+from nas.run import Run
+from nas.sampling import sandwich
+from nas.search_spaces.bert import Arch, Bert, Grid, Space, within
+
+STAGE, REPORT, TEXT, BUNDLE = "distill", "report.json", "text.bin", "bundle"
+HELD_OUT = 0.05  # of the sequences, at the end of the text
+MOST_HELD_OUT = 512
+RANKED_AT_ONCE = 64
+
+
+class DistilSpec(BaseModel):
+    """What a distillation is asked for. Fields are the long flags of `nasctl distill`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    teacher: str
+    text: list[str] = Field(..., min_length=1)
+    subspaces: list[str] = Field(..., min_length=1)
+    hw: str = "cpu"
+    sequence: int = Field(128, ge=4)
+    epochs: float = Field(1.0, gt=0)
+    batch: int = Field(64, ge=2)
+    lr: float = Field(1e-3, gt=0)
+    loss: str = "kl"
+    relation_heads: int | None = Field(None, ge=1)
+    bf16: bool = False
+    finetune: str | None = None
+    test: str | None = None
+    tuning_epochs: float = Field(3.0, gt=0)
+    tuning_lr: float = Field(2e-4, gt=0)
+    seed: int = Field(0, ge=0)
+    threads: int = Field(..., ge=1)
+
+
+def make_spec(fields: dict[str, Any]) -> DistilSpec:
+    """Validated; raises UsageError naming the flag that is wrong."""
+    try:
+        return DistilSpec(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-")
+        raise UsageError(f"{first['msg']} (got {first['input']!r})", where=flag) from error
+
+
+@dataclass(frozen=True, eq=False)
+class Distilling:
+    """The resolved inputs of a distillation."""
+
+    spec: DistilSpec
+    run: Run
+    teacher: Teacher
+    device: Device
+
+    @cached_property
+    def spaces(self) -> dict[str, Space]:
+        """Each inside the teacher; raises UsageError for an unknown or too large one."""
+        arch, frame = self.teacher.net.arch, self.teacher.net.frame
+        grids = dict(_grids(self.spec.subspaces, within(len(arch.layers), arch.hidden, arch.heads)))
+        for name, grid in grids.items():
+            _fits(name, grid, arch)
+        length = self.spec.sequence
+        return {name: Space(size=length, grid=grid, frame=frame) for name, grid in grids.items()}
+
+    @cached_property
+    def lesson(self) -> Relations:
+        heads = self.spec.relation_heads or self.teacher.net.arch.heads
+        return Relations(heads, self.spec.loss)  # type: ignore[arg-type]
+
+    @cached_property
+    def text_key(self) -> str:
+        """What the packed text depends on."""
+        for path in map(Path, self.spec.text):
+            if not path.is_file():
+                raise NasctlError("no such file", where=f"--text {path}")
+        digests = [file.sha256(Path(path)) for path in self.spec.text]
+        words = self.teacher.encode(["the words of the tokenizer"])
+        return runs.digest([digests, words, self.teacher.fingerprint, self.spec.sequence])
+
+    @cached_property
+    def key(self) -> str:
+        """What the result depends on."""
+        asked = self.spec.model_dump(exclude={"teacher", "text", "threads"})
+        task = [file.sha256(Path(p)) for p in (self.spec.finetune, self.spec.test) if p]
+        grids = {name: [g.options for g in space.genes] for name, space in self.spaces.items()}
+        return runs.digest([asked, self.text_key, task, grids])
+
+
+def _grids(asked: Sequence[str], derived: dict[str, Grid]) -> list[tuple[str, Grid]]:
+    found: list[tuple[str, Grid]] = []
+    for name in asked:
+        if name.endswith(".toml"):
+            found += _own(Path(name))
+        elif name in derived:
+            found.append((name, derived[name]))
+        else:
+            raise unknown("sub-space", name, [*derived, "FILE.toml"], where="--subspaces")
+    return found
+
+
+def _own(path: Path) -> list[tuple[str, Grid]]:
+    """Grids of a TOML file: a table each, with layers, hidden, heads and halves."""
+    try:
+        tables = tomllib.loads(path.read_text())
+        return [
+            (name, Grid(**{key: tuple(options) for key, options in table.items()}))
+            for name, table in tables.items()
+        ]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"cannot read sub-spaces ({error})",
+            where=str(path),
+            next="Each is a table with lists: layers, hidden, heads, halves.",
+        ) from error
+
+
+def _fits(name: str, grid: Grid, teacher: Arch) -> None:
+    wide = grid.hidden[-1] * grid.halves[-1] // 2
+    sizes = {
+        "layers": (grid.layers[-1], len(teacher.layers)),
+        "hidden": (grid.hidden[-1], teacher.hidden),
+        "heads": (grid.heads[-1], teacher.heads),
+        "MLP": (wide, teacher.mlp),
+    }
+    for what, (asked, there) in sizes.items():
+        if asked > there:
+            raise UsageError(
+                f"{what} up to {asked}, the teacher has {there}", where=f"--subspaces {name}"
+            )
+
+
+def described(distilling: Distilling) -> dict[str, Any]:
+    """Teacher and sub-spaces as values."""
+    content: dict[str, Any] = {"spec": distilling.spec.model_dump(), "subspaces": {}}
+    for name, space in distilling.spaces.items():
+        ends = [space.ops(space.decode(row)) for row in (space.smallest, space.largest)]
+        content["subspaces"][name] = {
+            "students": space.count(),
+            "macs": [op.macs(ops) for ops in ends],
+            "params": [op.params(ops) for ops in ends],
+            "genes": {gene.name: list(gene.options) for gene in space.genes},
+        }
+    return content
+
+
+def forget(distilling: Distilling) -> None:
+    """All that stages keep in order to go on."""
+    for name in distilling.spaces:
+        for kind in (".state", ".safetensors", ".members.jsonl"):
+            distilling.run.path(name + kind).unlink(missing_ok=True)
+    distilling.run.path(TEXT).unlink(missing_ok=True)
+    shutil.rmtree(distilling.run.path(BUNDLE), ignore_errors=True)
+
+
+# ---- text, training, ranking ---------------------------------------------------------------------
+
+
+def packed(distilling: Distilling) -> int:
+    """Pack the text, unless the run has it; the number of sequences."""
+    spec, run, key = distilling.spec, distilling.run, distilling.text_key
+    if not run.done("text", key):
+        teacher, paths = distilling.teacher, [Path(path) for path in spec.text]
+        text.pack(paths, spec.sequence, teacher.encode, teacher.wrapping, run.path(TEXT))
+        run.finish("text", key, 0.0, [TEXT])
+    n = len(text.sequences(run.path(TEXT), spec.sequence))
+    if n - _held_out(n) < spec.batch:
+        raise NasctlError(
+            f"{n} sequences of {spec.sequence} tokens in all, a step takes {spec.batch}",
+            where="--batch",
+            next="Give more text, a smaller --batch or a smaller --sequence.",
+        )
+    return n
+
+
+def _held_out(n: int) -> int:
+    return max(1, min(MOST_HELD_OUT, round(HELD_OUT * n)))
+
+
+def trained(distilling: Distilling, name: str, n: int) -> None:
+    """Train a sub-space's supernet into the run, unless it is there."""
+    spec, run, space = distilling.spec, distilling.run, distilling.spaces[name]
+    key = _training_key(distilling, name)
+    if run.done(f"train {name}", key):
+        return
+    trains = n - _held_out(n)
+    rows, chosen = _rows(distilling), adamw.shuffled(trains, spec.batch, spec.seed)
+    steps = max(1, round(spec.epochs * trains / spec.batch))
+    run.path(f"{name}.members.jsonl").unlink(missing_ok=True)  # of other weights
+    net = inherit.inherit(_largest(space), distilling.teacher.net)
+    course = Course(
+        distilling.teacher.net.look,
+        distilling.lesson,
+        lambda step: torch.from_numpy(rows[chosen(step)]).long(),
+        key,
+        spec.bf16,
+    )
+    archs = sandwich(space, Recipe(steps=steps, seed=spec.seed))
+    state = run.path(f"{name}.state")
+    going = distill(net, archs, course, Plan(steps, spec.lr), resume=state)
+    with closing(going), console.deferred_interrupt() as asked, console.bar(name, steps) as update:
+        for step in going:
+            update(step.step, f"loss {step.losses[0]:.3f} to {step.losses[1]:.3f}")
+            if asked():
+                raise KeyboardInterrupt
+    weights = f"{name}.safetensors"
+    checkpoint.write(run.path(weights), net.state_dict(), {})
+    run.finish(f"train {name}", key, 0.0, [weights])
+    state.unlink(missing_ok=True)
+
+
+def _training_key(distilling: Distilling, name: str) -> str:
+    fields = {"sequence", "epochs", "batch", "lr", "loss", "relation_heads", "bf16", "seed"}
+    genes = [gene.options for gene in distilling.spaces[name].genes]
+    return runs.digest([distilling.spec.model_dump(include=fields), distilling.text_key, genes])
+
+
+def _largest(space: Space) -> Bert:
+    return space.build(space.decode(space.largest))
+
+
+def _rows(distilling: Distilling) -> Any:
+    return text.sequences(distilling.run.path(TEXT), distilling.spec.sequence)
+
+
+def supernet(distilling: Distilling, name: str) -> Bert:
+    """The trained one of a sub-space."""
+    net, path = _largest(distilling.spaces[name]), distilling.run.path(f"{name}.safetensors")
+    checkpoint.fill(net, checkpoint.read(path)[0], path)
+    return net
+
+
+def ranked(distilling: Distilling, name: str, n: int) -> list[Member]:
+    """Every member of a sub-space, by its slice of the supernet on held-out text."""
+    space, run = distilling.spaces[name], distilling.run
+    kept = run.path(f"{name}.members.jsonl")
+    rows = torch.from_numpy(np.array(_rows(distilling)[n - _held_out(n) :])).long()
+    batches = rows.split(RANKED_AT_ONCE)
+    wanted = members.taught(distilling.teacher.net.look, batches)
+    every = members.every(space)
+    found = []
+    going = members.rank(
+        supernet(distilling, name), space, every, distilling.lesson, (batches, wanted), kept=kept
+    )
+    with console.bar(f"ranking {name}", len(every)) as update:
+        for member in going:
+            found.append(member)
+            update(len(found), "")
+    return found

@@ -1,0 +1,116 @@
+"""A distilled encoder on a task of labelled sentences: every weight is trained on, as in
+AutoDistil's evaluation (arXiv 2201.12507, section 4.1; rates and lengths are the caller's)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress import adamw
+from compress.adamw import Plan, Step
+from compress.teacher import Teacher
+from nas import checkpoint, parallel
+from nas.elastic import Noise, extract
+from nas.errors import NasctlError
+from nas.search_spaces.bert import Bert
+
+BATCH_EVAL = 256
+
+
+class Labelled(NamedTuple):
+    """Token numbers [N, S], padded, and labels [N]."""
+
+    tokens: Tensor
+    labels: Tensor
+
+    @property
+    def digest(self) -> str:
+        """sha256 of both."""
+        return hashlib.sha256(
+            self.tokens.numpy().tobytes() + self.labels.numpy().tobytes()
+        ).hexdigest()
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """Of one network on one task; the result is a function of it, the network and the data."""
+
+    plan: Plan
+    batch: int = 32
+    dropout: float = 0.1  # of the head's input
+    seed: int = 0
+
+
+def encoded(teacher: Teacher, texts: Sequence[str], length: int) -> Tensor:
+    """Token numbers [N, S], S at most `length`: longer texts are cut, shorter ones padded.
+
+    Raises NasctlError if a text is longer than the teacher has positions for, were it not cut.
+    """
+    wrap, frame = teacher.wrapping, teacher.net.frame
+    if length > frame.positions:
+        raise NasctlError(
+            f"{length} tokens, but positions for {frame.positions}", where="--sequence"
+        )
+    rows = [
+        [wrap.opening, *numbers[: length - 2], wrap.closing] for numbers in teacher.encode(texts)
+    ]
+    found = torch.full((len(rows), max(map(len, rows))), frame.padding)
+    for at, row in enumerate(rows):
+        found[at, : len(row)] = torch.tensor(row)
+    return found
+
+
+def with_classes(encoder: Bert, classes: int, seed: int) -> Bert:
+    """The encoder with a fresh head for so many classes, drawn from (seed)."""
+    net = Bert(encoder.arch, encoder.frame, encoder.head.out_features)
+    extract(encoder, net)
+    generator = torch.Generator().manual_seed(1_000_003 * seed + 7)
+    net.head = type(net.head)(encoder.arch.hidden, classes)
+    nn.init.normal_(net.head.weight, std=0.02, generator=generator)
+    nn.init.zeros_(net.head.bias)
+    return net
+
+
+def finetune(
+    net: Bert, data: Labelled, how: Finetuning, *, resume: Path | None = None
+) -> Generator[Step, None, None]:
+    """Train `net` in place on the labels, yielding after each step."""
+    rows = adamw.shuffled(len(data.labels), how.batch, how.seed)
+
+    def gradients(step: int) -> Tensor:
+        chosen = torch.from_numpy(rows(step))
+        total = torch.zeros(1)
+        for shard, part in parallel.workers().shards(len(chosen)):
+            at = chosen[part]
+            generator = torch.Generator().manual_seed(how.seed * 1_000_003 + 2 * step + shard)
+            noise = Noise(how.dropout, 0.0, generator)
+            logits = net(trimmed(data.tokens[at], net.frame.padding), None, noise)
+            loss = F.cross_entropy(logits, data.labels[at]) * len(at) / len(chosen)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    identity = f"{data.digest} {how} {checkpoint.digest(net)}"
+    return adamw.train(net.train(), gradients, how.plan, identity, resume=resume)
+
+
+@torch.no_grad()
+def predictions(net: Bert, tokens: Tensor) -> Tensor:
+    """Classes [N] of an eval-mode network."""
+    net.eval()
+    found = []
+    for part in tokens.split(BATCH_EVAL):
+        found.append(net(trimmed(part, net.frame.padding)).argmax(1))
+    return torch.cat(found)
+
+
+def trimmed(tokens: Tensor, padding: int) -> Tensor:
+    """Without the columns that hold padding only."""
+    return tokens[:, : int((tokens != padding).any(0).nonzero().max()) + 1]

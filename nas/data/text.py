@@ -1,0 +1,94 @@
+"""Plain text as fixed-length token sequences on disk: any amount of it in little memory.
+
+A file is read line by line, tokenised piece by piece and packed: every sequence is an opening
+token, a run of the text's tokens across line ends, and a closing token; what is left over at the
+end is dropped. The sequences are written to one file of 32-bit numbers, which training maps into
+memory. A few hundred megabytes of text never have more than a few megabytes in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.errors import NasctlError, UsageError
+
+LINES = 1024  # at a time
+Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]  # texts to numbers, nothing added
+
+
+@dataclass(frozen=True)
+class Wrapping:
+    """The tokens that every sequence begins and ends with."""
+
+    opening: int
+    closing: int
+
+
+def pack(paths: Sequence[Path], length: int, encode: Encode, wrap: Wrapping, to: Path) -> int:
+    """Write sequences of `length` tokens to the file `to`, whole or not at all; how many.
+
+    Raises NasctlError for a file that is absent, no UTF-8 (saying where), or too short for one
+    sequence.
+    """
+    if length < 4:
+        raise UsageError(f"{length} tokens", where="--sequence", allowed="4 or more")
+    part = to.with_suffix(".part")
+    written, room = 0, length - 2
+    pending: list[int] = []
+    with part.open("wb") as out:
+        for numbers in _tokens(paths, encode):
+            pending += numbers
+            while len(pending) >= room:
+                row = [wrap.opening, *pending[:room], wrap.closing]
+                out.write(np.array(row, "<i4").tobytes())
+                del pending[:room]
+                written += 1
+        out.flush()
+        os.fsync(out.fileno())
+    if not written:
+        part.unlink()
+        raise NasctlError(
+            f"{len(pending)} tokens in all, too few for one sequence of {length}",
+            where=", ".join(map(str, paths)),
+            next="Give more text, or a smaller --sequence.",
+        )
+    part.replace(to)
+    return written
+
+
+def sequences(path: Path, length: int) -> NDArray[np.int32]:
+    """What `pack` wrote, [number, length], mapped and not read."""
+    return np.memmap(path, "<i4", "r").reshape(-1, length)
+
+
+def _tokens(paths: Sequence[Path], encode: Encode) -> Iterator[list[int]]:
+    for path in paths:
+        lines = _lines(path)
+        while some := list(islice(lines, LINES)):
+            for numbers in encode([line for line in some if line.strip()]):
+                yield list(numbers)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    at = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise NasctlError(
+                        f"no UTF-8 at byte {at + error.start} (line {number})",
+                        where=str(path),
+                        next="Convert it (iconv -t UTF-8), or leave the file out.",
+                    ) from error
+                at += len(line)
+    except OSError as error:
+        raise NasctlError(f"cannot read: {error.strerror}", where=str(path)) from error

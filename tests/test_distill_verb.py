@@ -1,0 +1,226 @@
+"""`nasctl distill` and `nasctl search --space bert` on a tiny teacher."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import astuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+from texts import prose, save_teacher
+
+from cli import main, students
+from hw_profiles.protocol import Timing
+from hw_profiles.runtimes import onnxruntime
+
+REPOSITORY = Path(__file__).parents[1]
+FLAGS = ["--sequence", "12", "--batch", "8", "--epochs", "0.5", "--threads", "1"]
+FLAGS += ["--subspaces", "tiny,base"]
+
+
+def labelled(n, seed):
+    lines = prose(n, seed).splitlines()
+    rows = [f"{line} {'good' if at % 2 else 'bad'} film\t{at % 2}" for at, line in enumerate(lines)]
+    return "\n".join(["sentence\tlabel", *rows]) + "\n"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_teacher(folder / "teacher")
+    (folder / "text.txt").write_text(prose(300))
+    (folder / "train.tsv").write_text(labelled(96, 1))
+    (folder / "test.tsv").write_text(labelled(40, 2))
+    return folder
+
+
+def words(inputs, run, *more):
+    given = ["--teacher", str(inputs / "teacher"), "--text", str(inputs / "text.txt")]
+    return ["distill", *given, *FLAGS, "--run", str(run), *more]
+
+
+def quick_timings(paths):
+    """Instead of a minute of measuring: larger files take longer."""
+    sizes = [path.stat().st_size / 1e5 for path in paths]
+    return [Timing(ms, 0.0, ms, ms, ms, 9) for ms in sizes]
+
+
+@pytest.fixture(autouse=True)
+def timed(monkeypatch):
+    monkeypatch.setattr(students.measuring, "timer", lambda *_: quick_timings)
+
+
+@pytest.fixture
+def nasctl(nasctl):
+    """(exit code, stdout, stderr)."""
+    return lambda *words: astuple(nasctl(*words))
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """A run without a task, made once."""
+    run = tmp_path_factory.mktemp("run") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(students.measuring, "timer", lambda *_: quick_timings)
+        assert main.run(words(inputs, run)) == 0
+    return run
+
+
+def test_a_run_ends_in_a_ranking_and_a_student_of_each_sub_space(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert [row["name"] for row in report["students"]] == ["teacher", "tiny", "base"]
+    tiny, base = report["students"][1:]
+    assert tiny["macs"] < base["macs"] and tiny["loss"] > base["loss"] >= 0
+    assert all(row["latency_ms"] > 0 and row["accuracy"] is None for row in report["students"])
+    assert "no --finetune" in report["notes"][0]
+    for name in ("tiny", "base"):
+        listed = (finished / f"{name}.members.jsonl").read_text().splitlines()
+        assert len(listed) == report["subspaces"][name]["students"]
+        assert (finished / "bundle" / f"{name}.safetensors").is_file()
+    assert not list(finished.glob("*.state"))
+
+
+def test_a_finished_run_is_not_repeated(finished, inputs, nasctl):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    code, out, _ = nasctl(*words(inputs, finished))
+    assert code == 0 and "teacher" in out
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_with_a_task_it_ends_in_files_that_do_what_the_report_says(inputs, tmp_path, nasctl):
+    run = tmp_path / "run"
+    task = ["--finetune", str(inputs / "train.tsv"), "--test", str(inputs / "test.tsv")]
+    code, _, _ = nasctl(*words(inputs, run, *task, "--tuning-epochs", "6", "--tuning-lr", "0.001"))
+    assert code == 0
+    for row in json.loads((run / "report.json").read_text())["students"]:
+        assert row["accuracy"] > 0.8
+        assert row["files"]["differs_by"] < 1e-4
+        assert row["files"]["int8"]["bytes"] < row["files"]["onnx"]["bytes"]
+        session = onnxruntime.load(run / "bundle" / f"{row['name']}.onnx")
+        assert session.inputs == {"input": ("batch", "tokens")}
+
+
+def test_a_search_takes_the_best_student_inside_the_budget(finished, tmp_path, nasctl):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    listed = [
+        (space, json.loads(line)["loss"])
+        for space in ("tiny", "base")
+        for line in (run / f"{space}.members.jsonl").read_text().splitlines()
+    ]
+    search = ["search", "--space", "bert", "--supernet", str(run), "--json"]
+    code, out, _ = nasctl(*search, "--macs", "9MMACs")
+    chosen = json.loads(out)["students"][1]
+    assert code == 0 and chosen["name"] == "chosen"
+    assert chosen["loss"] == min(loss for _, loss in listed)
+    limit = (chosen["macs"] - 1) / 1e6
+    code, out, _ = nasctl(*search, "--macs", f"{limit:.6f}MMACs")
+    cheaper = json.loads(out)["students"][1]
+    assert cheaper["macs"] <= limit * 1e6 and cheaper["loss"] >= chosen["loss"]
+    code, _, err = nasctl(*search, "--macs", "0.001MMACs")
+    assert code == 3 and "the cheapest costs" in err
+    code, out, _ = nasctl(*search, "--latency", "100ms")
+    assert code == 0 and json.loads(out)["students"][1]["loss"] <= cheaper["loss"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--space", "bert"], "--supernet: the space bert is searched in a finished distillation"),
+        (["--space", "bert", "--epochs", "3"], "--epochs: means nothing for --space bert"),
+        (["--space", "bert", "--supernet", "/nowhere"], "no distillation"),
+    ],
+)
+def test_what_a_search_of_students_cannot_be_asked(more, message, nasctl):
+    code, _, err = nasctl("search", *more)
+    assert code in (1, 2) and message in err and len(err.splitlines()) == 1
+
+
+def test_images_are_not_for_text(nasctl):
+    code, _, err = nasctl("train", "--space", "bert", "--dry-run")
+    assert code == 2 and "bert reads text, not images. See nasctl distill" in err
+
+
+def test_a_dry_run_names_the_sub_spaces_and_writes_nothing(inputs, tmp_path, nasctl):
+    own = tmp_path / "own.toml"
+    own.write_text("[mine]\nlayers = [2]\nhidden = [32, 48]\nheads = [2, 3]\nhalves = [4]\n")
+    more = ["--dry-run", "--json", "--subspaces", f"small,{own}"]
+    code, out, err = nasctl(*words(inputs, tmp_path / "run", *more))
+    found = json.loads(out)["subspaces"]
+    assert code == 0 and found["mine"]["students"] == 4 and "small" in found and "MMACs" in err
+    assert not (tmp_path / "run").exists()
+
+
+BAD = {
+    "huge": ("[huge]\nlayers=[9]\nhidden=[32]\nheads=[2]\nhalves=[4]", "the teacher has 4"),
+    "typo": ("[a]\nlayer=[1]\nhidden=[32]\nheads=[2]\nhalves=[4]", "Each is a table with lists"),
+    "odd": ("[a]\nlayers=[1]\nhidden=[33]\nheads=[2]\nhalves=[3]", "no whole number"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_sub_spaces_are_one_line(name, inputs, tmp_path, nasctl):
+    content, message = BAD[name]
+    (tmp_path / "own.toml").write_text(content)
+    more = ["--subspaces", str(tmp_path / "own.toml")]
+    code, _, err = nasctl(*words(inputs, tmp_path / "run", *more))
+    assert code == 2 and message in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--subspaces", "tinny"], "unknown sub-space 'tinny'"),
+        (["--loss", "l2"], "allowed: kl, mse, scores"),
+        (["--sequence", "33"], "33 tokens, but positions for 32"),
+        (["--relation-heads", "99"], "99 relation heads of"),
+        (["--batch", "9999"], "a step takes 9999"),
+        (["--text", "absent.txt"], "no such file"),
+        (["--finetune", "a.tsv"], "one without the other"),
+        (["--hw", "nothing"], "unknown device"),
+        (["--epochs", "0"], "--epochs"),
+        (["--teacher", "/nowhere/at/all"], "no configuration to read"),
+    ],
+)
+def test_bad_input_is_one_line(flags, message, inputs, tmp_path, nasctl):
+    code, _, err = nasctl(*words(inputs, tmp_path / "run", *flags))
+    assert code in (1, 2) and message in err
+    assert err.splitlines()[-1].startswith("nasctl: ")
+
+
+def test_a_label_that_training_lacks_is_one_line(inputs, tmp_path, nasctl):
+    (tmp_path / "test.tsv").write_text("sentence\tlabel\nthe cat\tneutral\n")
+    task = ["--finetune", str(inputs / "train.tsv"), "--test", str(tmp_path / "test.tsv")]
+    code, _, err = nasctl(*words(inputs, tmp_path / "run", *task))
+    assert code == 1 and "row 1 has the label 'neutral'" in err
+
+
+@pytest.mark.slow
+def test_killed_anywhere_the_same_command_ends_in_the_same_bytes(inputs, tmp_path):
+    def command(run):
+        return [sys.executable, "-m", "cli.main", *words(inputs, run, "--epochs", "8")]
+
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run(command(tmp_path / "whole"), env=environment, check=True, capture_output=True)
+    killed = tmp_path / "killed"
+    for seconds in (7, 9, 11, 14):
+        process = subprocess.Popen(command(killed), env=environment, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(killed), env=environment, check=True, capture_output=True)
+    for name in ("tiny.safetensors", "base.safetensors", "bundle/tiny.safetensors"):
+        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "base.members.jsonl").read_text().splitlines()]
+        for run in (tmp_path / "whole", killed)
+    ]
+    assert np.array_equal(*losses)
