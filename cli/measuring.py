@@ -124,9 +124,9 @@ def _on_board(
     goes on from `folder`."""
     from hw_profiles import measure
     from hw_profiles.remote import over_ssh, ssh
-    from hw_profiles.remote.bundle import Bundle
+    from hw_profiles.remote.parcel import Parcel
 
-    bundle = Bundle(
+    parcel = Parcel(
         models,
         measure.reference_model(),
         plan=plan,
@@ -136,4 +136,4 @@ def _on_board(
         precision=None if setting.precision == "fp32" else setting.precision,
         seed=seed,
     )
-    return over_ssh.measure_models(ssh.parse(on), bundle, workdir=folder)
+    return over_ssh.measure_models(ssh.parse(on), parcel, workdir=folder)

@@ -78,7 +78,6 @@ def export_inputs(
     Raises NasctlError for weights that are not finite, for operators without a translation (with
     the module that uses them) and for code that torch cannot follow.
     """
-    import onnx
     from onnx import helper
 
     _require_finite(net)

@@ -21,7 +21,7 @@ from hw_profiles.measure import reference_model
 from hw_profiles.op import Tape
 from hw_profiles.protocol import Plan
 from hw_profiles.remote import over_ssh, runner, ssh
-from hw_profiles.remote.bundle import Bundle
+from hw_profiles.remote.parcel import Parcel
 from hw_profiles.runtimes import Session
 from nas.errors import NasctlError, UsageError
 
@@ -38,11 +38,11 @@ def network(channels):
 @pytest.fixture(scope="module")
 def three():
     models = {name: network(size) for name, size in (("a", 2), ("b", 4), ("c", 8))}
-    return Bundle(models, reference_model(), QUICK, group=1)
+    return Parcel(models, reference_model(), QUICK, group=1)
 
 
-def unpacked(bundle, folder):
-    for name, content in {**bundle.code, **bundle.data, "manifest.json": bundle.manifest}.items():
+def unpacked(parcel, folder):
+    for name, content in {**parcel.code, **parcel.data, "manifest.json": parcel.manifest}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     (folder / runner.RESULTS).touch()
@@ -166,8 +166,8 @@ def test_whatever_decides_the_results_decides_the_identity(three):
 
 
 def test_groups_share_the_time_limit_and_hold_every_model_once(three):
-    bundle = replace(three, group=2, plan=replace(QUICK, time_limit_s=10))
-    manifest = json.loads(bundle.manifest)
+    parcel = replace(three, group=2, plan=replace(QUICK, time_limit_s=10))
+    manifest = json.loads(parcel.manifest)
     assert manifest["plan"]["time_limit_s"] == 5
     assert [len(group) for group in manifest["groups"]] == [2, 1]
     assert {one["name"] for group in manifest["groups"] for one in group} == {"a", "b", "c"}
@@ -233,8 +233,8 @@ def test_every_group_is_measured_in_a_process_of_its_own(three, tmp_path, monkey
 
 def test_a_model_that_does_not_load_is_named_and_the_others_kept(three, tmp_path):
     bad = json.loads(three.manifest)["groups"][2][0]["name"]
-    bundle = replace(three, models={**three.models, bad: b"no model"})
-    folder = unpacked(bundle, tmp_path)
+    parcel = replace(three, models={**three.models, bad: b"no model"})
+    folder = unpacked(parcel, tmp_path)
     assert runner.measure(folder) == runner.REFUSED
     assert kinds(folder) == ["session", "group", "group", "failed"]
     assert records_in(folder)[-1]["why"].startswith(f"model '{bad}': ONNX Runtime cannot load it")
@@ -298,7 +298,7 @@ def test_files_are_held_against_their_checksums(three, tmp_path):
 # ---- what comes back -----------------------------------------------------------------------------
 
 TIMING = {"median_ms": 1.0, "spread_ms": 0.1, "p90_ms": 1.1, "p95_ms": 1.2, "p99_ms": 1.3, "n": 20}
-JOB = over_ssh._Job(ssh.Target("board"), Bundle({"a": b""}, b""), Path("state"))
+JOB = over_ssh._Job(ssh.Target("board"), Parcel({"a": b""}, b""), Path("state"))
 
 
 def group_record(timing):
