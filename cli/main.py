@@ -23,6 +23,7 @@ from cli import (
     profile,
     proxies,
     prune,
+    quantize,
     report,
     search,
     spaces,
@@ -44,7 +45,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: the decorated one takes as long to load as all else
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-NETWORKS = (search, train, extract, evaluate, prune, export, report, proxies)
+NETWORKS = (search, train, extract, evaluate, prune, quantize, export, report, proxies)
 DEVICES = (profile, ingest, bench, devices, spaces, doctor)
 for verb in (*NETWORKS, *DEVICES):
     app.command(verb.__name__.removeprefix("cli."))(verb.command)

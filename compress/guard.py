@@ -63,6 +63,7 @@ class Guard:
     run: Run
     spent: Spent
     record: Record = Record()  # of a file: what was measured is not measured again after a kill
+    always: Collection[str] = ()  # nodes that stay in float whatever they cost
 
     def guarded(self, progress: Progress = lambda share, doing: None) -> Guarded:
         """The model in INT8 with as few nodes in float as the bound needs.
@@ -72,7 +73,11 @@ class Guard:
         """
         progress(0.0, "calibrating")
         ranges = quantize.calibrate(self.model, self.batches, self.scheme)
-        every = {node.name: node.op_type for node in quantize.quantized(self.model, self.scheme)}
+        every = {
+            node.name: node.op_type
+            for node in quantize.quantized(self.model, self.scheme)
+            if node.name not in self.always
+        }
         judge = _Judge(self, ranges, progress)
         without = judge.spent(())
         if without <= 1:
@@ -116,7 +121,8 @@ class _Judge:
     asked: int = 0
 
     def model(self, keep: Collection[str]) -> onnx.ModelProto:
-        return quantize.int8(self.guard.model, self.ranges, self.guard.scheme, keep)
+        floats = {*keep, *self.guard.always}
+        return quantize.int8(self.guard.model, self.ranges, self.guard.scheme, floats)
 
     def spent(self, keep: Collection[str]) -> float:
         key = "spent " + ",".join(sorted(keep))

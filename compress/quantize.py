@@ -61,8 +61,8 @@ class Scheme:
 
 
 def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy ready for `calibrate` and `int8`: constants and batch norms folded, shapes known, all
-    nodes with names of their own. Raises NasctlError for a model that is quantized or not float32."""
+    """A copy ready for `calibrate` and `int8`: constants and batch norms folded, shapes known, each
+    node with a name of its own. Raises NasctlError for one that is quantized or not float32."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node):
