@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -62,7 +62,8 @@ class Guard:
     scheme: Scheme
     run: Run
     spent: Spent
-    record: Record = Record()  # of a file: what was measured is not measured again after a kill
+    #: of a file: what was measured is not measured again after a kill
+    record: Record = field(default_factory=Record)
     always: Collection[str] = ()  # nodes that stay in float whatever they cost
 
     def guarded(self, progress: Progress = lambda share, doing: None) -> Guarded:

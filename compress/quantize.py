@@ -16,6 +16,7 @@ What this costs a network, and what is then done: `compress/guard.py`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import tempfile
@@ -27,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 
 from nas.errors import NasctlError, unknown
 
@@ -39,8 +40,13 @@ _BETWEEN = ("Add", "Mul", "MaxPool", "AveragePool", "GlobalAveragePool", "Reduce
 _MOVED = ("Flatten", "Reshape", "Transpose", "Relu", "Clip", "HardSigmoid", "Sigmoid")
 KINDS = {"u8": (*MULTIPLY, *_BETWEEN, *_MOVED), "s8": (*MULTIPLY, "Add")}
 
+_ENDS = ("float.lowest", "float.largest")  # names of constants
+
 CALIBRATIONS = ("minmax", "entropy", "percentile")
 PERCENTILE = 99.999
+#: of histograms. The library's default, 128, is as many as it then quantizes to: with that it tries
+#: one threshold, the largest value, and is min-max by another name
+ENTROPY_BINS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +105,8 @@ def calibrate(model: onnx.ModelProto, batches: Sequence[Feeds], scheme: Scheme) 
     more: dict[str, Any] = {"symmetric": scheme.activations == "s8"}
     if scheme.calibration == "percentile":
         more["percentile"] = PERCENTILE
+    elif scheme.calibration == "entropy":
+        more["num_bins"] = ENTROPY_BINS
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder) / "model.onnx"
         onnx.save(model, path)
@@ -132,7 +140,7 @@ def int8(
             reduce_range=False,  # for processors without VNNI; here it only costs accuracy
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QInt8 if signed else QuantType.QUInt8,
-            tensors_range=ranges,
+            tensors_range=copy.deepcopy(ranges),  # which it narrows in place, too
             nodes_to_quantize=[],
             nodes_to_exclude=sorted(keep),
             op_types_to_quantize=list(scheme.kinds),
@@ -146,8 +154,36 @@ def int8(
         quantizer.quantize_model()
         quantizer.model.topological_sort()
     made: onnx.ModelProto = quantizer.model.model
+    if not signed:
+        _defend(made, keep)
     onnx.checker.check_model(made)
     return made
+
+
+def _defend(model: onnx.ModelProto, keep: Collection[str]) -> None:
+    """Make ONNX Runtime leave nodes in float that were kept in float.
+
+    Since 1.21 it quantizes float weights between a DequantizeLinear and a QuantizeLinear by itself
+    (its optimizer WeightBiasQuantization), with one scale for the whole tensor: a node kept because
+    it is sensitive would then be quantized worse than before. A Clip to all finite numbers, which
+    changes nothing and is not optimized away, hides the DequantizeLinear from it.
+    """
+    graph = model.graph
+    dequantized = {n.output[0] for n in graph.node if n.op_type == "DequantizeLinear"}
+    nodes = []
+    for node in graph.node:
+        if node.op_type in MULTIPLY and node.name in keep and node.input[0] in dequantized:
+            free = f"{node.name}.float"
+            nodes.append(helper.make_node("Clip", [node.input[0], *_ENDS], [free], name=free))
+            node.input[0] = free
+        nodes.append(node)
+    if len(nodes) > len(graph.node):
+        ends = np.finfo(np.float32)
+        for name, value in zip(_ENDS, (ends.min, ends.max), strict=True):
+            graph.initializer.append(numpy_helper.from_array(np.array(value), name))
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(copies)
 
 
 def quantized(model: onnx.ModelProto, scheme: Scheme) -> list[onnx.NodeProto]:
