@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 
 from cli import (
     bench,
+    build,
     devices,
     doctor,
     evaluate,
@@ -45,7 +46,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: the decorated one takes as long to load as all else
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-NETWORKS = (search, train, extract, evaluate, prune, quantize, export, report, proxies)
+NETWORKS = (search, train, extract, evaluate, prune, quantize, export, build, report, proxies)
 DEVICES = (profile, ingest, bench, devices, spaces, doctor)
 for verb in (*NETWORKS, *DEVICES):
     app.command(verb.__name__.removeprefix("cli."))(verb.command)

@@ -53,10 +53,6 @@ def s8(plain):
     return made(plain, Scheme("s8"))
 
 
-def constants(model):
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-
-
 def test_outputs_stay_near_those_of_the_float_model(plain, u8, s8):
     expected = answers(plain, batches(seed=1))
     for model in (u8, s8):
@@ -124,7 +120,9 @@ def test_one_convolution_is_what_rounding_says(plain):
     assert np.abs(found - expected).max() <= step * 1.001
 
 
-@pytest.mark.parametrize("calibration", ["entropy", "percentile"])
+@pytest.mark.parametrize(
+    "calibration", [pytest.param("entropy", marks=pytest.mark.slow), "percentile"]
+)
 def test_other_calibrations_give_outliers_less_room(plain, calibration):
     some = batches(2, size=160)
     some[0]["input"][0, 0, 0, 0] = 60.0
