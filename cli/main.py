@@ -29,6 +29,7 @@ from cli import (
     search,
     spaces,
     train,
+    verify,
 )
 from nas.errors import NasctlError
 
@@ -46,9 +47,10 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: the decorated one takes as long to load as all else
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-NETWORKS = (search, train, extract, evaluate, prune, quantize, export, build, report, proxies)
+NETWORKS = (search, train, extract, evaluate, prune, quantize, export, report, proxies)
+FILES = (build, verify)
 DEVICES = (profile, ingest, bench, devices, spaces, doctor)
-for verb in (*NETWORKS, *DEVICES):
+for verb in (*NETWORKS, *FILES, *DEVICES):
     app.command(verb.__name__.removeprefix("cli."))(verb.command)
 
 

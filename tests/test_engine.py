@@ -101,6 +101,7 @@ def test_a_runtime_without_engines_is_named(bundle, tmp_path):
 # ---- nasctl build --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_build_puts_a_measured_engine_into_the_bundle(nasctl, workdir):
     small(workdir / "b")
     outcome = nasctl("build", "b", "--engine", "ort", "--json")
