@@ -115,9 +115,9 @@ def _there(
 ) -> tuple[Timing, dict[str, Any]]:
     from hw_profiles import measure, runtimes
     from hw_profiles.remote import over_ssh, ssh
-    from hw_profiles.remote.bundle import Bundle
+    from hw_profiles.remote.parcel import Parcel
 
-    bundle = Bundle(
+    parcel = Parcel(
         {model.stem: model.read_bytes()},
         measure.reference_model(),
         plan=plan,
@@ -128,7 +128,7 @@ def _there(
     )
     # one folder for all: after a lost connection the same command collects what the board measured
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nasctl"
-    found = over_ssh.measure_models(ssh.parse(on), bundle, workdir=cache)
+    found = over_ssh.measure_models(ssh.parse(on), parcel, workdir=cache)
     return found.timings[model.stem], {
         "runtime": str(found.fingerprint["runtime"]),
         "precision": setting.precision or "as the file is",

@@ -119,6 +119,26 @@ def describe(training: Training, genes: Genes) -> dict[str, Any]:
     }
 
 
+def properties(training: Training, genes: Genes, metrics: dict[str, float]) -> dict[str, str]:
+    """What the ONNX file of a network says of itself: enough to feed it and to trace it back.
+    `metrics` are of validation images."""
+    task, arch = training.task, training.space.decode(genes)
+    return {
+        "nasctl": metadata.version("nasctl"),
+        "commit": file.commit(),
+        "space": training.spec.space,
+        "arch": json.dumps(arch_to_dict(arch)),
+        "genes": json.dumps(genes.tolist()),
+        "classes": json.dumps(list(task.classes)),
+        "input": f"float32 NCHW, {arch.resolution} px, (pixel / 255 - mean) / std per channel",
+        "mean": json.dumps(list(task.mean)),
+        "std": json.dumps(list(task.std)),
+        "validation": json.dumps(metrics),
+        "data_sha256": task.fingerprint,
+        "run": training.run.folder.name,
+    }
+
+
 def read(path: Path, data: str | None) -> tuple[Training, Genes, Network]:
     """A network's file, with the data it was trained on (at `data`, if it is not where it was).
 

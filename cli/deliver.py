@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -15,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli import budgets, child, console, stages, training
+from cli import budgets, bundling, child, console, stages, training
 from cli.judges import Judge
 from cli.stages import Job
 from cli.training import ARCH
-from deploy import onnx, report, verify
+from deploy import interface, onnx, report, verify
 from hw_profiles import energy, measure, op
 from hw_profiles.latency import LatencyTable
 from hw_profiles.runtimes import onnxruntime
@@ -72,6 +71,7 @@ def deliver(
     found.write(job.run.path(REPORT))
     content = found.to_dict()
     report.write(content, job.run.path(PAGE))
+    bundling.seal(job.run.path(bundling.FOLDER), _contents(job, table, delivery, content))
     job.run.finish("deliver", _key(job, table), seconds, [MODEL, WEIGHTS, REPORT, PAGE])
     job.run.path(FINETUNE).unlink(missing_ok=True)
     _check_budget(job, content)
@@ -254,7 +254,8 @@ class Delivery:
 def _export(job: Job, net: Network, candidate: Candidate, path: Path) -> Delivery:
     arch = net.arch
     shape = (job.task.channels, arch.resolution, arch.resolution)
-    onnx.export(net, path, input_shape=shape, metadata=_metadata(job, candidate))
+    said = child.properties(job, np.array(candidate.genes), {"accuracy": candidate.accuracy})
+    onnx.export(net, path, input_shape=shape, metadata=said)
     images = _inputs(job, job.task.val.images[:64], arch.resolution)
     error = verify.parity(net, path, images)
     return Delivery(candidate, net, _time(job, path), error)
@@ -282,23 +283,6 @@ def _time(job: Job, path: Path) -> verify.Measured | None:
 
 def _inputs(job: Job, images: torch.Tensor, resolution: int) -> np.ndarray:
     return resize(job.task.normalise(images), resolution).numpy()
-
-
-def _metadata(job: Job, candidate: Candidate) -> dict[str, str]:
-    """What the file says of itself: enough to feed it and to trace it back."""
-    task, arch = job.task, job.space.decode(np.array(candidate.genes))
-    return {
-        "nasctl": metadata.version("nasctl"),
-        "space": job.spec.space,
-        "arch": json.dumps(arch_to_dict(arch)),
-        "genes": json.dumps(list(candidate.genes)),
-        "classes": json.dumps(list(task.classes)),
-        "input": f"float32 NCHW, {arch.resolution} px, (pixel / 255 - mean) / std per channel",
-        "mean": json.dumps(list(task.mean)),
-        "std": json.dumps(list(task.std)),
-        "data_sha256": task.fingerprint,
-        "run": job.run.folder.name,
-    }
 
 
 def _report(
@@ -345,6 +329,15 @@ def _report(
         notes=_notes(job, table),
         environment=verify.environment(),
     )
+
+
+def _contents(
+    job: Job, table: LatencyTable, delivery: Delivery, content: dict[str, Any]
+) -> bundling.Contents:
+    found = interface.of_task(job.task, job.spec.data, job.spec.size, delivery.net.arch.resolution)
+    arch = search.as_dict(delivery.candidate, job.space)
+    key = digest(table.model_dump(mode="json"))
+    return bundling.Contents(found, arch, content, job.task.train.images, job.device, key)
 
 
 def _predictor(job: Job, candidates: list[Candidate]) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 
 from cli import (
     bench,
+    build,
     devices,
     distill,
     doctor,
@@ -24,10 +25,12 @@ from cli import (
     profile,
     proxies,
     prune,
+    quantize,
     report,
     search,
     spaces,
     train,
+    verify,
 )
 from nas.errors import NasctlError
 
@@ -45,9 +48,10 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: the decorated one takes as long to load as all else
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-NETWORKS = (search, train, extract, evaluate, prune, distill, export, report, proxies)
+NETWORKS = (search, train, extract, evaluate, prune, distill, quantize, export, report, proxies)
+FILES = (build, verify)
 DEVICES = (profile, ingest, bench, devices, spaces, doctor)
-for verb in (*NETWORKS, *DEVICES):
+for verb in (*NETWORKS, *FILES, *DEVICES):
     app.command(verb.__name__.removeprefix("cli."))(verb.command)
 
 

@@ -83,10 +83,11 @@ def backend(on: str, setting: Setting, seed: int, folder: Path, pace: Pace) -> M
 
 
 def timer(
-    on: str, board: Device, seed: int, *, rough: bool = False
+    on: str, board: Device, seed: int, *, rough: bool = False, as_written: bool = False
 ) -> Callable[[Sequence[Path]], list[Timing]]:
     """What times ONNX files, in turn with each other, at `on`: of each the middle one of several
-    processes here, or of one session on a board over ssh. `rough`: of one short session."""
+    processes here, or of one session on a board over ssh. `rough`: of one short session.
+    `as_written`: files of several precisions, each in its own and not in the device's."""
     import os
 
     import numpy as np
@@ -96,7 +97,7 @@ def timer(
     from hw_profiles.protocol import Plan
 
     plan = Plan(rounds=10, precision=0.02, time_limit_s=ROUGH_S if rough else FILES_S)
-    setting, pace = Setting(board.runtime, board.precision), Pace()
+    setting, pace = Setting(board.runtime, None if as_written else board.precision), Pace()
     times = 1 if rough else measure.FRESH
 
     def here(paths: Sequence[Path]) -> list[Timing]:
@@ -124,9 +125,9 @@ def _on_board(
     goes on from `folder`."""
     from hw_profiles import measure
     from hw_profiles.remote import over_ssh, ssh
-    from hw_profiles.remote.bundle import Bundle
+    from hw_profiles.remote.parcel import Parcel
 
-    bundle = Bundle(
+    parcel = Parcel(
         models,
         measure.reference_model(),
         plan=plan,
@@ -136,4 +137,4 @@ def _on_board(
         precision=None if setting.precision == "fp32" else setting.precision,
         seed=seed,
     )
-    return over_ssh.measure_models(ssh.parse(on), bundle, workdir=folder)
+    return over_ssh.measure_models(ssh.parse(on), parcel, workdir=folder)

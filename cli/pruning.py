@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from cli import console, measuring
+from cli import bundling, console, measuring
 from cli.subject import Subject
 from compress import baselines, cost
 from compress import prune as pagcp
@@ -30,8 +30,9 @@ from compress.job import Job, Pruned, Settings, Steps
 from compress.objective import Objective
 from compress.record import Record
 from deploy import onnx, verify
+from deploy.bundle import Role
 from hw_profiles.device import Device
-from nas import checkpoint, multitask, multitask_training, paired
+from nas import checkpoint, file, multitask, multitask_training, paired
 from nas import run as runs
 from nas.data.examples import Examples
 from nas.elastic import channels_last
@@ -54,6 +55,7 @@ BUNDLE, MODEL, WEIGHTS = "bundle", "bundle/model.onnx", "model.safetensors"
 
 STAGE, REPORT = "prune", "report.json"
 FILES = [MODEL, f"{BUNDLE}/unpruned.onnx", WEIGHTS, HISTORY, REPORT]
+UNPRUNED: dict[str, Role] = {"unpruned.onnx": "model"}
 
 
 class PruneSpec(BaseModel):
@@ -303,7 +305,7 @@ def delivered(pruning: Pruning, found: Pruned, net: nn.Module, seconds: float) -
         unit.unit: {"before": unit.of(whole, example), "after": unit.of(net, example)}
         for unit in (cost.Macs(), cost.Params())
     }
-    return {
+    content = {
         "nasctl": metadata.version("nasctl"),
         "spec": pruning.spec.model_dump(mode="json"),
         "origin": pruning.subject.origin,
@@ -316,6 +318,11 @@ def delivered(pruning: Pruning, found: Pruned, net: nn.Module, seconds: float) -
         "seconds": round(seconds, 1),
         "environment": verify.environment(),
     }
+    arch = {**pruning.subject.origin, "pruned": json.loads(found.history.to_json())}
+    given, seen = pruning.subject.interface, task.train.images
+    contents = bundling.Contents(given, arch, content, seen, pruning.device, also=UNPRUNED)
+    bundling.seal(run.path(BUNDLE), contents)
+    return content
 
 
 def _judged(pruning: Pruning, goal: Goal, net: nn.Module) -> dict[str, Any]:
@@ -349,6 +356,7 @@ def _metadata(pruning: Pruning) -> dict[str, str]:
     channels, height, width = task.shape
     return {
         "nasctl": metadata.version("nasctl"),
+        "commit": file.commit(),
         "model": str(pruning.subject.origin["model"]),
         "input": f"float32 N x {channels} x {height} x {width}, (pixel / 255 - mean) / std",
         "mean": json.dumps(list(task.moments[0])),

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from cli import child
+from deploy import interface
+from deploy.interface import Interface
 from nas import checkpoint, multitask
 from nas.data import module
 from nas.errors import NasctlError, UsageError
 from nas.multitask import MultiTask
+from nas.outputs import named
 
 FORMS = "my_pkg.my_mod:build, a network's .safetensors, or a run of ours that is finished"
 OWN = "model.safetensors"  # of a finished run
@@ -27,6 +30,7 @@ class Subject:
     net: nn.Module
     task: MultiTask
     origin: dict[str, Any]  # what builds the unpruned network again
+    interface: Interface  # of its file
 
     @property
     def example(self) -> Tensor:
@@ -43,18 +47,20 @@ def load(
     Raises UsageError or NasctlError for what cannot be built, fed or judged.
     """
     if module.is_reference(model):
-        net, task, origin = _users(model, weights, data, size)
+        net, task, origin, found = _users(model, weights, data, size)
     else:
-        net, task, origin = _ours(model, weights, data, size)
+        net, task, origin, found = _ours(model, weights, data, size)
     if tasks:
         task = task.only(tasks)
-    _check_answers(net, task, model)
-    return Subject(net, task, origin)
+    outputs = _check_answers(net, task, model)
+    goals = tuple(goal.name for goal in task.goals)
+    found = found.model_copy(update={"goals": goals, "outputs": tuple(outputs)})
+    return Subject(net, task, origin, found)
 
 
 def _users(
     model: str, weights: Path | None, data: str | None, size: int | None
-) -> tuple[nn.Module, MultiTask, dict[str, Any]]:
+) -> tuple[nn.Module, MultiTask, dict[str, Any], Interface]:
     if data is None:
         raise UsageError("no data for a model of your own", where="--data", allowed=multitask.FORMS)
     task = multitask.load(data, size=size)
@@ -63,12 +69,13 @@ def _users(
         raise NasctlError(f"gave a {type(net).__name__}", where=model, allowed="a torch module")
     if weights is not None:
         checkpoint.fill(net, checkpoint.read(weights)[0], weights)
-    return net.eval(), task, {"model": model, "weights": weights and str(weights)}
+    origin = {"model": model, "weights": weights and str(weights)}
+    return net.eval(), task, origin, interface.of_tasks(task, data, size)
 
 
 def _ours(
     model: str, weights: Path | None, data: str | None, size: int | None
-) -> tuple[nn.Module, MultiTask, dict[str, Any]]:
+) -> tuple[nn.Module, MultiTask, dict[str, Any], Interface]:
     path = Path(model)
     if path.is_dir():
         path /= OWN
@@ -80,15 +87,20 @@ def _ours(
     training, genes, net = child.read(path, data)
     resolution = training.space.decode(genes).resolution
     task = multitask.single(training.task, resolution)
-    return net, task, {"model": str(path), "genes": genes.tolist()}
+    spec, (mean, std) = training.spec, task.moments
+    found = interface.of_task(training.task, spec.data, spec.size, resolution)
+    found = found.model_copy(update={"mean": mean, "std": std})  # of the resized images
+    return net, task, {"model": str(path), "genes": genes.tolist()}, found
 
 
 @torch.no_grad()
-def _check_answers(net: nn.Module, task: MultiTask, model: str) -> None:
-    """That the network takes the images and that every goal can judge what it gives."""
+def _check_answers(net: nn.Module, task: MultiTask, model: str) -> list[str]:
+    """The names of what the network gives, after checking that it takes the images and that every
+    goal can judge what it gives."""
     images, targets = next(task.batches(task.val, 2))
     try:
-        outputs = multitask.answers(net(images), task)
+        given = net(images)
+        outputs = multitask.answers(given, task)
     except (RuntimeError, TypeError, ValueError) as error:
         raise NasctlError(
             f"it does not run on images of {list(task.shape)} ({str(error).splitlines()[0]})",
@@ -104,3 +116,4 @@ def _check_answers(net: nn.Module, task: MultiTask, model: str) -> None:
                 f"targets ({str(error).splitlines()[0]})",
                 where=model,
             ) from error
+    return list(named(given))

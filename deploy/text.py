@@ -18,7 +18,7 @@ import torch
 from deploy import onnx as files
 from hw_profiles.runtimes import onnxruntime
 from nas import file
-from nas.errors import NasctlError, ParityFailed
+from nas.errors import ParityFailed
 from nas.search_spaces.bert import Bert
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -26,22 +26,10 @@ TOLERANCE = 1e-4  # of the largest logit
 
 def export(net: Bert, path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
     """Write `net`, in eval mode, with free numbers of texts and tokens. Whole or absent."""
-    import onnx
-    from onnx import helper
-
     most = net.frame.positions
     example = torch.ones(2, min(8, most), dtype=torch.int64)
-    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", min=2, max=most)}
-    model = files.traced(net, example, free, files.OPSET)
-    helper.set_model_props(model, dict(metadata or {}))
-    try:
-        onnx.checker.check_model(model, full_check=True)
-        data = model.SerializeToString(deterministic=True)
-    except (onnx.checker.ValidationError, ValueError) as error:  # ValueError: more than 2 GB
-        raise NasctlError(
-            f"the exported network is not a valid file: {error}", where=str(path)
-        ) from error
-    file.write(path, data)
+    free: dict[int, files.Free] = {0: "batch", 1: torch.export.Dim("tokens", min=2, max=most)}
+    files.export_inputs(net, path, {"input": example}, {"input": free}, metadata=metadata)
 
 
 def parity(path: Path, net: Bert, tokens: torch.Tensor) -> float:

@@ -37,7 +37,7 @@ CLOCKS_EVERY = 10  # rounds
 PROCESSES_DIFFER = 0.05  # relative, in how fast they run the very same
 SLOW = 1.10  # times the machine's best pace: more is no difference of processes any more
 
-#: what of the calls of a round counts, by the name that a bundle's manifest gives it
+#: what of the calls of a round counts, by the name that a parcel's manifest gives it
 PER_ROUND: dict[str, Callable[[Sequence[float]], float]] = {
     "min": min,
     "median": statistics.median,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -41,6 +42,27 @@ def record(path: Path) -> dict[str, str | int]:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def commit() -> str:
+    """The git commit of this code where it runs from a checkout; empty where it was installed."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+        tracked = subprocess.run(
+            ["git", "-C", str(here), "ls-files", "--error-unmatch", __file__],
+            capture_output=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):  # no git
+        return ""
+    # an environment inside somebody's own repository is not that repository's code
+    return found.stdout.strip() if found.returncode == tracked.returncode == 0 else ""
 
 
 def _cannot_write(path: Path, error: OSError) -> NasctlError:

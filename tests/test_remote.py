@@ -17,8 +17,8 @@ from hw_profiles.measure import reference_model
 from hw_profiles.op import Tape
 from hw_profiles.protocol import Plan
 from hw_profiles.remote import over_ssh, runner, ssh
-from hw_profiles.remote.bundle import Bundle
 from hw_profiles.remote.over_ssh import measure_models
+from hw_profiles.remote.parcel import Parcel
 from nas.errors import NasctlError
 from tests import sshd
 
@@ -45,13 +45,13 @@ def network(channels):
     return onnx_graph(tape.ops).SerializeToString()
 
 
-def bundle(plan=QUICK, **models):
-    return Bundle(models or {"small": network(4)}, reference_model(), plan)
+def parcel(plan=QUICK, **models):
+    return Parcel(models or {"small": network(4)}, reference_model(), plan)
 
 
 def three():
     """Three groups of one model each."""
-    return Bundle({name: network(4) for name in "abc"}, reference_model(), LONG, group=1)
+    return Parcel({name: network(4) for name in "abc"}, reference_model(), LONG, group=1)
 
 
 def ssh_clients():
@@ -77,7 +77,7 @@ def test_models_are_measured_and_nothing_is_left(board, tmp_path):
     models = {"small": network(4), "a 'b' \"c\"; $(touch x) ü": network(96)}
     result = measure_models(
         board.target,
-        Bundle(models, reference_model(), QUICK, cores=(max(os.sched_getaffinity(0)),)),
+        Parcel(models, reference_model(), QUICK, cores=(max(os.sched_getaffinity(0)),)),
         workdir=tmp_path,
         progress=shares.append,
     )
@@ -97,14 +97,14 @@ def test_models_are_measured_and_nothing_is_left(board, tmp_path):
 
 def test_an_unknown_host_key_is_refused(board, tmp_path):
     with pytest.raises(NasctlError, match="host key is unknown. Log in once by hand"):
-        measure_models(board.with_known_hosts(""), bundle(), workdir=tmp_path)
+        measure_models(board.with_known_hosts(""), parcel(), workdir=tmp_path)
     assert (board.folder / "other_hosts").read_text() == ""  # and not accepted on the way
 
 
 def test_another_host_key_than_the_known_one_is_refused(board, tmp_path):
     known = f"[127.0.0.1]:{board.target.port} {sshd.keygen(tmp_path / 'other')}\n"
     with pytest.raises(NasctlError, match="another machine answers.*ssh-keygen -R"):
-        measure_models(board.with_known_hosts(known), bundle(), workdir=tmp_path / "work")
+        measure_models(board.with_known_hosts(known), parcel(), workdir=tmp_path / "work")
 
 
 def test_a_key_that_the_board_does_not_know_is_refused(board, tmp_path):
@@ -112,13 +112,13 @@ def test_a_key_that_the_board_does_not_know_is_refused(board, tmp_path):
     target = board.with_options(f"IdentityFile {tmp_path}/stranger")
     target.config.write_text(target.config.read_text().replace(f"{board.folder}/user_key", "none"))
     with pytest.raises(NasctlError, match="refused to let us in"):
-        measure_models(target, bundle(), workdir=tmp_path / "work")
+        measure_models(target, parcel(), workdir=tmp_path / "work")
 
 
 def test_nobody_listens(board, tmp_path):
     target = replace(board.target, port=sshd.free_port())
     with pytest.raises(ssh.Unreachable, match="no connection .*refused.*switched on"):
-        measure_models(target, bundle(), workdir=tmp_path)
+        measure_models(target, parcel(), workdir=tmp_path)
 
 
 def test_a_connection_that_breaks_is_made_again(board, tmp_path, monkeypatch):
@@ -227,7 +227,7 @@ def test_an_interrupt_cleans_the_board(board, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure_models(board.target, bundle(LONG), workdir=tmp_path, progress=interrupt)
+        measure_models(board.target, parcel(LONG), workdir=tmp_path, progress=interrupt)
     assert board.found == []
     running = [
         " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])
@@ -245,26 +245,26 @@ def test_an_interrupt_cleans_the_board(board, tmp_path):
 )
 def test_a_python_that_cannot_measure_is_named(board, tmp_path, python, said):
     with pytest.raises(NasctlError, match=said):
-        measure_models(board.with_python(python), bundle(), workdir=tmp_path)
+        measure_models(board.with_python(python), parcel(), workdir=tmp_path)
 
 
 @pytest.mark.slow
 def test_a_board_that_greets_is_understood(board, tmp_path):
     greeting = board.with_python(f'echo Welcome; exec {sys.executable} "$@"')
-    assert measure_models(greeting, bundle(), workdir=tmp_path).timings["small"].n == 4
+    assert measure_models(greeting, parcel(), workdir=tmp_path).timings["small"].n == 4
 
 
 @pytest.mark.slow
 def test_a_board_without_python_is_named(board, tmp_path):
     target = replace(board.target, python="no-such-python")
     with pytest.raises(NasctlError, match="no no-such-python on the board"):
-        measure_models(target, bundle(), workdir=tmp_path)
+        measure_models(target, parcel(), workdir=tmp_path)
 
 
 @pytest.mark.slow
 def test_a_model_that_does_not_load_is_named(board, tmp_path):
     with pytest.raises(NasctlError, match="model 'bad': ONNX Runtime cannot load it"):
-        measure_models(board.target, bundle(bad=b"no model"), workdir=tmp_path)
+        measure_models(board.target, parcel(bad=b"no model"), workdir=tmp_path)
 
 
 @pytest.mark.slow
@@ -280,7 +280,7 @@ def test_files_that_arrive_damaged_are_not_measured(board, tmp_path, monkeypatch
 
     monkeypatch.setattr(over_ssh._Job, "send", damaging)
     with pytest.raises(NasctlError, match="onnx is not what was sent .checksum mismatch"):
-        measure_models(board.target, bundle(), workdir=tmp_path)
+        measure_models(board.target, parcel(), workdir=tmp_path)
 
 
 @pytest.fixture
@@ -295,7 +295,7 @@ def small_disk(board):
 
 @pytest.mark.slow
 def test_models_that_do_not_fit_the_boards_disk(board, small_disk, tmp_path):
-    large = bundle(large=os.urandom(500_000))
+    large = parcel(large=os.urandom(500_000))
     with pytest.raises(NasctlError, match="the board's disk is full. Make room"):
         measure_models(board.target, large, workdir=tmp_path)
     assert board.found == []
@@ -310,6 +310,6 @@ def test_a_disk_that_fills_up_while_measuring(board, small_disk, tmp_path):
                     other.write(bytes(512))
 
     with pytest.raises(NasctlError, match="the board's disk is full; the runner crashed with 0 of"):
-        measure_models(board.target, bundle(LONG), workdir=tmp_path, progress=fill)
+        measure_models(board.target, parcel(LONG), workdir=tmp_path, progress=fill)
     assert board.found == [small_disk / "other"]
     (small_disk / "other").unlink()

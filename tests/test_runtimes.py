@@ -75,10 +75,12 @@ def test_every_runtime_has_the_signature(name):
     runtime = runtimes.load_module(name)
     assert runtime.__doc__ and runtime.TIMED and set(runtime.PRECISIONS) > {"fp32"}
     wanted = dict(inspect.getmembers(Runtime, inspect.isfunction))
-    if runtime.SUFFIX == ".onnx":
-        assert not hasattr(runtime, "build")
-    else:
+    assert hasattr(runtime, "build") == hasattr(runtime, "ENGINE")
+    if hasattr(runtime, "build"):
         wanted["build"] = Compiled.build
+        assert runtime.ENGINE != ".onnx"
+    else:
+        assert runtime.SUFFIX == ".onnx"
     methods = {key: value for key, value in wanted.items() if not key.startswith("_")}
     assert len(methods) >= 6
     for key, method in methods.items():

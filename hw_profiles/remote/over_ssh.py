@@ -1,6 +1,6 @@
 """Measuring models on a board over ssh, by the same protocol as here.
 
-A bundle goes to a fresh private folder on the board, its runner measures there apart from the
+A parcel goes to a fresh private folder on the board, its runner measures there apart from the
 connection, and results come back line by line as groups finish. `workdir` keeps what has come back
 and where the board's folder is, so that after a lost connection, a crash or a power cut the same
 call goes on with what is missing. Afterwards nothing is left on the board.
@@ -26,7 +26,7 @@ from typing import IO, Any
 from hw_profiles import protocol
 from hw_profiles.protocol import Progress, Timing
 from hw_profiles.remote import runner, ssh
-from hw_profiles.remote.bundle import Bundle
+from hw_profiles.remote.parcel import Parcel
 from hw_profiles.remote.runner import BEGIN, LOG, MANIFEST, RESULTS, Record
 from nas.errors import NasctlError
 
@@ -71,20 +71,20 @@ class RemoteResult:
 
 def measure_models(
     target: ssh.Target,
-    bundle: Bundle,
+    parcel: Parcel,
     *,
     workdir: Path,
     progress: Progress | None = None,
     keep: bool = False,
 ) -> RemoteResult:
-    """Time a bundle's models on the target.
+    """Time a parcel's models on the target.
 
-    `workdir` holds one folder per unfinished (bundle, target), removed when it is finished. When
+    `workdir` holds one folder per unfinished (parcel, target), removed when it is finished. When
     the connection is lost for longer than RETRY_S, ssh.Unreachable is raised, the board goes on
     measuring, and the same call collects the results. Any other failure stops the board and cleans
     it; finished groups are not measured again then either. With `keep` the board's folder stays.
     """
-    job = _Job.of(target, bundle, workdir)
+    job = _Job.of(target, parcel, workdir)
     try:
         job.prepare()
         result = job.measured(progress or (lambda share: None))
@@ -101,18 +101,18 @@ def measure_models(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One bundle on one target: what is here (`state`) and, once made, its folder there."""
+    """One parcel on one target: what is here (`state`) and, once made, its folder there."""
 
     target: ssh.Target
-    bundle: Bundle
+    parcel: Parcel
     state: Path
 
     @classmethod
-    def of(cls, target: ssh.Target, bundle: Bundle, workdir: Path) -> _Job:
-        key = hashlib.sha256(f"{target} {bundle.identity}".encode()).hexdigest()[:16]
+    def of(cls, target: ssh.Target, parcel: Parcel, workdir: Path) -> _Job:
+        key = hashlib.sha256(f"{target} {parcel.identity}".encode()).hexdigest()[:16]
         state = workdir / f"remote-{key}"
         state.mkdir(parents=True, exist_ok=True)
-        return cls(target, bundle, state)
+        return cls(target, parcel, state)
 
     @property
     def results(self) -> Path:
@@ -136,17 +136,17 @@ class _Job:
         return ssh.run(self.target, self.words(script, *more), stdin)
 
     def prepare(self) -> None:
-        """A folder on the board with all of the bundle in it; the one from before if there is."""
+        """A folder on the board with all of the parcel in it; the one from before if there is."""
         found = self.sh(_HAS, MANIFEST).code if self.folder else 11
         if found == 0:
             return
         if found == 11:
             (self.state / "folder").write_text(self.made())
         # the code first, and a look at what is there for it: models may be large
-        self.send(self.bundle.code, f"{_UNPACK}; {_RUN}", "check", self.bundle.runtime)
+        self.send(self.parcel.code, f"{_UNPACK}; {_RUN}", "check", self.parcel.runtime)
         # the manifest last: where it is, all is
-        earlier, manifest = {RESULTS: self.earlier()}, {MANIFEST: self.bundle.manifest}
-        self.send(self.bundle.data | earlier | manifest, _UNPACK)
+        earlier, manifest = {RESULTS: self.earlier()}, {MANIFEST: self.parcel.manifest}
+        self.send(self.parcel.data | earlier | manifest, _UNPACK)
 
     def earlier(self) -> bytes:
         """The groups that have been measured before, in the file here as they will be there."""
@@ -210,7 +210,7 @@ class _Job:
         """
         for _ in range(2):
             records = self.follow(tell)
-            if not self.bundle.models.keys() - runner.finished(records):
+            if not self.parcel.models.keys() - runner.finished(records):
                 tell(1.0)
                 return self.result(records)
             self.results.unlink()
@@ -239,7 +239,7 @@ class _Job:
         with self.results.open("a+b") as results:
             results.seek(0)
             done = runner.finished(runner.from_lines(results.read()))
-            words = self.words(_RUN, "run", self.bundle.identity, str(results.tell()))
+            words = self.words(_RUN, "run", self.parcel.identity, str(results.tell()))
             with contextlib.closing(ssh.lines(self.target, words)) as said:
                 lines = itertools.islice(itertools.dropwhile(BEGIN.__ne__, said), 1, None)
                 # one that is cut off with the connection comes again
@@ -247,7 +247,7 @@ class _Job:
                     results.write(line)
                     results.flush()
                     done |= runner.finished(runner.from_lines(line))
-                    tell(min(0.99, len(done) / len(self.bundle.models)))
+                    tell(min(0.99, len(done) / len(self.parcel.models)))
 
     def ended(self) -> list[Record]:
         """The records, of a runner that ended well. Raises NasctlError with why it did not."""
@@ -262,7 +262,7 @@ class _Job:
         said = [line for line in log if line.strip()]
         fatal = [line for line in said if line.startswith("Fatal Python error")]
         done = len(runner.finished(records))
-        what = f"the runner crashed with {done} of {len(self.bundle.models)} models measured"
+        what = f"the runner crashed with {done} of {len(self.parcel.models)} models measured"
         if _free_kb(disk) < 64:
             what = f"the board's disk is full; {what}"
         raise self.failure(

@@ -1,6 +1,6 @@
-"""Measures a bundle of models on the machine it is started on: a board, over ssh.
+"""Measures a parcel of models on the machine it is started on: a board, over ssh.
 
-`hw_profiles/remote/over_ssh.py` sends this file with what it imports and calls it in the bundle's
+`hw_profiles/remote/over_ssh.py` sends this file with what it imports and calls it in the parcel's
 folder, as `python3 -m hw_profiles.remote.runner`:
 
     check RUNTIME    is all there that measuring takes?
@@ -219,7 +219,7 @@ def _log(text: str) -> None:
     sys.stderr.flush()
 
 
-# ---- the commands, in the bundle's folder --------------------------------------------------------
+# ---- the commands, in the parcel's folder --------------------------------------------------------
 
 
 def check(runtime: str) -> int:

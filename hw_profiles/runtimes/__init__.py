@@ -1,10 +1,11 @@
 """Runtimes: one file each behind one signature, used by profiling and by deployment alike.
 
 A runtime is a file here; its name is what device files say. A file that begins with
-an underscore is a part of several runtimes. Each gives the names of `Runtime`, and one whose models
-are built first (SUFFIX is not ".onnx") also those of `Compiled`; tests/test_runtimes.py runs over
-every file found. Importing a runtime's file imports no library: `unavailable()` says what is
-missing, and every other function raises one clear line if it is called all the same.
+an underscore is a part of several runtimes. Each gives the names of `Runtime`, and one with a file
+format of its own also those of `Compiled`; where SUFFIX is not ".onnx", it runs nothing else.
+tests/test_runtimes.py runs over every file found. Importing a runtime's file imports no library:
+`unavailable()` says what is missing, and every other function raises one clear line if it is called
+all the same.
 
 Precision is a demand, never a hint. Not stated (None), a model runs as it is written. Stated, a
 runtime converts the model or its arithmetic where it can, and where what was loaded computes in
@@ -22,7 +23,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Tuple, Union, cast
 
-from nas.errors import NasctlError, unknown
+from nas.errors import NasctlError, UsageError, unknown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,7 +80,9 @@ class Runtime(Protocol):
 
 
 class Compiled(Runtime, Protocol):
-    """A runtime that runs files of its own, made on the machine that will run them."""
+    """A runtime with files of its own, made on the machine that will run them: engines."""
+
+    ENGINE: str  # suffix of what `build` writes, which `load` takes
 
     def build(
         self, model: bytes | Path, path: Path, *, threads: int = 1, precision: str | None = None
@@ -138,6 +141,15 @@ def random_feeds(session: Session, rng: np.random.Generator) -> dict[str, np.nda
         )
         for name, shape in session.inputs.items()
     }
+
+
+def compiled(name: str) -> Compiled:
+    """The runtime of that name. Raises UsageError for one without a file format of its own."""
+    module = load_module(name)
+    if not hasattr(module, "build"):
+        every = [one for one in names() if hasattr(load_module(one), "build")]
+        raise UsageError(f"{name} has no engines", where="--engine", allowed=every)
+    return cast(Compiled, module)
 
 
 # ---- for the runtimes ----------------------------------------------------------------------------

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "bf16")
 SUFFIX = ".pt2"
+ENGINE = SUFFIX
 TIMED = "one call from Python, tensors in and out in the machine's memory"
 DEVICE = "cpu"
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 SUFFIX = ".pt2"
+ENGINE = SUFFIX
 TIMED = torch_cuda.TIMED
 DEVICE = torch_cuda.DEVICE
 

@@ -7,6 +7,8 @@ Xeons, for a file in float32. So the precision is always set here, float32 unles
 from __future__ import annotations
 
 import importlib.util
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 SUFFIX = ".onnx"
+ENGINE = ".blob"  # compiled for this processor by this version
 TIMED = "one call from Python, inputs already in the library's tensors, outputs left in them"
 
 #: quantized operators are told by the file; this is for the others
@@ -51,8 +54,22 @@ def version() -> str:
     return str(_library().__version__).partition("-")[0]  # the rest names a build
 
 
+def build(
+    model: bytes | Path, path: Path, *, threads: int = 1, precision: str | None = None
+) -> Path:
+    """Write an ONNX model as compiled for this processor, whole or not at all."""
+    if path.suffix != ENGINE:
+        raise NasctlError(f"an engine's name must end in {ENGINE}", where=str(path))
+    session = load(model, threads=threads, precision=precision)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        whole.write_bytes(session.inner.export_model().getvalue())
+        os.replace(whole, path)
+    return path
+
+
 def load(model: bytes | Path, *, threads: int = 1, precision: str | None = None) -> Session:
-    """A session over an ONNX file, or an OpenVINO one (.xml with its .bin beside it)."""
+    """A session over an ONNX file, an OpenVINO one (.xml with its .bin beside it) or an engine."""
     offered(precision, PRECISIONS, "OpenVINO")
     name, core = where(model), _library().Core()
     settings = {
@@ -63,7 +80,10 @@ def load(model: bytes | Path, *, threads: int = 1, precision: str | None = None)
         "INFERENCE_PRECISION_HINT": HINTS[precision],
     }
     try:
-        compiled = core.compile_model(core.read_model(model), "CPU", settings)
+        if isinstance(model, Path) and model.suffix == ENGINE:
+            compiled = core.import_model(model.read_bytes(), "CPU", settings)
+        else:
+            compiled = core.compile_model(core.read_model(model), "CPU", settings)
     except RuntimeError as error:
         raise NasctlError(
             f"OpenVINO cannot load it ({short(error)})",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "fp16", "int8")
 SUFFIX = ".engine"
+ENGINE = SUFFIX
 TIMED = "GPU time of one replayed CUDA graph between two events, inputs and outputs on the GPU"
 WORKSPACE_MB = 1024
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
-class Bundle:
+class Parcel:
     """Models to be measured on a board under one plan.
 
     `plan.time_limit_s` is for all models together. Raises NasctlError for what no board can do.
@@ -48,7 +48,7 @@ class Bundle:
 
     @cached_property
     def manifest(self) -> bytes:
-        """Everything that decides the results, as JSON; its SHA-256 is the bundle's identity."""
+        """Everything that decides the results, as JSON; its SHA-256 is the parcel's identity."""
         files = self.code | self.data
         value = {
             "runtime": self.runtime,

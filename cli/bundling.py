@@ -1,0 +1,94 @@
+"""From the files of a finished run to its bundle, and from what people name to a bundle."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deploy import bundle, interface, recipes
+from deploy.bundle import Bundle, Role
+from deploy.interface import Interface
+from hw_profiles.device import Device
+from nas import file
+from nas.elastic import resize
+from nas.errors import NasctlError
+
+FOLDER, FLOAT, ARCH, REPORT = "bundle", "model.onnx", "arch.json", "report.json"
+SAMPLES = 64  # images in the bundle, of training data
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a run knows of the model that it delivers."""
+
+    interface: Interface
+    arch: Any  # what builds the network, as JSON has it
+    report: dict[str, Any]
+    images: torch.Tensor  # uint8 [N, C, H, W] of training data: some become the sample
+    device: Device
+    latency_table: str = ""  # sha256
+    also: dict[str, Role] | None = None  # further files that are in the folder already
+
+
+def seal(folder: Path, contents: Contents) -> Bundle:
+    """The bundle of a folder that holds the float file."""
+    found = contents.interface
+    sample = {found.input: fed(found, contents.images[:SAMPLES]).numpy()}
+    parts: dict[str, tuple[Role, bytes]] = {
+        ARCH: ("arch", _json(contents.arch)),
+        interface.NAME: ("task", found.to_json()),
+        interface.SAMPLE: ("calibration", interface.sample(sample)),
+        recipes.NAME: ("recipes", _json(recipes.of(contents.device, found))),
+        REPORT: ("report", _json(contents.report)),
+    }
+    for name, (_, content) in parts.items():
+        file.write(folder / name, content)
+    roles: dict[str, Role] = {FLOAT: "model", **(contents.also or {})}
+    roles |= {name: role for name, (role, _) in parts.items()}
+    return bundle.seal(
+        folder,
+        roles,
+        nasctl=metadata.version("nasctl"),
+        model=FLOAT,
+        latency_table=contents.latency_table,
+    )
+
+
+def fed(of: Interface, images: torch.Tensor) -> torch.Tensor:
+    """Images of 0 to 255 [N, C, H, W] as the file takes them, on any size of theirs."""
+    from nas.data.moments import normalised
+
+    found = normalised(images, (of.mean, of.std))
+    return found if found.shape[2:] == of.shape[1:] else resize(found, of.shape[2])
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Bundle]:
+    """The verified bundle that a run's folder, a bundle's or an archive names; an archive is
+    unfolded for as long as it is used. Raises NasctlError for anything else."""
+    if path.suffix == ".zip":
+        with tempfile.TemporaryDirectory() as folder:
+            yield bundle.unpack(path, Path(folder) / FOLDER)
+        return
+    if (path / FOLDER / bundle.MANIFEST).is_file():
+        path /= FOLDER
+    yield bundle.read(path)
+
+
+def interface_of(found: Bundle) -> Interface:
+    """Raises NasctlError for a bundle without one."""
+    if not (names := found.of("task")):
+        raise NasctlError("says nothing of its inputs and data", where=str(found.folder))
+    return interface.read(found.path(names[0]))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()

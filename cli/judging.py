@@ -1,0 +1,103 @@
+"""Judging files by the task that their bundle says they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cli import bundling
+from deploy.interface import Interface
+from hw_profiles import runtimes
+from nas import multitask, tasks
+from nas.data.examples import Examples
+from nas.errors import NasctlError
+from nas.multitask import MultiTask
+from nas.outputs import ONLY
+
+BATCH = 64
+
+Run = Callable[[np.ndarray], dict[str, np.ndarray]]  # inputs [N, ...] -> outputs by name
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """A task's data, and how a file is fed with it."""
+
+    task: MultiTask
+    interface: Interface
+
+    def halves(self, seed: int) -> tuple[Examples, Examples]:
+        """The validation images in two: those that decide, and those that say what it cost."""
+        val = self.task.val
+        rows = torch.randperm(len(val), generator=torch.Generator().manual_seed(seed))
+        middle = len(rows) // 2
+        return val.at(rows[:middle]), val.at(rows[middle:])
+
+    def batches(self, split: Examples, batch: int = BATCH) -> Iterator[tuple[np.ndarray, Examples]]:
+        """All of a split in order, as the file is fed."""
+        for rows in torch.arange(len(split)).split(batch):
+            part = split.at(rows)
+            yield bundling.fed(self.interface, part.images).contiguous().numpy(), part
+
+    def evidence(self, run: Run, split: Examples) -> dict[str, Tensor]:
+        """What each goal's metric needs to know of each image, by goal."""
+        found: dict[str, list[Tensor]] = {goal.name: [] for goal in self.task.goals}
+        for inputs, part in self.batches(split):
+            outputs = {name: torch.from_numpy(value) for name, value in run(inputs).items()}
+            alone = outputs[ONLY] if list(outputs) == [ONLY] else outputs
+            answers = multitask.answers(alone, self.task)
+            for goal in self.task.goals:
+                found[goal.name].append(goal.evidence(answers, part.targets))
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def scores(self, run: Run, split: Examples) -> dict[str, float]:
+        return multitask.scores(self.task, self.evidence(run, split))
+
+
+def judge(interface: Interface, data: str | None) -> Judge:
+    """The data that a bundle was made with, at `data` if they are not where they were.
+
+    Raises NasctlError for other data than those.
+    """
+    reference = data or interface.data
+    if interface.classification:
+        single = tasks.load(reference, size=interface.data_size)
+        fingerprint, task = single.fingerprint, multitask.single(single, single.size)
+    else:
+        task = multitask.load(reference, size=interface.data_size)
+        fingerprint = task.fingerprint
+    if fingerprint != interface.data_sha256:
+        raise NasctlError(
+            "are not the data that the model was made with",
+            where=f"--data {reference}",
+            next=f"They were at {interface.data}; nothing is judged or calibrated by others.",
+        )
+    return Judge(task.only(interface.goals), interface)
+
+
+def runner(
+    model: bytes | Path, runtime: str, *, threads: int = 1, precision: str | None = None
+) -> Run:
+    """A file in a runtime of this machine."""
+    module = runtimes.load_module(runtime)
+    session = module.load(model, threads=threads, precision=precision)
+    (name,) = session.inputs
+
+    def run(inputs: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(session.outputs, module.run(session, {name: inputs}), strict=True))
+
+    return run
+
+
+def spent(
+    before: Mapping[str, float], after: Mapping[str, float], bound: dict[str, float]
+) -> float:
+    """The largest share of its bound (a relative drop) that any goal uses; 1 is all of it."""
+    return max(
+        (before[name] - after[name]) / max(abs(before[name]), 1e-12) / bound[name] for name in bound
+    )

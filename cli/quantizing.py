@@ -1,0 +1,237 @@
+"""What `nasctl quantize` does: variants for the device's runtime, both guards, the bundle."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from cli import bundling, console, judging, measuring
+from cli.judging import Judge
+from cli.prune import parse_drops
+from compress import guard
+from compress import quantize as int8
+from compress.guard import Guard, Guarded, Variant
+from compress.quantize import Feeds, Scheme
+from compress.record import Record
+from deploy import bundle as bundles
+from deploy import onnx as files
+from deploy.bundle import Bundle
+from hw_profiles import runtimes
+from hw_profiles.device import Device
+from hw_profiles.protocol import Timing
+from nas import file, paired
+from nas.errors import NasctlError, UsageError
+from nas.run import digest
+
+FLOAT, INT8, REPORT = "model.onnx", "model.int8.onnx", "quantize.json"
+BATCH = 32
+#: what is tried, by the runtime that the file is for
+DEPTHWISE = "u8 but depthwise"  # convolutions, which stay in float
+VARIANTS = {
+    "onnxruntime": ("u8", DEPTHWISE),
+    "openvino": ("u8", "s8"),
+    "tensorrt": ("s8",),
+}
+ELSEWHERE = "onnxruntime"  # judges where the device's own runtime is not on this machine
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was typed."""
+
+    board: Device
+    on: str
+    max_drop: str
+    calibration: str
+    images: int
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A bundle's float model and what it is judged by."""
+
+    bundle: Bundle
+    asked: Asked
+    judge: Judge
+    bound: dict[str, float]  # relative, of each task's metric
+    plain: onnx.ModelProto
+    runtime: str  # that judges
+
+    @property
+    def reachable(self) -> bool:
+        """Can it be measured how fast a file is there?"""
+        return self.asked.board.local == (self.asked.on == measuring.LOCAL)
+
+    def evidence(self, model: onnx.ModelProto, half: int) -> dict[str, Tensor]:
+        run = judging.runner(model.SerializeToString(), self.runtime)
+        return self.judge.evidence(run, self.judge.halves(self.asked.seed)[half])
+
+
+def prepare(bundle: Bundle, asked: Asked, data: str | None) -> Job:
+    """Everything validated before any work."""
+    if asked.board.runtime not in VARIANTS:
+        raise UsageError(f"{asked.board.runtime} computes no INT8", where="--hw", allowed=VARIANTS)
+    if asked.on != measuring.LOCAL:
+        measuring.here_or_there(asked.board, asked.on)
+    Scheme(calibration=asked.calibration)  # raises for one that does not exist
+    judge = judging.judge(bundling.interface_of(bundle), data)
+    bound = parse_drops(asked.max_drop, [goal.name for goal in judge.task.goals])
+    plain = int8.prepared(files.read(bundle.path(FLOAT)))
+    here = not runtimes.load_module(asked.board.runtime).unavailable()
+    runtime = asked.board.runtime if asked.board.local and here else ELSEWHERE
+    return Job(bundle, asked, judge, bound, plain, runtime)
+
+
+def quantize(job: Job) -> dict[str, Any]:
+    """Add to the bundle the INT8 file, where it is worth it, and the report that says why; returns
+    the report. What was measured before a kill is kept beside the bundle."""
+    console.say(f"{job.asked.board.name}, {job.asked.board.runtime}", "device")
+    found = {name: _guarded(job, name) for name in _variants(job)}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {FLOAT: job.bundle.path(FLOAT)}
+        for name, each in found.items():
+            paths[name] = Path(folder) / f"{len(paths)}.onnx"
+            files.write(each.model, paths[name])
+        timings = _timed(job, list(paths.values()))
+        content = _report(job, found, paths, timings)
+        chosen = content["choice"]
+        delivered = chosen or min(found, key=lambda name: max(found[name].spent, 1.0))
+        members: dict[str, tuple[bundles.Role, bytes | Path]] = {
+            REPORT: ("report", (json.dumps(content, indent=1) + "\n").encode())
+        }
+        if delivered != FLOAT and found[delivered].spent <= 1:
+            members[INT8] = ("model", paths[delivered])
+        delivers = INT8 if chosen and INT8 in members else FLOAT
+        bundles.add(job.bundle, members, model=delivers)
+    for left in _records(job.bundle).parent.glob(f"{_records(job.bundle).name}*"):
+        left.unlink()
+    return content
+
+
+def _variants(job: Job) -> list[str]:
+    names = VARIANTS[job.asked.board.runtime]
+    return [name for name in names if name != DEPTHWISE or int8.depthwise(job.plain)]
+
+
+def _guarded(job: Job, name: str) -> Guarded:
+    before = _scores(job, job.evidence(job.plain, 0))
+    for task, score in before.items():
+        if not score > 0:
+            raise NasctlError(
+                f"the float file scores {score:g}: a share of that cannot be kept",
+                where=f"task '{task}'",
+            )
+
+    def spent(model: onnx.ModelProto) -> float:
+        after = _scores(job, job.evidence(model, 0))
+        return judging.spent(before, after, job.bound)
+
+    def run(model: onnx.ModelProto, batches: Sequence[Feeds]) -> list[list[np.ndarray]]:
+        outputs = judging.runner(model.SerializeToString(), job.runtime)
+        return [list(outputs(next(iter(batch.values()))).values()) for batch in batches]
+
+    asked = {**asdict(job.asked), "board": job.asked.board.name}
+    key = digest([asked, name, file.sha256(job.bundle.path(FLOAT)), job.judge.task.fingerprint])
+    record = Record(Path(f"{_records(job.bundle)}.{key[:16]}.jsonl"), key)
+    scheme = Scheme("s8" if name == "s8" else "u8", job.asked.calibration)
+    always = int8.depthwise(job.plain) if name == DEPTHWISE else ()
+    asked_for = Guard(job.plain, _calibration(job), scheme, run, spent, record, always)
+    with console.bar(f"int8, {name}", 1.0) as update:
+        return asked_for.guarded(update)
+
+
+def _scores(job: Job, evidence: Mapping[str, Tensor]) -> dict[str, float]:
+    return {goal.name: goal.score(evidence[goal.name]) for goal in job.judge.task.goals}
+
+
+def _calibration(job: Job) -> list[Feeds]:
+    """Training images drawn at random, as the file is fed."""
+    train = job.judge.task.train
+    generator = torch.Generator().manual_seed(job.asked.seed)
+    rows = torch.randperm(len(train), generator=generator)[: job.asked.images]
+    batches = job.judge.batches(train.at(rows), BATCH)
+    return [{job.judge.interface.input: inputs} for inputs, _ in batches]
+
+
+def _timed(job: Job, paths: Sequence[Path]) -> list[Timing] | None:
+    if not job.reachable:
+        return None
+    asked = job.asked
+    return measuring.timer(asked.on, asked.board, asked.seed, as_written=True)(paths)
+
+
+def _report(
+    job: Job,
+    found: Mapping[str, Guarded],
+    paths: Mapping[str, Path],
+    timings: list[Timing] | None,
+) -> dict[str, Any]:
+    """What was tried and decided; what it costs is told for images that decided nothing."""
+    whole = job.evidence(job.plain, 1)
+    rows: list[dict[str, Any]] = [{"name": FLOAT, "spent": 0.0}]
+    for name, each in found.items():
+        seen = job.evidence(each.model, 1)
+        told = {}
+        for goal in job.judge.task.goals:
+            rng = np.random.default_rng((job.asked.seed, 31))
+            change = paired.change(goal, [whole[goal.name]], [seen[goal.name]], rng=rng)
+            scores = [goal.score(part[goal.name]) for part in (whole, seen)]
+            told[goal.name] = {"before": scores[0], "after": scores[1], **asdict(change)}
+        row = {key: value for key, value in vars(each).items() if key not in ("model", "kept")}
+        rows.append({"name": name, **row, "kept": [asdict(k) for k in each.kept], "told": told})
+    for row in rows:
+        row["bytes"] = paths[row["name"]].stat().st_size
+    choice, why = None, ["the device was not reached: what is faster is not known"]
+    if timings is not None:
+        for row, timing in zip(rows, timings, strict=True):
+            row["timing"] = asdict(timing)
+        variants = [
+            Variant(row["name"], row["spent"], timing)
+            for row, timing in zip(rows, timings, strict=True)
+        ]
+        picked = guard.fastest(variants)
+        choice, why = picked.name, list(picked.why)
+    asked = {**asdict(job.asked), "board": job.asked.board.name}
+    told_on = len(job.judge.halves(job.asked.seed)[1])
+    return {**asked, "variants": rows, "choice": choice, "why": why, "told_on": told_on}
+
+
+def _records(bundle: Bundle) -> Path:
+    return bundle.folder.with_name(f".{bundle.folder.name}.quantize")
+
+
+def say_outcome(content: Mapping[str, Any], folder: Path) -> None:
+    """The report, for people."""
+    from rich.table import Table
+
+    table = Table("", "ms", "kB", "in float", "change, other images")
+    for row in content["variants"]:
+        timing = row.get("timing")
+        told = row.get("told", {})
+        changes = [
+            f"{name} {100 * c['value']:+.2f} % ({100 * c['low']:+.2f} to {100 * c['high']:+.2f})"
+            for name, c in told.items()
+        ]
+        kept = f"{len(row['kept'])} of {row['nodes']}" if told else ""
+        speed = f"{timing['median_ms']:.4g}" if timing else "–"
+        table.add_row(row["name"], speed, f"{row['bytes'] / 1e3:.4g}", kept, ", ".join(changes))
+    console.show(table)
+    for row in content["variants"]:
+        for each in row.get("kept", ()):
+            console.say(
+                f"{row['name']}: {each['node']} ({each['kind']}) stays in float: alone in INT8 it "
+                f"changes the outputs by {each['error']:.1%}"
+            )
+    for line in content["why"]:
+        console.say(line)
+    console.say(str(folder / bundles.read(folder).manifest.model), "delivers")

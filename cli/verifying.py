@@ -1,0 +1,263 @@
+"""What `nasctl verify` does."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from cli import building, bundling, console, judging
+from cli.judging import Run
+from deploy import bundle as bundles
+from deploy import chain, interface
+from deploy import engine as engines
+from deploy import verify as deployed
+from deploy.bundle import Bundle
+from deploy.chain import Link, Outputs
+from hw_profiles import runtimes
+from hw_profiles.device import Device
+from hw_profiles.measure import Plan, Setting
+from nas import checkpoint, file
+from nas.errors import BudgetMissed, NasctlError, UsageError
+from nas.run import Run as RunFolder
+
+WEIGHTS = "model.safetensors"
+MEASURING = Plan(rounds=10, time_limit_s=10.0)
+PLAIN = "onnxruntime"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was typed."""
+
+    board: Device
+    engine: str | None
+    latency_ms: float | None
+    memory_bytes: float | None
+    data: str | None
+    split: str
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """The file that is judged and measured: the bundle's model, or the engine that was named."""
+
+    path: Path
+    runtime: str
+    precision: str | None
+    threads: int
+
+    def runner(self) -> Run:
+        return judging.runner(
+            self.path, self.runtime, threads=self.threads, precision=self.precision
+        )
+
+
+def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
+    """Everything that was found; nothing is raised for what it finds, see `require`."""
+    if asked.split not in ("val", "test"):
+        raise UsageError(f"unknown split '{asked.split}'", where="--split", allowed="val, test")
+    inputs = _sample(bundle)
+    plain = bundle.path(bundling.FLOAT)
+    expected = judging.runner(plain, PLAIN)(inputs)
+    links, notes = _before(named, inputs, expected)
+    delivered = Delivered(bundle.model, PLAIN, None, 1)
+    if bundle.model != plain:
+        links.append(_link("float file = delivered file", delivered, inputs, expected))
+        expected = delivered.runner()(inputs)
+    if asked.engine is not None:
+        path = building.named(bundle, asked.engine)
+        _, car = engines.load(path)  # which checks that it belongs here
+        loads = None if car.runtime == PLAIN else car.requested
+        source = Delivered(bundle.path(car.model), PLAIN, None, 1)
+        expected = source.runner()(inputs)
+        delivered = Delivered(path, car.runtime, loads, car.threads)
+        links.append(_link(f"{car.model} = engine", delivered, inputs, expected, car.observed))
+    scores, missing = _scores(bundle, delivered, asked)
+    measured = _measured(delivered, asked, inputs)
+    if measured is None:
+        missing.append(f"latency and memory: {asked.board.name} is not this machine")
+    return {
+        "nasctl": bundle.manifest.nasctl,
+        "bundle": bundles.identity(bundle),
+        "file": {**file.record(delivered.path), "runtime": delivered.runtime},
+        "chain": [{**asdict(one), "tolerance": one.tolerance, "holds": one.holds} for one in links],
+        "metric": scores,
+        "split": asked.split,
+        "measured": measured,
+        "budget": {"latency_ms": _budget(bundle, asked), "memory_bytes": asked.memory_bytes},
+        "device": asked.board.name,
+        "not_measured": [*notes, *missing],
+        "environment": deployed.environment(),
+    }
+
+
+def _sample(bundle: Bundle) -> np.ndarray:
+    """The inputs that the bundle carries."""
+    from safetensors.numpy import load_file
+
+    said = bundling.interface_of(bundle)
+    return load_file(bundle.path(interface.SAMPLE))[said.input]
+
+
+def _link(
+    name: str, after: Delivered, inputs: np.ndarray, before: Outputs, observed: str | None = None
+) -> Link:
+    """One link of the chain, at batch 1 as engines are built for."""
+    run = after.runner()
+    parts = [run(one[None]) for one in inputs]
+    found = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    if observed is None:
+        module = runtimes.load_module(after.runtime)
+        observed = module.observed_precision(module.load(after.path, threads=after.threads))
+    return chain.link(name, chain.coarsest(observed), before, found)
+
+
+def _before(named: Path, inputs: np.ndarray, expected: Outputs) -> tuple[list[Link], list[str]]:
+    """The links before the ONNX file, where the run with its weights is at hand."""
+    weights = named / WEIGHTS
+    if not named.is_dir() or not weights.is_file():
+        return [], ["supernet = extracted = ONNX: the run's weights are not here"]
+    _, meta = checkpoint.read(weights)
+    if not meta or "network" not in checkpoint.description(meta, weights):
+        return [], ["network = ONNX: of a pruned network it was compared when it was written"]
+    import torch
+
+    from cli import child, training
+    from nas.outputs import named as by_name
+
+    opened, genes, net = child.read(weights, None)
+    with torch.no_grad():
+        outputs = by_name(net(torch.from_numpy(inputs)))
+    found = {name: tensor.numpy() for name, tensor in outputs.items()}
+    links = [chain.link("network = float file", "fp32", found, expected)]
+    spec = RunFolder(named).manifest().get("spec", {})
+    if spec.get("alone") or not (named / training.SUPERNET).is_file():
+        return links, ["supernet = extracted: there is no supernet in this run"]
+    run = training.opened(named)
+    _, error = child.cut(run, training.finished_supernet(run), genes)
+    return [Link("supernet = extracted", "fp32", error), *links], []
+
+
+def _scores(
+    bundle: Bundle, delivered: Delivered, asked: Asked
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Each task's metric, of the float file and of what is delivered."""
+    try:
+        judge = judging.judge(bundling.interface_of(bundle), asked.data)
+    except NasctlError as error:
+        if asked.data is not None:
+            raise
+        return None, [f"metric: {error}"]
+    images = judge.task.splits[asked.split]
+    plain = Delivered(bundle.path(bundling.FLOAT), PLAIN, None, 1)
+    both = [judge.scores(each.runner(), images) for each in (plain, delivered)]
+    return {
+        name: {"float": both[0][name], "delivered": both[1][name], "images": len(images)}
+        for name in both[0]
+    }, []
+
+
+def _measured(delivered: Delivered, asked: Asked, inputs: np.ndarray) -> dict[str, Any] | None:
+    if not asked.board.local:
+        return None
+    timing = deployed.latency(
+        delivered.path,
+        rng=np.random.default_rng(0),
+        setting=Setting(delivered.runtime, delivered.precision, delivered.threads),
+        plan=MEASURING,
+    )
+    return {**asdict(timing), "memory_bytes": memory(delivered, inputs[:1])}
+
+
+def memory(delivered: Delivered, inputs: np.ndarray) -> int:
+    """Bytes by which a fresh process that has the libraries grows for this model."""
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+        return pool.submit(_grown, delivered, inputs).result()
+
+
+def _grown(delivered: Delivered, inputs: np.ndarray) -> int:
+    runtimes.load_module(delivered.runtime).version()  # imports the library
+    process = psutil.Process()
+    before = process.memory_info().rss
+    run = delivered.runner()
+    run(inputs)
+    return int(process.memory_info().rss - before)
+
+
+def _budget(bundle: Bundle, asked: Asked) -> float | None:
+    """What was typed, else what the bundle's run was asked for."""
+    if asked.latency_ms is not None or bundling.REPORT not in bundle.manifest.members:
+        return asked.latency_ms
+    said = deployed.read(bundle.path(bundling.REPORT)).get("budget") or {}
+    found = said.get("latency_ms")
+    return float(found) if found is not None else None
+
+
+# ---- the outcome ---------------------------------------------------------------------------------
+
+
+def beside(named: Path) -> Path:
+    """Where the report goes: never into the bundle, which it would change."""
+    folder = named if (named / bundling.FOLDER).is_dir() else named.parent
+    return folder / ("verify.json" if folder == named else f"{named.stem}.verify.json")
+
+
+def write(content: Mapping[str, Any], path: Path) -> None:
+    file.write(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def say_outcome(content: Mapping[str, Any], path: Path) -> None:
+    for one in content["chain"]:
+        sign = "holds" if one["holds"] else "DOES NOT HOLD"
+        console.say(
+            f"{one['name']}: {one['error']:.1e} of the outputs' size, up to "
+            f"{one['tolerance']:g} in {one['precision']}: {sign}",
+            "chain",
+        )
+    for name, both in (content["metric"] or {}).items():
+        console.say(
+            f"{name} {both['delivered']:.4f} on {both['images']} {content['split']} images "
+            f"(float file {both['float']:.4f})",
+            "metric",
+        )
+    if (found := content["measured"]) is not None:
+        budget = content["budget"]["latency_ms"]
+        against = f", budget {console.format_ms(budget)}" if budget else ""
+        console.say(
+            f"median {console.format_ms(found['median_ms'])}, p95 "
+            f"{console.format_ms(found['p95_ms'])}{against}",
+            "latency",
+        )
+        console.say(f"{found['memory_bytes'] / 1e6:.1f} MB more than the library alone", "memory")
+    for note in content["not_measured"]:
+        console.say(f"not verified: {note}")
+    console.say(str(path), "report")
+
+
+def require(content: Mapping[str, Any], where: str) -> None:
+    """Raises ParityFailed for a broken chain, then BudgetMissed for a budget missed."""
+    chain.require([Link(one["name"], one["precision"], one["error"]) for one in content["chain"]])
+    found, budget = content["measured"], content["budget"]
+    if found is None:
+        return
+    limit, memory = budget["latency_ms"], budget["memory_bytes"]
+    if limit is not None and found["median_ms"] > limit:
+        raise BudgetMissed(
+            f"took {console.format_ms(found['median_ms'])}, the budget is "
+            f"{console.format_ms(limit)}",
+            where=where,
+        )
+    if memory is not None and found["memory_bytes"] > memory:
+        raise BudgetMissed(
+            f"needs {found['memory_bytes'] / 1e6:.1f} MB, the budget is {memory / 1e6:.1f} MB",
+            where=where,
+        )

@@ -1,0 +1,49 @@
+"""How engines are built from a bundle: per engine the command of ours and, for TensorRT, the one
+of NVIDIA's own tool, which needs nothing of ours on the board."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from deploy.interface import Interface
+from hw_profiles.device import Device
+
+NAME = "recipes.json"
+#: what `nasctl build --engine` takes -> the runtime that builds it, by kind of device
+ENGINES = {
+    "ort": {"cpu": "onnxruntime"},
+    "openvino": {"cpu": "openvino"},
+    "aoti": {"cpu": "aoti", "gpu": "aoti_cuda"},
+    "tensorrt": {"gpu": "tensorrt"},
+}
+
+
+def of(device: Device, interface: Interface) -> dict[str, Any]:
+    """Commands by engine for a device; `BUNDLE` stands for the bundle's folder."""
+    found: dict[str, Any] = {}
+    for engine, kinds in ENGINES.items():
+        if device.kind in kinds:
+            command = f"nasctl build BUNDLE --hw {device.name} --engine {engine}"
+            found[engine] = {"nasctl": command, "runtime": kinds[device.kind]}
+    if "tensorrt" in found:
+        line = trtexec(Path("model.onnx"), Path("model.engine"), interface)
+        found["tensorrt"]["trtexec"] = shlex.join(line)
+    return {"device": device.name, "engines": found}
+
+
+def trtexec(model: Path, engine: Path, interface: Interface, *, major: int = 10) -> list[str]:
+    """The words of the `trtexec` command that builds what `hw_profiles.runtimes.tensorrt` does.
+
+    Precision is that of the file: 10.x is asked for strong typing, which 11.x has no flag for, as
+    it has none other. Batch 1, TF32 off, layers described in detail, so that their precision can
+    be read back.
+    """
+    shape = f"{interface.input}:1x{'x'.join(map(str, interface.shape))}"
+    words = ["trtexec", f"--onnx={model}", f"--saveEngine={engine}"]
+    if major < 11:
+        words.append("--stronglyTyped")
+    shapes = [f"--{which}Shapes={shape}" for which in ("min", "opt", "max")]
+    more = ["--noTF32", "--memPoolSize=workspace:1024M", "--profilingVerbosity=detailed"]
+    return [*words, *shapes, *more, "--skipInference"]

@@ -1,0 +1,149 @@
+"""deploy.engine and `nasctl build`: engines say what they are, misfits are refused."""
+
+import json
+
+import numpy as np
+import pytest
+from bundles import digits, small
+
+from cli import judging
+from deploy import bundle as bundles
+from deploy import engine
+from hw_profiles import runtimes
+from hw_profiles.runtimes import onnxruntime
+from nas.errors import NasctlError
+
+HERE = [
+    name for name in ("onnxruntime", "openvino") if not runtimes.load_module(name).unavailable()
+]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return small(tmp_path_factory.mktemp("engines") / "bundle")
+
+
+@pytest.fixture(scope="module", params=HERE)
+def built(request, bundle, tmp_path_factory):
+    suffix = runtimes.compiled(request.param).ENGINE
+    path = tmp_path_factory.mktemp("built") / f"model{suffix}"
+    return path, engine.build(bundle.model, path, runtime=request.param, precision="fp32")
+
+
+def test_an_engine_computes_what_its_model_computes(bundle, built):
+    path, car = built
+    session, said = engine.load(path)
+    assert said == car and car.observed == car.requested == "fp32"
+    images = digits().normalise(digits().val.images[:1]).numpy()
+    module = runtimes.load_module(car.runtime)
+    (found,) = module.run(session, {"input": images})
+    (expected,) = onnxruntime.run(onnxruntime.load(bundle.model), {"input": images})
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"machine": {"processor": "Cortex-A78"}}, "was built for processor 'Cortex-A78', here"),
+        ({"version": "0.9"}, "version '0.9', here"),
+        ({"sha256": "0" * 64}, "is not the engine that its side-car describes"),
+    ],
+)
+def test_an_engine_of_elsewhere_is_refused_unopened(built, monkeypatch, change, said):
+    path, car = built
+    module = runtimes.load_module(car.runtime)
+    monkeypatch.setattr(module, "load", lambda *_, **__: pytest.fail("it was opened"))
+    engine.write(car.model_copy(update=change), path)
+    try:
+        with pytest.raises(NasctlError, match=said):
+            engine.load(path)
+    finally:
+        engine.write(car, path)
+
+
+def test_an_engine_without_a_side_car_is_refused(built, tmp_path):
+    path, _ = built
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(NasctlError, match="has no side-car"):
+        engine.load(tmp_path / path.name)
+    engine.beside(tmp_path / path.name).write_text("{}")
+    with pytest.raises(NasctlError, match="is no side-car"):
+        engine.load(tmp_path / path.name)
+
+
+def test_another_precision_than_asked_for_leaves_no_engine(bundle, tmp_path):
+    path = tmp_path / "model.ort"
+    with pytest.raises(NasctlError, match="asked to compute in int8, but it computes in fp32"):
+        engine.build(bundle.model, path, runtime="onnxruntime", precision="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_build_leaves_nothing_under_the_final_name(bundle, tmp_path, monkeypatch):
+    path = tmp_path / "model.ort"
+    path.write_bytes(b"of an earlier build")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(onnxruntime.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        engine.build(bundle.model, path, runtime="onnxruntime")
+    with pytest.raises(NasctlError, match="has no side-car"):
+        engine.load(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["model.ort"]
+
+
+def test_a_runtime_without_engines_is_named(bundle, tmp_path):
+    with pytest.raises(NasctlError, match="torch_cuda has no engines; allowed: aoti"):
+        engine.build(bundle.model, tmp_path / "x", runtime="torch_cuda")
+
+
+# ---- nasctl build --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_build_puts_a_measured_engine_into_the_bundle(nasctl, workdir):
+    small(workdir / "b")
+    outcome = nasctl("build", "b", "--engine", "ort", "--json")
+    assert outcome.code == 0
+    car = json.loads(outcome.out)
+    assert car["observed"] == "fp32" and car["latency"]["median_ms"] > 0
+    found = bundles.read(workdir / "b")
+    assert found.of("engine") == ["engines/model.cpu.onnxruntime.ort"]
+    session, _ = engine.load(found.path(found.of("engine")[0]))
+    assert session.inputs == {"input": ("batch", 1, 8, 8)}
+    assert found.manifest.model == "model.onnx"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--engine", "ortt"), 2, "unknown engine 'ortt'"),
+        (("--engine", "tensorrt"), 2, "no tensorrt for a cpu"),
+        (("--hw", "raspi4", "--engine", "ort"), 2, "raspi4 is not this machine"),
+        (("--engine", "ort", "--member", "x.onnx"), 1, "no member 'x.onnx'"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line(nasctl, workdir, arguments, code, said):
+    small(workdir / "b")
+    outcome = nasctl("build", "b", *arguments)
+    assert outcome.code == code and said in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_the_command_of_trtexec_for_both_versions(nasctl, workdir):
+    small(workdir / "b")
+    ten, eleven = nasctl("build", "b", "--commands").out.split("# TensorRT 11")
+    assert "--stronglyTyped" in ten and "--stronglyTyped" not in eleven
+    for line in (ten, eleven):
+        assert "--onnx=" in line and "model.onnx" in line
+        assert "--optShapes=input:1x1x8x8" in line and "--noTF32" in line
+        assert not {"--fp16", "--int8", "--best", "--calib"} & set(line.split())
+
+
+def test_the_small_bundle_is_worth_judging(bundle):
+    from cli import bundling
+
+    judge = judging.judge(bundling.interface_of(bundle), None)
+    run = judging.runner(bundle.model, "onnxruntime")
+    assert judge.scores(run, judge.task.val)["class"] > 0.8

@@ -1,0 +1,111 @@
+"""`nasctl quantize`: what is tried, guarded, chosen and written into the bundle."""
+
+import json
+import re
+
+import pytest
+from bundles import small
+
+from cli import measuring
+from deploy import bundle as bundles
+from hw_profiles.protocol import Timing
+from hw_profiles.runtimes import onnxruntime
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Timings that a test states: ms of the float file and of the INT8 ones."""
+
+    def state(*ms):
+        def timer(on, board, seed, *, as_written):
+            assert as_written
+            return lambda paths: [Timing(ms[at], 0.001, 1, 1, 1, 9) for at in range(len(paths))]
+
+        monkeypatch.setattr(measuring, "timer", timer)
+
+    return state
+
+
+def quantized(nasctl, *arguments):
+    outcome = nasctl("quantize", "b", "--images", "64", *arguments, "--json")
+    return outcome.code, json.loads(outcome.out) if outcome.out else {}, outcome.err
+
+
+def test_a_faster_int8_file_is_delivered_with_the_reasons(nasctl, workdir, timed):
+    timed(1.0, 0.4)
+    before = small(workdir / "b").model.stat().st_size
+    code, content, _ = quantized(nasctl, "--max-drop", "3%")
+    assert code == 0 and content["choice"] == "u8"
+    assert "x2.50 of model.onnx's speed" in content["why"][0]
+    row = content["variants"][1]
+    assert row["spent"] <= 1 and row["bytes"] < before / 2
+    told = row["told"]["class"]
+    assert told["low"] <= told["value"] <= told["high"] and content["told_on"] == 180
+    found = bundles.read(workdir / "b")
+    assert found.manifest.model == "model.int8.onnx"
+    assert json.loads(found.path("quantize.json").read_text()) == content
+    session = onnxruntime.load(found.model)
+    assert onnxruntime.observed_precision(session) == "int8"
+    assert session.inputs == {"input": ("batch", 1, 8, 8)}
+    assert not list(workdir.glob(".b.quantize*"))
+
+
+def test_a_slower_int8_file_stays_out(nasctl, workdir, timed):
+    timed(1.0, 1.4)
+    small(workdir / "b")
+    code, content, _ = quantized(nasctl, "--max-drop", "3%")
+    assert code == 0 and content["choice"] == "model.onnx"
+    assert content["why"] == ["u8: x0.71 of model.onnx's speed, slower", "model.onnx is kept"]
+    found = bundles.read(workdir / "b")
+    assert found.manifest.model == "model.onnx" and "model.int8.onnx" not in found.manifest.members
+
+
+def test_a_board_that_is_not_here_gets_the_file_but_no_choice(nasctl, workdir):
+    small(workdir / "b")
+    code, content, _ = quantized(nasctl, "--hw", "jetson", "--max-drop", "5%")
+    assert code == 0 and content["choice"] is None
+    assert [row["name"] for row in content["variants"]] == ["model.onnx", "s8"]
+    assert content["why"] == ["the device was not reached: what is faster is not known"]
+    found = bundles.read(workdir / "b")
+    assert found.manifest.model == "model.onnx" and "model.int8.onnx" in found.manifest.members
+
+
+def test_what_was_measured_before_a_kill_is_not_measured_again(nasctl, workdir, timed, monkeypatch):
+    timed(1.0, 0.4)
+    small(workdir / "b")
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "cli.quantizing._timed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        assert nasctl("quantize", "b", "--images", "64", "--max-drop", "3%").code == 130
+    (kept,) = workdir.glob(".b.quantize*")
+    assert re.search(r'"key": "spent ', kept.read_text())
+    first = bundles.read(workdir / "b")
+    assert first.manifest.model == "model.onnx"  # nothing half done
+    judged = []
+    monkeypatch.setattr("cli.judging.spent", lambda *_: judged.append(1) or 0.0)
+    assert quantized(nasctl, "--max-drop", "3%")[1]["choice"] == "u8"
+    assert not judged
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--max-drop", "1"), 2, "--max-drop: '1'; allowed: a share above zero, as 2%"),
+        (("--max-drop", "seg=1%"), 2, "unknown task 'seg'"),
+        (("--calibration", "max"), 2, "unknown calibration 'max'"),
+        (("--hw", "nowhere"), 2, "unknown device 'nowhere'"),
+        (("--on", "ssh://pi@board"), 2, "cpu is this machine"),
+        (("--data", "nowhere"), 2, "no such data 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_one_line(nasctl, workdir, arguments, code, said):
+    small(workdir / "b")
+    found, content, error = quantized(nasctl, *arguments)
+    assert found == code and said in error and not content
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_what_is_no_bundle_is_one_line(nasctl, workdir):
+    found, _, error = quantized(nasctl)
+    assert found == 1 and error.startswith("nasctl: b: no such bundle")

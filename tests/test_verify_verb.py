@@ -1,0 +1,150 @@
+"""`nasctl verify` and deploy.chain: what holds is said, what does not has its own exit code."""
+
+import json
+
+import numpy as np
+import pytest
+from bundles import network, small
+
+from deploy import bundle as bundles
+from deploy import chain
+from deploy import onnx as files
+from hw_profiles.protocol import Timing
+from nas.errors import ParityFailed
+
+
+@pytest.fixture
+def stated(monkeypatch):
+    """Figures instead of measurements, which take seconds: 50 us and 3 MB."""
+    timing = Timing(0.05, 0.001, 0.06, 0.06, 0.07, 9)
+    monkeypatch.setattr("deploy.verify.latency", lambda *_, **__: timing)
+    monkeypatch.setattr("cli.verifying.memory", lambda *_: 3_000_000)
+
+
+def verified(nasctl, *arguments):
+    outcome = nasctl("verify", *arguments, "--json")
+    return outcome.code, json.loads(outcome.out) if outcome.out else {}, outcome.err
+
+
+@pytest.mark.slow
+def test_latency_and_memory_are_measured(nasctl, workdir):
+    small(workdir / "b")
+    code, content, _ = verified(nasctl, "b", "--latency", "1s", "--memory", "2GB")
+    assert code == 0
+    assert 0 < content["measured"]["median_ms"] < 1000
+    assert 0 < content["measured"]["memory_bytes"] < 2e8
+
+
+@pytest.mark.usefixtures("stated")
+@pytest.mark.parametrize("archive", [False, True])
+def test_a_sound_bundle_is_verified(nasctl, workdir, archive):
+    made, name = small(workdir / "b"), "b"
+    if archive:
+        name = "b.zip"
+        bundles.pack(made, workdir / name)
+    code, content, _ = verified(nasctl, name, "--latency", "1s", "--memory", "2GB")
+    assert code == 0 and content["bundle"] == bundles.identity(made)
+    (score,) = content["metric"].values()
+    assert score["delivered"] == score["float"] > 0.8 and score["images"] == 359
+    assert [note for note in content["not_measured"] if note.startswith("supernet = extracted")]
+    assert bundles.read(workdir / "b").manifest == made.manifest  # it was not changed
+
+
+@pytest.mark.usefixtures("stated")
+def test_a_missed_budget_has_exit_code_4_and_a_report(nasctl, workdir):
+    small(workdir / "b")
+    code, content, error = verified(nasctl, "b", "--latency", "1us", "--out", "r.json")
+    assert code == 4 and "the budget is 1 us" in error
+    assert json.loads((workdir / "r.json").read_text()) == content
+    code, _, error = verified(nasctl, "b", "--memory", "2MB")
+    assert code == 4 and "needs 3.0 MB, the budget is 2.0 MB" in error
+
+
+@pytest.mark.usefixtures("stated")
+def test_another_network_under_the_delivered_name_has_exit_code_5(nasctl, workdir):
+    made = small(workdir / "b")
+    model = network()
+    weight = next(t for t in model.graph.initializer if t.dims[:] == [10, 64])
+    weight.raw_data = bytes(len(weight.raw_data))
+    files.write(model, workdir / "other.onnx")
+    bundles.add(made, {"other.onnx": ("model", workdir / "other.onnx")}, model="other.onnx")
+    code, content, error = verified(nasctl, "b")
+    assert code == 5 and "float file = delivered file: outputs differ" in error
+    assert [one["holds"] for one in content["chain"]] == [False]
+
+
+def test_a_changed_bundle_is_refused_before_anything_is_run(nasctl, workdir):
+    small(workdir / "b")
+    (workdir / "b/model.onnx").write_bytes(b"changed")
+    code, content, error = verified(nasctl, "b")
+    assert code == 1 and "is not the file that the manifest lists" in error and not content
+
+
+@pytest.mark.usefixtures("stated")
+def test_engines_are_loaded_only_if_they_are_named(nasctl, workdir, monkeypatch):
+    small(workdir / "b")
+    assert nasctl("build", "b", "--engine", "ort").code == 0
+    name = "model.cpu.onnxruntime.ort"
+    code, content, _ = verified(nasctl, "b", "--engine", name)
+    assert code == 0 and content["file"]["path"] == name
+    assert [(one["name"], one["holds"]) for one in content["chain"]] == [
+        ("model.onnx = engine", True)
+    ]
+    monkeypatch.setattr("deploy.engine.load", lambda path: pytest.fail("loaded"))
+    assert verified(nasctl, "b")[0] == 0
+    code, _, error = verified(nasctl, "b", "--engine", "other")
+    assert code == 1 and f"has no engine 'other'; allowed: engines/{name}" in error
+
+
+@pytest.mark.usefixtures("stated")
+def test_without_its_data_a_bundle_is_verified_but_for_the_metric(nasctl, workdir):
+    made = small(workdir / "b")
+    said = json.loads((workdir / "b/task.json").read_text()) | {"data": "elsewhere/photos"}
+    bundles.add(made, {"task.json": ("task", json.dumps(said).encode())})
+    code, content, _ = verified(nasctl, "b")
+    assert code == 0 and content["metric"] is None
+    assert any("no such data 'elsewhere/photos'" in note for note in content["not_measured"])
+    code, _, error = verified(nasctl, "b", "--data", "nowhere")
+    assert code == 2 and "no such data 'nowhere'" in error
+    assert verified(nasctl, "b", "--data", "digits")[1]["metric"]["class"]["delivered"] > 0.8
+
+
+def test_other_data_than_the_models_judge_nothing(nasctl, workdir):
+    made = small(workdir / "b")
+    said = json.loads((workdir / "b/task.json").read_text()) | {"data_sha256": "0" * 64}
+    bundles.add(made, {"task.json": ("task", json.dumps(said).encode())})
+    code, _, error = verified(nasctl, "b", "--data", "digits")
+    assert code == 1 and "are not the data that the model was made with" in error
+
+
+# ---- the chain -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", sorted(chain.TOLERANCE))
+def test_each_precision_has_its_tolerance(precision):
+    before = {"logits": np.ones((4, 3)), "box": np.full((4, 2), 5.0)}
+    for factor, holds in ((0.9, True), (1.1, False)):
+        after = {**before, "box": before["box"] * (1 + factor * chain.TOLERANCE[precision])}
+        one = chain.link("a = b", precision, before, after)
+        assert one.holds is holds
+        if not holds:
+            with pytest.raises(ParityFailed, match="^a = b: outputs differ"):
+                chain.require([one])
+
+
+def test_values_that_are_not_numbers_never_hold():
+    before = {"logits": np.ones((4, 3))}
+    assert not chain.link("a = b", "int8", before, {"logits": np.full((4, 3), np.nan)}).holds
+
+
+def test_other_outputs_are_no_link():
+    with pytest.raises(ParityFailed, match="outputs are"):
+        chain.link("a = b", "fp32", {"x": np.ones(3)}, {"y": np.ones(3)})
+
+
+@pytest.mark.parametrize(
+    ("observed", "wanted"),
+    [("fp32", "fp32"), ("int8 18, fp32 3", "int8"), ("fp16 2, fp32 1", "fp16"), ("?", "fp32")],
+)
+def test_a_mixture_is_held_to_its_coarsest(observed, wanted):
+    assert chain.coarsest(observed) == wanted
