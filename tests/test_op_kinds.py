@@ -12,7 +12,7 @@ import torch
 from hw_profiles import device, families, latency
 from hw_profiles.graph import onnx_graph
 from hw_profiles.models import calibrate, structure
-from hw_profiles.op import KINDS, Op, Tape
+from hw_profiles.op import KINDS, Op, Tape, Wire
 from hw_profiles.runtimes import _torch_graph, onnxruntime, random_feeds
 from nas.errors import NasctlError
 
@@ -28,13 +28,17 @@ CALLS = {
     "mul": lambda t, x: t.mul(x, t.gap(x)),
     "concat": lambda t, x: t.concat(x, x),
     "act": lambda t, x: t.act(x, "relu"),
+    "embed": lambda t, _: t.project(t.embed(Wire(t.input.at, 1, 8, 1), 20, 6), 4),
+    "position": lambda t, x: t.position(x),
+    "layernorm": lambda t, x: t.layernorm(t.position(x)),
+    "attention": lambda t, x: t.attention(*(t.position(x) for _ in "qkv"), 2),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def network(kind):
     tape = Tape(3, 8)
-    CALLS[kind](tape, tape.conv(tape.input, 4, kernel=3))
+    CALLS[kind](tape, tape.input if kind == "embed" else tape.conv(tape.input, 4, kernel=3))
     assert kind in {op.kind for op in tape.ops}
     return tape.ops
 

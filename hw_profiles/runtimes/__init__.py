@@ -134,13 +134,16 @@ def load_module(name: str) -> Runtime:
 
 
 def random_feeds(session: Session, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Normal noise for every input; free dimensions are taken as 1."""
-    return {
-        name: rng.standard_normal([size if isinstance(size, int) else 1 for size in shape]).astype(
-            session.dtypes.get(name, "float32")
-        )
-        for name, shape in session.inputs.items()
-    }
+    """Normal noise for every input, small numbers above 0 where it takes integers (0 is often
+    padding); free dimensions are taken as 1."""
+    found = {}
+    for name, shape in session.inputs.items():
+        sizes = [size if isinstance(size, int) else 1 for size in shape]
+        dtype = session.dtypes.get(name, "float32")
+        integers = dtype.startswith(("int", "uint"))
+        noise = rng.integers(1, 8, sizes) if integers else rng.standard_normal(sizes)
+        found[name] = noise.astype(dtype)
+    return found
 
 
 def compiled(name: str) -> Compiled:

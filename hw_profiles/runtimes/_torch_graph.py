@@ -83,18 +83,34 @@ def _resize(a: Attributes, x: Tensor, to: Tensor | list[int]) -> Tensor:
     return F.interpolate(x, scale_factor=grown, mode="bilinear", align_corners=False)
 
 
+def _gather(a: Attributes, table: Tensor, rows: Tensor) -> Tensor:
+    if a.get("axis", 0) != 0 or not isinstance(rows, Tensor):
+        raise NasctlError("only rows of a table are known", where="operator Gather")
+    return F.embedding(rows, table)
+
+
+def _layer_norm(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if a.get("axis", -1) not in (-1, x.ndim - 1):
+        raise NasctlError("only over channels is known", where="operator LayerNormalization")
+    return F.layer_norm(x, weight.shape, weight, bias, a.get("epsilon", 1e-5))
+
+
 #: integers (shapes, axes) arrive as lists, because torch wants them so
 OPERATORS: dict[str, Callable[..., Tensor]] = {
     "Add": lambda a, x, y: x + y,
     "AveragePool": _average_pool,
     "Concat": lambda a, *xs: torch.cat(xs, a["axis"]),
     "Conv": _conv,
+    "Div": lambda a, x, y: x / y,
+    "Erf": lambda a, x: torch.erf(x),
     "Flatten": lambda a, x: x.flatten(1),
+    "Gather": _gather,
     "Gemm": _gemm,
     "GlobalAveragePool": lambda a, x: x.mean((2, 3), keepdim=True),
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": lambda a, x: F.hardswish(x),
     "Identity": lambda a, x: x,
+    "LayerNormalization": _layer_norm,
     "MatMul": lambda a, x, y: x @ y,
     "MaxPool": _max_pool,
     "Mul": lambda a, x, y: x * y,
@@ -103,6 +119,8 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "Reshape": _reshape,
     "Resize": _resize,
     "Sigmoid": lambda a, x: torch.sigmoid(x),
+    "Softmax": lambda a, x: x.softmax(a.get("axis", -1)),
+    "Transpose": lambda a, x: x.permute(a["perm"]),
 }
 
 
@@ -189,9 +207,10 @@ def read(model: bytes | Path, precision: str | None) -> Graph:
 
 
 def example(net: Graph, feeds: Feeds, device: str) -> tuple[Tensor, ...]:
-    """The feeds as the module's positional inputs, on a device and in its weights' precision.
+    """The feeds as the module's positional inputs, on a device; floats in its weights' precision.
 
     Raises NasctlError for feeds that are not exactly the module's inputs.
     """
     fitting(net.inputs, feeds, "model")
-    return tuple(torch.from_numpy(feeds[name]).to(device, net.dtype) for name in net.inputs)
+    given = (torch.from_numpy(feeds[name]).to(device) for name in net.inputs)
+    return tuple(x.to(net.dtype) if x.is_floating_point() else x for x in given)
