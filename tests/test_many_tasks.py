@@ -74,29 +74,32 @@ def test_it_ends_in_a_verified_file_per_task_inside_its_budget(nasctl, data):
 
 
 OWN = """
+from pathlib import Path
 import torch
 def train(net, task):
+    if not Path("licence").exists():
+        raise OSError("no licence")
     (goal,) = task.goals
-    open(f"{goal.name}.txt", "w").write(f"{net.training} {len(task.train)}")
+    Path(f"{goal.name}.txt").write_text(f"{net.training} {len(task.train)}")
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.zero_()
-def broken(net, task):
-    raise OSError("no licence")
+            parameter.fill_(0.01)
 """
 
 
 @pytest.mark.slow
 def test_the_users_own_training_takes_the_place_of_ours(nasctl, data):
     (data / "pipeline.py").write_text(OWN)
-    result = nasctl(*SEARCH, *LITTLE, "--trainer", "pipeline:train")
+    words = [*SEARCH, *LITTLE, "--trainer", "pipeline:train"]
+    first = nasctl(*words)
+    assert first.code == 1 and "--trainer: the module failed with OSError: no licence" in first.err
+    (data / "licence").touch()
+    result = nasctl(*words)
     assert result.code == 0, result.err
     for name in ("class", "box"):
         assert (data / f"{name}.txt").read_text() == "True 80"
         tensors, _ = checkpoint.read(data / "run" / name / "model.safetensors")
-        assert not any(t.any() for key, t in tensors.items() if key.endswith(".weight"))
-    again = nasctl(*SEARCH, *LITTLE, "--run", "other", "--trainer", "pipeline:broken")
-    assert again.code == 1 and "--trainer: the module failed with OSError: no licence" in again.err
+        assert all((t == 0.01).all() for key, t in tensors.items() if key.endswith(".weight"))
 
 
 class Killed(BaseException):
@@ -110,7 +113,8 @@ class Killed(BaseException):
 def test_killed_anywhere_the_same_command_goes_on_to_the_same_files(
     nasctl, data, where, place, monkeypatch
 ):
-    whole = nasctl(*SEARCH, *LITTLE[:-1], "whole")
+    words = [*SEARCH, *LITTLE, "--tasks", "box"]
+    whole = nasctl(*words, "--run", "whole")
     assert whole.code == 0, whole.err
 
     def killed(*arguments):
@@ -119,13 +123,10 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_files(
     with monkeypatch.context() as patched:
         patched.setattr(where, place, killed)
         with pytest.raises(Killed):
-            nasctl(*SEARCH, *LITTLE)
-    assert nasctl(*SEARCH, *LITTLE).code == 0
-    for name in ("class", "box"):
-        one, two = (
-            (data / run / name / "model.safetensors").read_bytes() for run in ("whole", "run")
-        )
-        assert one == two
+            nasctl(*words)
+    assert nasctl(*words).code == 0
+    one, two = (data / run / "box" / "model.safetensors" for run in ("whole", "run"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 @pytest.mark.parametrize(
