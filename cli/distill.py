@@ -96,7 +96,11 @@ def prepare(given: dict[str, Any], folder: Path | None) -> Distilling:
     torch.set_num_threads(spec.threads)
     found = teacher.load(spec.teacher)
     name = f"distill-{Path(spec.teacher).name}-{digest(spec.model_dump())[:8]}"
-    return Distilling(spec, Run(folder or Path("runs") / name), found, board)
+    distilling = Distilling(spec, Run(folder or Path("runs") / name), found, board)
+    # whatever is wrong with these is known before any work
+    assert distilling.spaces and distilling.lesson and distilling.key
+    _ = distilling.task
+    return distilling
 
 
 def plan(distilling: Distilling) -> dict[str, Any]:

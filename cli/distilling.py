@@ -10,16 +10,17 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cli import console
-from compress import adamw, inherit, members
+from compress import adamw, finetune, inherit, members
 from compress.adamw import Plan
 from compress.distill import Course, distill
+from compress.finetune import Labelled
 from compress.lessons.relations import Relations
 from compress.members import Member
 from compress.teacher import Teacher
@@ -27,7 +28,7 @@ from hw_profiles import op
 from hw_profiles.device import Device
 from nas import checkpoint, file
 from nas import run as runs
-from nas.data import text
+from nas.data import sentences, text
 from nas.errors import NasctlError, UsageError, unknown
 from nas.recipe import Recipe
 from nas.run import Run
@@ -74,6 +75,14 @@ def make_spec(fields: dict[str, Any]) -> DistilSpec:
         raise UsageError(f"{first['msg']} (got {first['input']!r})", where=flag) from error
 
 
+class Task(NamedTuple):
+    """Labelled sentences as tokens."""
+
+    train: Labelled
+    test: Labelled
+    classes: int
+
+
 @dataclass(frozen=True, eq=False)
 class Distilling:
     """The resolved inputs of a distillation."""
@@ -97,6 +106,20 @@ class Distilling:
     def lesson(self) -> Relations:
         heads = self.spec.relation_heads or self.teacher.net.arch.heads
         return Relations(heads, self.spec.loss)  # type: ignore[arg-type]
+
+    @cached_property
+    def task(self) -> Task | None:
+        """What students are fine-tuned on, if anything."""
+        spec = self.spec
+        if spec.finetune is None or spec.test is None:
+            return None
+        train, test = (sentences.load(Path(path)) for path in (spec.finetune, spec.test))
+        known, parts = sentences.classes(train), []
+        for part, path in ((train, spec.finetune), (test, spec.test)):
+            labels = torch.tensor(sentences.numbers(part, known, path))
+            tokens = finetune.encoded(self.teacher, part.texts, spec.sequence)
+            parts.append(Labelled(tokens, labels))
+        return Task(parts[0], parts[1], len(known))
 
     @cached_property
     def text_key(self) -> str:

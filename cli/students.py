@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from cli import console, measuring
-from cli.distilling import BUNDLE, REPORT, STAGE, Distilling, DistilSpec, described, supernet
+from cli.distilling import BUNDLE, REPORT, STAGE, Distilling, DistilSpec, Task, described, supernet
 from compress import finetune, members, teacher
 from compress.adamw import Plan
-from compress.finetune import Finetuning, Labelled
+from compress.finetune import Finetuning
 from compress.members import Member
 from deploy import onnx as drafts
 from deploy import text as files_of
 from hw_profiles import device, op
 from nas import checkpoint, file, pareto
-from nas.data import sentences
 from nas.elastic import extract
 from nas.errors import NasctlError, UsageError
 from nas.run import Run
@@ -55,7 +54,7 @@ def delivered(distilling: Distilling, students: Sequence[Student]) -> dict[str, 
     """Extract the students, fine-tune them if there is a task, write their files, time them."""
     bundle = distilling.run.path(BUNDLE)
     bundle.mkdir(exist_ok=True)
-    task = _task(distilling)
+    task = distilling.task
     teacher = distilling.teacher.net
     nets: dict[str, Bert] = {"teacher": teacher}
     for student in students:
@@ -94,7 +93,7 @@ def files(content: dict[str, Any]) -> list[str]:
     return [REPORT, *names]
 
 
-def _notes(distilling: Distilling, task: Any) -> list[str]:
+def _notes(distilling: Distilling, task: Task | None) -> list[str]:
     notes = []
     if not distilling.device.local:
         notes.append(f"latency on {distilling.spec.hw}: not measured, multiply-adds only")
@@ -107,25 +106,11 @@ def _costs(distilling: Distilling, arch: Arch) -> list[op.Op]:
     return next(iter(distilling.spaces.values())).ops(arch)
 
 
-def _task(distilling: Distilling) -> tuple[Labelled, Labelled, int] | None:
-    spec = distilling.spec
-    if spec.finetune is None or spec.test is None:
-        return None
-    train, test = (sentences.load(Path(path)) for path in (spec.finetune, spec.test))
-    known = sentences.classes(train)
-    parts = []
-    for part, path in ((train, spec.finetune), (test, spec.test)):
-        labels = torch.tensor(sentences.numbers(part, known, path))
-        tokens = finetune.encoded(distilling.teacher, part.texts, spec.sequence)
-        parts.append(Labelled(tokens, labels))
-    return parts[0], parts[1], len(known)
-
-
 def _tuned(
     distilling: Distilling,
     name: str,
     nets: dict[str, Bert],
-    task: tuple[Labelled, Labelled, int] | None,
+    task: Task | None,
 ) -> float | None:
     """Fine-tune `nets[name]` (replaced); its accuracy on the test sentences."""
     if task is None:

@@ -169,7 +169,7 @@ def test_packing_holds_a_few_lines_in_memory_not_the_text(tmp_path, found, monke
     [
         (b"", "too few for one sequence"),
         (b"the cat\n", "2 tokens in all, too few"),
-        (b"the cat sat\n\xff the dog\n", r"no UTF-8 at byte 12 \(line 2\)"),
+        (b"the cat sat\n\xff the dog\n", "a.txt, line 2: no UTF-8 at byte 12"),
     ],
 )
 def test_bad_text_is_one_line_and_leaves_no_file(tmp_path, found, content, message):

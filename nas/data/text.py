@@ -81,14 +81,19 @@ def _lines(path: Path) -> Iterator[str]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                try:
-                    yield line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise NasctlError(
-                        f"no UTF-8 at byte {at + error.start} (line {number})",
-                        where=str(path),
-                        next="Convert it (iconv -t UTF-8), or leave the file out.",
-                    ) from error
+                yield _decoded(line, f"{path}, line {number}", at)
                 at += len(line)
     except OSError as error:
         raise NasctlError(f"cannot read: {error.strerror}", where=str(path)) from error
+
+
+def _decoded(line: bytes, where: str, at: int) -> str:
+    """`at` is the line's first byte in its file."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise NasctlError(
+            f"no UTF-8 at byte {at + error.start}",
+            where=where,
+            next="Convert it (iconv -t UTF-8), or leave the file out.",
+        ) from error
