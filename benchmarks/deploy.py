@@ -106,6 +106,8 @@ def network(name: str, at: int, data: Images) -> onnx.ModelProto:
     found = space.load(name, channels=data.fit.shape[1], size=SIZE)
     ops = found.ops(found.decode(found.sample(np.random.default_rng(0), at + 1)[at]))
     model = onnx_graph(ops, batch=None)
+    for value in [value for value in model.graph.output if value.name != "output"]:
+        model.graph.output.remove(value)  # of branches that nothing reads
     last = next(node for node in reversed(model.graph.node) if node.op_type == "Gemm")
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     seen = features(model, last, data.fit)

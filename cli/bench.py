@@ -1,5 +1,7 @@
-"""`nasctl bench`: the latency of any ONNX file, by the protocol that tables are made with; as a gate
-in CI, against a budget or an older file."""
+"""`nasctl bench`: the latency of any ONNX file, by the protocol that tables are made with.
+
+Also a gate for CI, against a budget or an older file.
+"""
 
 from __future__ import annotations
 
