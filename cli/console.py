@@ -16,7 +16,7 @@ from nas.errors import UsageError
 UNITS_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
 
-def parse_latency(text: str | None) -> float | None:
+def parse_latency(text: str | None, where: str = "--latency") -> float | None:
     """'5ms', '300us' or '0.1s' in milliseconds; a bare number is refused."""
     if text is None:
         return None
@@ -24,10 +24,10 @@ def parse_latency(text: str | None) -> float | None:
     unit = match[2].replace("µ", "u") if match else ""
     if not match or unit not in UNITS_MS:
         what = f"'{text}' has no unit" if match and not match[2] else f"'{text}' is not a latency"
-        raise UsageError(what, where="--latency", allowed="a number with ms, us or s, as in 5ms")
+        raise UsageError(what, where=where, allowed="a number with ms, us or s, as in 5ms")
     value = float(match[1]) * UNITS_MS[unit]
     if value <= 0:
-        raise UsageError("a budget must be above zero", where="--latency")
+        raise UsageError("a budget must be above zero", where=where)
     return value
 
 

@@ -11,6 +11,8 @@ from nas.errors import NasctlError
 
 REQUIRED = ("torch", "onnx", "onnxruntime", "optuna", "numpy", "safetensors", "scikit-learn")
 
+NEVER_RUN = ("aoti_cuda", "onnxruntime_cuda", "tensorrt", "torch_cuda")  # by those who wrote them
+
 
 def command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -78,6 +80,9 @@ def _runtimes() -> list[dict[str, Any]]:
         missing = runtime.unavailable()
         detail = missing or runtime.version()
         rows.append({"ok": None if missing else True, "what": f"runtime {name}", "detail": detail})
+    untried = ", ".join(name for name in runtimes.names() if name in NEVER_RUN)
+    detail = f"{untried}: our code for them never ran on a GPU; verify what it builds"
+    rows.append({"ok": None, "what": "engines", "detail": detail})
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ def backend(on: str, setting: Setting, seed: int, folder: Path, pace: Pace) -> M
             digest(ops): onnx_graph(ops, batch=setting.batch).SerializeToString()
             for ops in networks
         }
-        found = _on_board(models, on, setting, plan, seed, folder / "remote")
+        found = on_board(models, on, _demanded(setting), plan, seed, folder / "remote")
         return Group([found.timings[digest(ops)] for ops in networks], found.reference_ms)
 
     return there
@@ -112,16 +113,21 @@ def timer(
     def there(paths: Sequence[Path]) -> list[Timing]:
         models = {str(place): path.read_bytes() for place, path in enumerate(paths)}
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nasctl"
-        found = _on_board(models, on, setting, plan, seed, cache)
+        found = on_board(models, on, _demanded(setting), plan, seed, cache)
         return [found.timings[str(place)] for place in range(len(paths))]
 
     return here if on == LOCAL else there
 
 
-def _on_board(
+def _demanded(setting: Setting) -> Setting:
+    """For graphs of ours, which are fp32 as they are: anything else must be demanded."""
+    return replace(setting, precision=None) if setting.precision == "fp32" else setting
+
+
+def on_board(
     models: dict[str, bytes], on: str, setting: Setting, plan: Plan, seed: int, folder: Path
 ) -> RemoteResult:
-    """Serialised fp32 graphs by name, timed in one session on the board at `on`; a lost connection
+    """Serialised models by name, timed in one session on the board at `on`; a lost connection
     goes on from `folder`."""
     from hw_profiles import measure
     from hw_profiles.remote import over_ssh, ssh
@@ -133,8 +139,7 @@ def _on_board(
         plan=plan,
         threads=setting.threads,
         runtime=setting.runtime,
-        # the graphs are fp32 as they are; anything else must be demanded
-        precision=None if setting.precision == "fp32" else setting.precision,
+        precision=setting.precision,
         seed=seed,
     )
     return over_ssh.measure_models(ssh.parse(on), parcel, workdir=folder)

@@ -199,7 +199,8 @@ class Choice:
 
 def fastest(variants: Sequence[Variant]) -> Choice:
     """The fastest variant inside the bound; the float one unless another is faster by more than
-    both spreads, because what cannot be told apart is not worth an approximation."""
+    both spreads and beyond doubt, because what cannot be told apart is not worth an approximation.
+    """
     plain = variants[0]
     best, why = plain, []
     for variant in sorted(variants[1:], key=lambda v: v.timing.median_ms):
@@ -209,6 +210,8 @@ def fastest(variants: Sequence[Variant]) -> Choice:
         doubt = (plain.timing.spread_ms + variant.timing.spread_ms) / 2
         if not variant.spent <= 1:
             told += f", but spends {variant.spent:.2f} of the accuracy bound"
+        elif plain.timing.noisy or variant.timing.noisy:
+            told += ", but the machine was busy: such a figure decides nothing"
         elif gain <= doubt:
             told += ", which is not faster beyond the spread" if ratio >= 1 else ", slower"
         elif best is plain:

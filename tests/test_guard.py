@@ -133,8 +133,8 @@ def test_the_relative_error_is_that_of_the_worst_output():
 # ---- the speed guard -----------------------------------------------------------------------------
 
 
-def variant(name, ms, spent=0.0, spread=0.02):
-    return Variant(name, spent, Timing(ms, spread, ms, ms, ms, 10))
+def variant(name, ms, spent=0.0, spread=0.02, noisy=""):
+    return Variant(name, spent, Timing(ms, spread, ms, ms, ms, 10, noisy))
 
 
 @pytest.mark.parametrize(
@@ -147,6 +147,7 @@ def variant(name, ms, spent=0.0, spread=0.02):
         ([variant("a", 0.99, 0.1)], "float", "not faster beyond the spread"),
         ([variant("a", 0.6), variant("b", 0.5)], "b", "a: .* slower than b"),
         ([variant("a", 0.6), variant("b", 0.5, 2.0)], "a", "b: .* but spends"),
+        ([variant("a", 0.5, noisy="busy")], "float", "busy: such a figure decides nothing"),
         ([], "float", "float is kept"),
     ],
 )

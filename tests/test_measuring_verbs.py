@@ -10,7 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cli import bench
+from hw_profiles.graph import onnx_graph
 from hw_profiles.latency import LatencyTable
+from hw_profiles.op import Tape
+from hw_profiles.protocol import Timing
+from nas.errors import BudgetMissed
 from tests import sshd
 from tests.test_boards import write_model
 
@@ -147,3 +152,46 @@ def test_help_takes_the_space_it_is_for(nasctl, workdir):
     assert done.code == 2 and "--space" in done.err
     done = nasctl("profile", "--hw", "jetson-tx2", "--on", "files:")
     assert done.code == 2 and "files:FOLDER" in done.err
+
+
+# ---- bench as a gate -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "budget", "said"),
+    [
+        (1.0, None, None, None),
+        (1.0, None, 1.5, None),
+        (1.6, None, 1.5, "took 1.6 ms, the budget is 1.5 ms"),
+        (1.0, 1.2, None, None),
+        (1.01, 1.0, None, None),  # no more than a file differs from itself
+        (1.3, 1.0, None, "took 1.3 ms, the older file 1 ms"),
+        (1.3, 1.0, 1.2, "the budget is 1.2 ms"),
+    ],
+)
+def test_a_gate_is_closed_by_budget_and_by_a_faster_older_file(new, old, budget, said):
+    def timing(ms):
+        return Timing(ms, 0.01, ms, ms, ms, 9)
+
+    older = None if old is None else timing(old)
+    if said is None:
+        bench._require(timing(new), older, budget, "new.onnx")
+        return
+    with pytest.raises(BudgetMissed, match=f"^new.onnx: .*{said}"):
+        bench._require(timing(new), older, budget, "new.onnx")
+
+
+@pytest.mark.slow
+def test_bench_against_a_smaller_network_closes_the_gate(nasctl, workdir):
+    for name, channels in (("new.onnx", 64), ("old.onnx", 8)):
+        tape = Tape(3, 32)
+        tape.conv(tape.conv(tape.input, channels, kernel=3), channels, kernel=3)
+        (workdir / name).write_bytes(onnx_graph(tape.ops).SerializeToString())
+    gate = ("bench", "new.onnx", "--against", "old.onnx", "--duration", "4s", "--json")
+    outcome = nasctl(*gate)
+    assert outcome.code == 4 and "the older file" in outcome.err
+    found = json.loads(outcome.out)
+    assert found["against"]["change"] > 0.5
+    assert found["against"]["median_ms"] < found["median_ms"]
+    assert nasctl("bench", "old.onnx", "--budget", "1us", "--duration", "2s").code == 4
+    assert nasctl("bench", "old.onnx", "--budget", "2").code == 2

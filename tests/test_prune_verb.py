@@ -17,7 +17,8 @@ import torch
 
 from cli import measuring, prune
 from compress.history import History
-from deploy import onnx
+from deploy import bundle as bundles
+from deploy import interface, onnx
 from hw_profiles import device
 from hw_profiles.protocol import Timing
 from hw_profiles.runtimes import onnxruntime
@@ -144,6 +145,11 @@ def test_a_network_of_two_tasks_of_ones_own(mine, nasctl, workdir):
     for name, value in zip(session.outputs, found, strict=True):
         with torch.no_grad():
             assert np.abs(value - net.eval()(images)[name].numpy()).max() < 1e-4
+    made = bundles.read(workdir / "r/bundle")
+    assert set(made.of("model")) == {"model.onnx", "unpruned.onnx"}
+    said = interface.read(made.path("task.json"))
+    assert list(said.outputs) == list(session.outputs) and said.shape == tuple(images.shape[1:])
+    assert said.data_sha256 == mine.task().fingerprint
     assert json.loads(nasctl(*words, "--run", "r", "--json").out) == report  # not repeated
     shown = nasctl("report", "r")
     assert shown.code == 0 and "quadrant, test" in shown.out

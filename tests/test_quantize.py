@@ -8,9 +8,11 @@ from onnx import numpy_helper
 from compress import quantize
 from compress.guard import relative_error
 from compress.quantize import Scheme
+from deploy import chain
 from hw_profiles.graph import onnx_graph
 from hw_profiles.op import Tape
 from hw_profiles.runtimes import onnxruntime
+from nas import space
 from nas.errors import NasctlError, UsageError
 
 
@@ -205,3 +207,19 @@ def test_models_that_are_not_float_are_refused(u8):
 def test_int8_files_are_valid_onnx(u8, s8):
     for model in (u8, s8):
         onnx.checker.check_model(model, full_check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", ["u8", "s8"])
+@pytest.mark.parametrize("name", ["resnet", "mobilenet", "fbnet", "nasbench201"])
+def test_networks_of_every_image_space_in_int8_run_and_stay_near(name, activations):
+    found = space.load(name, size=32)
+    genes = found.sample(np.random.default_rng(4), 1)[0]
+    model = quantize.prepared(onnx_graph(found.ops(found.decode(genes)), batch=None))
+    rng = np.random.default_rng(0)
+    some = [{"input": rng.standard_normal((8, 3, 32, 32)).astype(np.float32)} for _ in range(2)]
+    scheme = Scheme(activations)
+    twin = quantize.int8(model, quantize.calibrate(model, some, scheme), scheme)
+    error = relative_error(answers(model, some), answers(twin, some))
+    assert 0 < error < chain.TOLERANCE["int8"]
+    assert twin.ByteSize() < 0.6 * model.ByteSize()
