@@ -69,7 +69,7 @@ def judge(interface: Interface, data: str | None) -> Judge:
         single = tasks.load(reference, size=interface.data_size)
         fingerprint, task = single.fingerprint, multitask.single(single, single.size)
     else:
-        task = multitask.load(reference, size=interface.data_size)
+        task = multitask.load(reference, size=interface.data_size).only(interface.goals)
         fingerprint = task.fingerprint
     if fingerprint != interface.data_sha256:
         raise NasctlError(
@@ -77,7 +77,7 @@ def judge(interface: Interface, data: str | None) -> Judge:
             where=f"--data {reference}",
             next=f"They were at {interface.data}; nothing is judged or calibrated by others.",
         )
-    return Judge(task.only(interface.goals), interface)
+    return Judge(task, interface)
 
 
 def runner(

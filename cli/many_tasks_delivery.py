@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from cli import console
+from cli import bundling, console
 from cli import many_tasks_stages as stages
 from cli.many_tasks_stages import Job
-from deploy import onnx, verify
+from deploy import interface, onnx, verify
 from hw_profiles import measure, op
 from hw_profiles.latency import LatencyTable
 from nas import checkpoint, file, multitask
@@ -67,12 +67,30 @@ def delivered(
         checkpoint.write(own.path(WEIGHTS), net.state_dict(), {})
         row = _row(job, table, net, finalist, task)
         own.write_json(RESULT, row)
+        _seal(job, name, task, row)
 
     files = [f"{name}/{part}" for part in (MODEL, WEIGHTS, RESULT)]
     stages.staged(job.run, f"deliver {name}", key, files, work)
     own.path(OWN_STATE).unlink(missing_ok=True)
     found: dict[str, Any] = own.read_json(RESULT)
     return found
+
+
+def _seal(job: Job, name: str, task: MultiTask, row: dict[str, Any]) -> None:
+    """The task's folder as a bundle, for `quantize`, `build` and `verify`."""
+    given = interface.of_tasks(task, job.spec.data, job.spec.size)
+    arch = {"space": job.spec.space, "genes": row["genes"], "arch": row["arch"]}
+    report = {**row, "budget": {"latency_ms": job.spec.latency_ms.get(name)}}
+    bundling.seal(
+        job.own(name).path(bundling.FOLDER),
+        bundling.Contents(
+            given.model_copy(update={"outputs": (ONLY,)}),
+            arch,
+            report,
+            task.train.images,
+            job.device,
+        ),
+    )
 
 
 def _pick(

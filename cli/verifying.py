@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from deploy import engine as engines
 from deploy import verify as deployed
 from deploy.bundle import Bundle
 from deploy.chain import Link, Outputs
-from hw_profiles import runtimes
+from hw_profiles import processes, runtimes
 from hw_profiles.device import Device
 from hw_profiles.measure import Plan, Setting
 from nas import checkpoint, file
@@ -127,7 +125,7 @@ def _before(named: Path, inputs: np.ndarray, expected: Outputs) -> tuple[list[Li
         return [], ["supernet = extracted = ONNX: the run's weights are not here"]
     _, meta = checkpoint.read(weights)
     if not meta or "network" not in checkpoint.description(meta, weights):
-        return [], ["network = ONNX: of a pruned network it was compared when it was written"]
+        return [], ["network = ONNX: it was compared when the file was written"]
     import torch
 
     from cli import child, training
@@ -179,8 +177,7 @@ def _measured(delivered: Delivered, asked: Asked, inputs: np.ndarray) -> dict[st
 
 def memory(delivered: Delivered, inputs: np.ndarray) -> int:
     """Bytes by which a fresh process that has the libraries grows for this model."""
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+    with processes.fresh() as pool:
         return pool.submit(_grown, delivered, inputs).result()
 
 

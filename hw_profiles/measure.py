@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
 import random
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from hw_profiles import alignment, protocol, runtimes
+from hw_profiles import alignment, processes, protocol, runtimes
 from hw_profiles.alignment import Alignment
 from hw_profiles.graph import onnx_graph
 from hw_profiles.op import Op, Tape
@@ -131,26 +127,13 @@ def fresh_session(
     (2 to 7 % here), for as long as it lives: several processes average that, one never does. So
     this one's pace may differ by as much from that of others.
     """
-    fresh = multiprocessing.get_context("spawn")
     seed = int(rng.integers(2**63))
-    with ProcessPoolExecutor(1, mp_context=fresh, initializer=_end_with_parent) as pool:
+    with processes.fresh() as pool:
         known = math.inf if pace is None else pace.ms * (1 + protocol.PROCESSES_DIFFER)
         session = pool.submit(_session, list(networks), setting, seed, plan, known).result()
     if pace is not None:
         pace.ms = min(pace.ms, session.pace_ms)
     return session
-
-
-def _end_with_parent() -> None:
-    """A worker holds both ends of its queue, so it would wait for ever for a killed parent."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _session(

@@ -15,7 +15,6 @@ import os
 import pickle
 import signal
 import sys
-import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -30,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hw_profiles import lines
+from hw_profiles import lines, processes
 from nas import proxies as shipped
 from nas.elastic import Network, channels_last, resize
 from nas.errors import NasctlError
@@ -182,20 +181,13 @@ _worker: dict[str, Any] = {}  # what a process was given: its job and its device
 
 
 def _begin(here: str, payload: bytes, turns: Any) -> None:
-    """In each new process. Ends it with its parent, however that ends."""
+    """In each new process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    processes.end_with_parent()
     torch.set_num_threads(1)
     sys.path.append(here)  # a space or proxy of the user's own
     # bytes of the parent's own, never a file's; loaded here because the path had to be set first
     _worker.update(job=pickle.loads(payload), device=turns.get())
-
-
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
 
 
 def _in_worker(task: tuple[Key, tuple[str, ...]]) -> dict[str, Score]:
