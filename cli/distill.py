@@ -178,4 +178,4 @@ def say_outcome(content: dict[str, Any], folder: Path) -> None:
     console.show(table)
     for line in content["notes"]:
         console.say(line, "note")
-    console.say(str(folder / "bundle"), "files")
+    console.say(str(folder / "students"), "files")

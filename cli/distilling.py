@@ -35,7 +35,7 @@ from nas.run import Run
 from nas.sampling import sandwich
 from nas.search_spaces.bert import Arch, Bert, Grid, Space, within
 
-STAGE, REPORT, TEXT, BUNDLE = "distill", "report.json", "text.bin", "bundle"
+STAGE, REPORT, TEXT, STUDENTS = "distill", "report.json", "text.bin", "students"
 HELD_OUT = 0.05  # of the sequences, at the end of the text
 MOST_HELD_OUT = 512
 RANKED_AT_ONCE = 64
@@ -203,7 +203,7 @@ def forget(distilling: Distilling) -> None:
         for kind in (".state", ".safetensors", ".members.jsonl"):
             distilling.run.path(name + kind).unlink(missing_ok=True)
     distilling.run.path(TEXT).unlink(missing_ok=True)
-    shutil.rmtree(distilling.run.path(BUNDLE), ignore_errors=True)
+    shutil.rmtree(distilling.run.path(STUDENTS), ignore_errors=True)
 
 
 # ---- text, training, ranking ---------------------------------------------------------------------

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from cli import console, measuring
-from cli.distilling import BUNDLE, REPORT, STAGE, Distilling, DistilSpec, Task, described, supernet
+from cli.distilling import (
+    REPORT,
+    STAGE,
+    STUDENTS,
+    Distilling,
+    DistilSpec,
+    Task,
+    described,
+    supernet,
+)
 from compress import finetune, members, teacher
 from compress.adamw import Plan
 from compress.finetune import Finetuning
@@ -52,8 +61,8 @@ def knee(distilling: Distilling, name: str, listed: Sequence[Member]) -> Student
 
 def delivered(distilling: Distilling, students: Sequence[Student]) -> dict[str, Any]:
     """Extract the students, fine-tune them if there is a task, write their files, time them."""
-    bundle = distilling.run.path(BUNDLE)
-    bundle.mkdir(exist_ok=True)
+    folder = distilling.run.path(STUDENTS)
+    folder.mkdir(exist_ok=True)
     task = distilling.task
     teacher = distilling.teacher.net
     nets: dict[str, Bert] = {"teacher": teacher}
@@ -64,7 +73,7 @@ def delivered(distilling: Distilling, students: Sequence[Student]) -> dict[str, 
         ).eval()
     accuracies = {name: _tuned(distilling, name, nets, task) for name in nets}
     for student in students:
-        path = bundle / f"{student.name}.safetensors"
+        path = folder / f"{student.name}.safetensors"
         checkpoint.write(path, nets[student.name].state_dict(), {})
     written = _files(distilling, nets) if task else {}
     latencies = _latencies(distilling, nets)
@@ -88,7 +97,7 @@ def delivered(distilling: Distilling, students: Sequence[Student]) -> dict[str, 
 def files(content: dict[str, Any]) -> list[str]:
     """Of a report: what the run's manifest watches."""
     names = [
-        f"{BUNDLE}/{r['name']}.safetensors" for r in content["students"] if r["loss"] is not None
+        f"{STUDENTS}/{r['name']}.safetensors" for r in content["students"] if r["loss"] is not None
     ]
     return [REPORT, *names]
 
@@ -98,7 +107,7 @@ def _notes(distilling: Distilling, task: Task | None) -> list[str]:
     if not distilling.device.local:
         notes.append(f"latency on {distilling.spec.hw}: not measured, multiply-adds only")
     if task is None:
-        notes.append("no --finetune: the bundle holds weights of encoders, no ONNX file")
+        notes.append("no --finetune: there are weights of encoders, no ONNX file")
     return notes
 
 
@@ -137,7 +146,7 @@ def _files(distilling: Distilling, nets: dict[str, Bert]) -> dict[str, dict[str,
     found = {}
     for name, net in nets.items():
         plain, small = (
-            distilling.run.path(f"{BUNDLE}/{name}{kind}") for kind in (".onnx", ".int8.onnx")
+            distilling.run.path(f"{STUDENTS}/{name}{kind}") for kind in (".onnx", ".int8.onnx")
         )
         files_of.export(net, plain)
         generator = torch.Generator().manual_seed(0)

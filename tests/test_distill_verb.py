@@ -83,7 +83,7 @@ def test_a_run_ends_in_a_ranking_and_a_student_of_each_sub_space(finished):
     for name in ("tiny", "base"):
         listed = (finished / f"{name}.members.jsonl").read_text().splitlines()
         assert len(listed) == report["subspaces"][name]["students"]
-        assert (finished / "bundle" / f"{name}.safetensors").is_file()
+        assert (finished / "students" / f"{name}.safetensors").is_file()
     assert not list(finished.glob("*.state"))
 
 
@@ -104,7 +104,7 @@ def test_with_a_task_it_ends_in_files_that_do_what_the_report_says(inputs, tmp_p
         assert row["accuracy"] > 0.8
         assert row["files"]["differs_by"] < 1e-4
         assert row["files"]["int8"]["bytes"] < row["files"]["onnx"]["bytes"]
-        session = onnxruntime.load(run / "bundle" / f"{row['name']}.onnx")
+        session = onnxruntime.load(run / "students" / f"{row['name']}.onnx")
         assert session.inputs == {"input": ("batch", "tokens")}
 
 
@@ -217,7 +217,7 @@ def test_killed_anywhere_the_same_command_ends_in_the_same_bytes(inputs, tmp_pat
         process.send_signal(signal.SIGKILL)
         process.wait()
     subprocess.run(command(killed), env=environment, check=True, capture_output=True)
-    for name in ("tiny.safetensors", "base.safetensors", "bundle/tiny.safetensors"):
+    for name in ("tiny.safetensors", "base.safetensors", "students/tiny.safetensors"):
         assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     losses = [
         [json.loads(line)["loss"] for line in (run / "base.members.jsonl").read_text().splitlines()]
