@@ -13,11 +13,13 @@ Not here: trained networks (`nasctl quantize` on a run), NNCF's accuracy control
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,32 +63,23 @@ class Images:
         return self.held[which::2], self.held_labels[which::2]
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     flags = contract.parser(__doc__)
     flags.add_argument("--networks", type=int, default=2, help="of each space")
-    flags.add_argument("--spaces", nargs="*", default=space.names())
-    arguments = flags.parse_args()
+    of_images = [name for name in space.names() if space.load(name).reads == "images"]
+    flags.add_argument("--spaces", nargs="*", choices=of_images, default=of_images)
+    arguments = flags.parse_args(argv)
     outcome = contract.Outcome("deploy")
     folder = None if arguments.quick else contract.data("cifar10")
     if folder is None and not arguments.quick:
         return outcome.skip("NASCTL_DATA/cifar10 is absent")
     names = ["resnet"] if arguments.quick else arguments.spaces
-    count = 1 if arguments.quick else arguments.networks
     rows_path = contract.RESULTS / "deploy.rows.jsonl"
     rows = contract.Rows(Path(tempfile.mkdtemp()) / "rows" if arguments.quick else rows_path)
-    data: Images | None = None
-    found = []
-    for name in names:
-        for at in range(count):
-            for runtime in RUNTIMES[: 1 if arguments.quick else None]:
-                key = {"space": name, "network": at, "runtime": runtime, "version": 1}
-                row = rows.get(key)
-                if row is None:
-                    data = data or images(tasks.load(str(folder or "digits")), arguments.quick)
-                    row = measured(name, at, runtime, data, 1 if arguments.quick else PROCESSES)
-                    if not any(one["noisy"] for one in row["files"].values()):
-                        rows.add(key, row)  # what is in doubt is measured again the next time
-                found.append((key, row))
+    work = Work(str(folder or "digits"), rows, arguments.quick)
+    places = range(1 if arguments.quick else arguments.networks)
+    engines = RUNTIMES[: 1 if arguments.quick else None]
+    found = [work.row(*each) for each in itertools.product(names, places, engines)]
     lines = [line for key, row in found for line in table_lines(key, row)]
     print(contract.table(HEADER, lines))
     clean = [row for _, row in found if not any(one["noisy"] for one in row["files"].values())]
@@ -94,6 +87,30 @@ def main() -> int:
     if clean:
         figures(outcome, clean)
     return outcome.finish(arguments.save)
+
+
+@dataclass
+class Work:
+    """Where rows come from."""
+
+    data: str
+    rows: contract.Rows
+    quick: bool
+
+    @cached_property
+    def images(self) -> Images:
+        return images(tasks.load(self.data), self.quick)
+
+    def row(self, name: str, at: int, runtime: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Its key, and what is known or measured now. What is in doubt is measured again the next
+        time."""
+        key = {"space": name, "network": at, "runtime": runtime, "version": 1}
+        row = self.rows.get(key)
+        if row is None:
+            row = measured(name, at, runtime, self.images, 1 if self.quick else PROCESSES)
+            if not any(one["noisy"] for one in row["files"].values()):
+                self.rows.add(key, row)
+        return key, row
 
 
 def images(task: Task, quick: bool) -> Images:

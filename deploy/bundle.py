@@ -180,16 +180,17 @@ def pack(bundle: Bundle, path: Path) -> None:
         with zipfile.ZipFile(part, "w") as archive:
             archive.writestr(_entry(MANIFEST), _text(manifest))
             for name in members:
-                with (
-                    archive.open(_entry(name), "w") as out,
-                    (bundle.folder / name).open("rb") as of,
-                ):
-                    shutil.copyfileobj(of, out)
+                _store(archive, name, bundle.folder / name)
         part.replace(path)
     except OSError as error:
         raise NasctlError(f"cannot write: {error.strerror}", where=str(path)) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _store(archive: zipfile.ZipFile, name: str, path: Path) -> None:
+    with archive.open(_entry(name), "w") as out, path.open("rb") as content:
+        shutil.copyfileobj(content, out)
 
 
 def unpack(archive: Path, folder: Path, *, limit: int = LIMIT) -> Bundle:
@@ -207,18 +208,27 @@ def unpack(archive: Path, folder: Path, *, limit: int = LIMIT) -> Bundle:
             if entries.keys() != manifest.members.keys():
                 odd = sorted(entries.keys() ^ manifest.members.keys())[0]
                 raise NasctlError(f"'{odd}' is not both listed and there", where=str(archive))
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-                whole = Path(made) / "bundle"
-                for name, entry in entries.items():
-                    _extract(found, entry, whole / name, manifest.members[name].bytes)
-                _write(whole, manifest)
-                bundle = read(whole)
-                whole.rename(folder)
+            return _unfold(found, entries, manifest, folder)
     except OSError as error:
         raise NasctlError(f"cannot unpack: {error.strerror}", where=str(archive)) from error
     except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
         raise NasctlError(f"is no archive of a bundle ({error})", where=str(archive)) from error
+
+
+def _unfold(
+    archive: zipfile.ZipFile,
+    entries: Mapping[str, zipfile.ZipInfo],
+    manifest: Manifest,
+    folder: Path,
+) -> Bundle:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+        whole = Path(made) / "bundle"
+        for name, entry in entries.items():
+            _extract(archive, entry, whole / name, manifest.members[name].bytes)
+        _write(whole, manifest)
+        bundle = read(whole)
+        whole.rename(folder)
     return Bundle(folder, bundle.manifest)
 
 

@@ -216,8 +216,8 @@ def test_each_part_keeps_its_source_and_its_interval():
 
 
 def test_unknown_operator_is_an_error_and_never_zero(fitted):
-    with pytest.raises(NasctlError, match="unknown operator 'attention'; allowed: "):
-        fitted.columns(Op("attention", 8, 8, 4, 4))
+    with pytest.raises(NasctlError, match="unknown operator 'swirl'; allowed: "):
+        fitted.columns(Op("swirl", 8, 8, 4, 4))
     with pytest.raises(NasctlError, match="no latency for operator 'add'"):
         mixed().columns(Op("add", 8, 8, 4, 4))
     unseen = fitted.columns(Op("mul", 8, 8, 4, 4))
@@ -235,8 +235,8 @@ def test_fit_refuses_too_few_networks_and_unknown_operators():
     ops = networks(1)[0]
     with pytest.raises(NasctlError, match=f"1 different.*at least {MIN_NETWORKS}"):
         fit([(ops, 1.0)] * 50, bare(), space="s", source_text="x")
-    odd = [([Op("attention", at, at, 1, 1)], 1.0) for at in range(1, 20)]
-    with pytest.raises(NasctlError, match="unknown operator 'attention'"):
+    odd = [([Op("swirl", at, at, 1, 1)], 1.0) for at in range(1, 20)]
+    with pytest.raises(NasctlError, match="unknown operator 'swirl'"):
         fit(odd, bare(), space="s", source_text="x")
 
 
