@@ -33,7 +33,7 @@ def command(
     from hw_profiles import device
 
     board = device.load(hw)
-    with bundling.opened(model) as bundle:
+    with bundling.opened(model, changes=not commands) as bundle:
         if commands:
             return print(building.trtexec(bundle, member))
         car = building.build(bundle, board, engine, member, precision, threads)

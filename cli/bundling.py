@@ -19,7 +19,7 @@ from deploy.interface import Interface
 from hw_profiles.device import Device
 from nas import file
 from nas.elastic import resize
-from nas.errors import NasctlError
+from nas.errors import NasctlError, UsageError
 
 FOLDER, FLOAT, ARCH, REPORT = "bundle", "model.onnx", "arch.json", "report.json"
 SAMPLES = 64  # images in the bundle, of training data
@@ -71,9 +71,17 @@ def fed(of: Interface, images: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Bundle]:
+def opened(path: Path, *, changes: bool = False) -> Iterator[Bundle]:
     """The verified bundle that a run's folder, a bundle's or an archive names; an archive is
-    unfolded for as long as it is used. Raises NasctlError for anything else."""
+    unfolded for as long as it is used, so it is no place for `changes`. Raises NasctlError for
+    anything else."""
+    path = path.resolve()  # "." has no name and no parent
+    if path.suffix == ".zip" and changes:
+        raise UsageError(
+            "an archive cannot be added to",
+            where=str(path),
+            next=f"Unpack it first: python -m zipfile -e {path.name} FOLDER",
+        )
     if path.suffix == ".zip":
         with tempfile.TemporaryDirectory() as folder:
             yield bundle.unpack(path, Path(folder) / FOLDER)

@@ -84,20 +84,26 @@ def cut(training: Training, net: Network, genes: Genes) -> tuple[Network, float]
 
     Raises ParityFailed if that is more than float rounding explains.
     """
-    space, arch = training.space, training.space.decode(genes)
-    calibration = supernet.calibration_images(training.task)
-    x = resize(calibration[:COMPARED], arch.resolution)
-    net.eval()
-    inside = net(x, arch)
-    small = channels_last(extract(net, space.build(arch)))
-    error = float((small(x) - inside).abs().max() / inside.abs().max().clamp_min(1e-12))
+    small, error = extracted(training, net, genes)
     if not error <= PARITY:
         raise ParityFailed(
             f"the extracted network differs from the supernet by {error:.1e} of its largest output",
             where=str(training.supernet_path),
             allowed=f"up to {PARITY:.0e}",
         )
-    return supernet.calibrate(small, calibration, arch.resolution), error
+    calibration = supernet.calibration_images(training.task)
+    return supernet.calibrate(small, calibration, small.arch.resolution), error
+
+
+@torch.no_grad()
+def extracted(training: Training, net: Network, genes: Genes) -> tuple[Network, float]:
+    """The stand-alone network of `genes` with the supernet's own statistics, and how far its
+    outputs are from the supernet's, as a share of the largest."""
+    space, arch = training.space, training.space.decode(genes)
+    x = resize(supernet.calibration_images(training.task)[:COMPARED], arch.resolution)
+    inside = net.eval()(x, arch)
+    small = channels_last(extract(net, space.build(arch))).eval()
+    return small, float((small(x) - inside).abs().max() / inside.abs().max().clamp_min(1e-12))
 
 
 def cost(space: SearchSpace, genes: Genes) -> dict[str, int]:

@@ -14,6 +14,7 @@ from cli import bundling
 from deploy.interface import Interface
 from hw_profiles import runtimes
 from nas import multitask, tasks
+from nas.data import module
 from nas.data.examples import Examples
 from nas.errors import NasctlError
 from nas.multitask import MultiTask
@@ -62,8 +63,15 @@ class Judge:
 def judge(interface: Interface, data: str | None) -> Judge:
     """The data that a bundle was made with, at `data` if they are not where they were.
 
-    Raises NasctlError for other data than those.
+    Raises NasctlError for other data than those, and for data that are code, which nobody but the
+    user names: a bundle may be a stranger's.
     """
+    if data is None and module.is_reference(interface.data):
+        raise NasctlError(
+            "the data are code, which is not run because a bundle says so",
+            where=interface.data,
+            next=f"Name it yourself: --data {interface.data}",
+        )
     reference = data or interface.data
     if interface.classification:
         single = tasks.load(reference, size=interface.data_size)
@@ -84,12 +92,16 @@ def runner(
     model: bytes | Path, runtime: str, *, threads: int = 1, precision: str | None = None
 ) -> Run:
     """A file in a runtime of this machine."""
-    module = runtimes.load_module(runtime)
-    session = module.load(model, threads=threads, precision=precision)
+    library = runtimes.load_module(runtime)
+    session = library.load(model, threads=threads, precision=precision)
     (name,) = session.inputs
+    alone = session.inputs[name][0] == 1  # engines are compiled for one input at a time
 
     def run(inputs: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(zip(session.outputs, module.run(session, {name: inputs}), strict=True))
+        parts = np.split(inputs, len(inputs)) if alone else [inputs]
+        found = [library.run(session, {name: part}) for part in parts]
+        outputs = (np.concatenate(each) for each in zip(*found, strict=True))
+        return dict(zip(session.outputs, outputs, strict=True))
 
     return run
 

@@ -34,7 +34,7 @@ def command(
 
     board = device.load(hw)
     asked = quantizing.Asked(board, on, max_drop, calibration, images, seed)
-    with bundling.opened(model) as bundle:
+    with bundling.opened(model, changes=True) as bundle:
         content = quantizing.quantize(quantizing.prepare(bundle, asked, data))
         if json:
             return console.emit_json(content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from compress.guard import Guard, Guarded, Variant
 from compress.quantize import Feeds, Scheme
 from compress.record import Record
 from deploy import bundle as bundles
+from deploy import engine as engines
 from deploy import onnx as files
 from deploy.bundle import Bundle
 from hw_profiles import runtimes
@@ -112,10 +113,19 @@ def quantize(job: Job) -> dict[str, Any]:
         if delivered != FLOAT and found[delivered].spent <= 1:
             members[INT8] = ("model", paths[delivered])
         delivers = INT8 if chosen and INT8 in members else FLOAT
-        bundles.add(job.bundle, members, model=delivers)
+        bundles.add(job.bundle, members, model=delivers, drop=_stale(job.bundle, members))
     for left in _records(job.bundle).parent.glob(f"{_records(job.bundle).name}*"):
         left.unlink()
     return content
+
+
+def _stale(bundle: Bundle, members: Collection[str]) -> list[str]:
+    """What an earlier INT8 file leaves: itself, if there is none now, and engines built from it."""
+    found = [] if INT8 in members or INT8 not in bundle.manifest.members else [INT8]
+    for name in bundle.of("engine"):
+        if engines.read(bundle.folder / name).model == INT8:
+            found += [name, engines.beside(Path(name)).as_posix()]
+    return found
 
 
 def _variants(job: Job) -> list[str]:
@@ -140,8 +150,10 @@ def _guarded(job: Job, name: str) -> Guarded:
         outputs = judging.runner(model.SerializeToString(), job.runtime)
         return [list(outputs(next(iter(batch.values()))).values()) for batch in batches]
 
-    asked = {**asdict(job.asked), "board": job.asked.board.name}
-    key = digest([asked, name, file.sha256(job.bundle.path(FLOAT)), job.judge.task.fingerprint])
+    board = job.asked.board.model_dump(mode="json")
+    judged_by = [job.runtime, runtimes.load_module(job.runtime).version()]
+    asked = [{**asdict(job.asked), "board": board}, judged_by, name]
+    key = digest([*asked, file.sha256(job.bundle.path(FLOAT)), job.judge.task.fingerprint])
     record = Record(Path(f"{_records(job.bundle)}.{key[:16]}.jsonl"), key)
     scheme = Scheme("s8" if name == "s8" else "u8", job.asked.calibration)
     always = int8.depthwise(job.plain) if name == DEPTHWISE else ()

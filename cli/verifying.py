@@ -65,14 +65,19 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
     inputs = _sample(bundle)
     plain = bundle.path(bundling.FLOAT)
     expected = judging.runner(plain, PLAIN)(inputs)
-    links, notes = _before(named, inputs, expected)
+    links, notes = _before(named, asked.data, inputs, expected)
     delivered = Delivered(bundle.model, PLAIN, None, 1)
     if bundle.model != plain:
         links.append(_link("float file = delivered file", delivered, inputs, expected))
-        expected = delivered.runner()(inputs)
     if asked.engine is not None:
         path = building.named(bundle, asked.engine)
         _, car = engines.load(path)  # which checks that it belongs here
+        if bundle.manifest.members[car.model].sha256 != car.model_sha256:
+            raise NasctlError(
+                f"was built from another {car.model}",
+                where=str(path),
+                next="Build it again: nasctl build.",
+            )
         loads = None if car.runtime == PLAIN else car.requested
         source = Delivered(bundle.path(car.model), PLAIN, None, 1)
         expected = source.runner()(inputs)
@@ -82,6 +87,7 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
     measured = _measured(delivered, asked, inputs)
     if measured is None:
         missing.append(f"latency and memory: {asked.board.name} is not this machine")
+    budget_ms, elsewhere = _budget(bundle, asked)
     return {
         "nasctl": bundle.manifest.nasctl,
         "bundle": bundles.identity(bundle),
@@ -90,9 +96,9 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
         "metric": scores,
         "split": asked.split,
         "measured": measured,
-        "budget": {"latency_ms": _budget(bundle, asked), "memory_bytes": asked.memory_bytes},
+        "budget": {"latency_ms": budget_ms, "memory_bytes": asked.memory_bytes},
         "device": asked.board.name,
-        "not_measured": [*notes, *missing],
+        "not_measured": [*notes, *missing, *elsewhere],
         "environment": deployed.environment(),
     }
 
@@ -118,8 +124,10 @@ def _link(
     return chain.link(name, chain.coarsest(observed), before, found)
 
 
-def _before(named: Path, inputs: np.ndarray, expected: Outputs) -> tuple[list[Link], list[str]]:
-    """The links before the ONNX file, where the run with its weights is at hand."""
+def _before(
+    named: Path, data: str | None, inputs: np.ndarray, expected: Outputs
+) -> tuple[list[Link], list[str]]:
+    """The links before the ONNX file, where the run with its weights and its data are at hand."""
     weights = named / WEIGHTS
     if not named.is_dir() or not weights.is_file():
         return [], ["supernet = extracted = ONNX: the run's weights are not here"]
@@ -131,17 +139,22 @@ def _before(named: Path, inputs: np.ndarray, expected: Outputs) -> tuple[list[Li
     from cli import child, training
     from nas.outputs import named as by_name
 
-    opened, genes, net = child.read(weights, None)
+    try:
+        opened, genes, net = child.read(weights, data)
+    except NasctlError as error:
+        if data is not None:
+            raise
+        return [], [f"supernet = extracted = ONNX: {error}"]
     with torch.no_grad():
         outputs = by_name(net(torch.from_numpy(inputs)))
     found = {name: tensor.numpy() for name, tensor in outputs.items()}
     links = [chain.link("network = float file", "fp32", found, expected)]
-    spec = RunFolder(named).manifest().get("spec", {})
-    if spec.get("alone") or not (named / training.SUPERNET).is_file():
-        return links, ["supernet = extracted: there is no supernet in this run"]
-    run = training.opened(named)
-    _, error = child.cut(run, training.finished_supernet(run), genes)
-    return [Link("supernet = extracted", "fp32", error), *links], []
+    run = RunFolder(named)
+    spec = run.manifest().get("spec", {})
+    if spec.get("alone") or spec.get("supernet") or not run.unchanged("train"):
+        return links, ["supernet = extracted: there is no supernet in this run, or another by now"]
+    _, apart = child.extracted(opened, training.finished_supernet(opened), genes)
+    return [Link("supernet = extracted", "fp32", apart), *links], []
 
 
 def _scores(
@@ -190,13 +203,17 @@ def _grown(delivered: Delivered, inputs: np.ndarray) -> int:
     return int(process.memory_info().rss - before)
 
 
-def _budget(bundle: Bundle, asked: Asked) -> float | None:
-    """What was typed, else what the bundle's run was asked for."""
+def _budget(bundle: Bundle, asked: Asked) -> tuple[float | None, list[str]]:
+    """What was typed, else what the bundle's run was asked for if that was of this device; and
+    what is not held to."""
     if asked.latency_ms is not None or bundling.REPORT not in bundle.manifest.members:
-        return asked.latency_ms
-    said = deployed.read(bundle.path(bundling.REPORT)).get("budget") or {}
-    found = said.get("latency_ms")
-    return float(found) if found is not None else None
+        return asked.latency_ms, []
+    report = deployed.read(bundle.path(bundling.REPORT))
+    found = (report.get("budget") or {}).get("latency_ms")
+    device = (report.get("device") or {}).get("name")
+    if found is None or device == asked.board.name:
+        return None if found is None else float(found), []
+    return None, [f"the run's budget of {console.format_ms(found)}: it is for {device}"]
 
 
 # ---- the outcome ---------------------------------------------------------------------------------
@@ -204,6 +221,7 @@ def _budget(bundle: Bundle, asked: Asked) -> float | None:
 
 def beside(named: Path) -> Path:
     """Where the report goes: never into the bundle, which it would change."""
+    named = named.resolve()
     folder = named if (named / bundling.FOLDER).is_dir() else named.parent
     return folder / ("verify.json" if folder == named else f"{named.stem}.verify.json")
 

@@ -19,7 +19,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -114,12 +114,17 @@ def add(
     sources: Mapping[str, tuple[Role, bytes | Path]],
     *,
     model: str | None = None,
+    drop: Collection[str] = (),
 ) -> Bundle:
-    """The bundle with further members, or others in their place; `model` is then delivered.
+    """The bundle with further members, or others in their place, and without those of the names
+    `drop`; `model` is then delivered.
 
     Whoever opens it sees the old members or the new ones, also after a kill.
     """
     folder, members = bundle.folder, dict(bundle.manifest.members)
+    for name in drop:
+        (folder / name).replace(_part(folder / name))  # as if it were to be added still
+        del members[name]
     for name, (role, source) in sources.items():
         part = _part(folder / name)
         if isinstance(source, Path):
@@ -129,6 +134,8 @@ def add(
         members[name] = _member(part, role)
     changed = {"members": dict(sorted(members.items())), "model": model or bundle.manifest.model}
     _write(folder, bundle.manifest.model_copy(update=changed))
+    for name in set(drop) - sources.keys():
+        _part(folder / name).unlink()
     return read(folder)
 
 

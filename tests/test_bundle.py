@@ -130,6 +130,26 @@ def test_a_kill_at_any_step_of_adding_leaves_old_or_new(tmp_path, monkeypatch, s
     assert bundle.add(found, new).path("more.json").read_bytes() == b"more"
 
 
+@pytest.mark.parametrize("step", range(3))
+def test_members_are_dropped_whole_and_a_kill_leaves_old_or_new(tmp_path, monkeypatch, step):
+    made = bundle.add(sealed(tmp_path / "b"), {"more.json": ("report", b"more")})
+    names = [(type(tmp_path), "replace"), (bundle.file, "write"), (type(tmp_path), "unlink")]
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*names[step], killed)
+        with pytest.raises(KeyboardInterrupt):
+            bundle.add(made, {}, drop=["more.json"])
+    found = bundle.read(tmp_path / "b")
+    assert ("more.json" in found.manifest.members) is (step < 2)
+    if step < 2:
+        found = bundle.add(found, {}, drop=["more.json"])
+    assert "more.json" not in found.manifest.members
+    assert not (tmp_path / "b" / "more.json").exists()
+
+
 # ---- archives ------------------------------------------------------------------------------------
 
 

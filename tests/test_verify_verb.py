@@ -109,6 +109,60 @@ def test_without_its_data_a_bundle_is_verified_but_for_the_metric(nasctl, workdi
     assert verified(nasctl, "b", "--data", "digits")[1]["metric"]["class"]["delivered"] > 0.8
 
 
+@pytest.mark.usefixtures("stated")
+def test_code_is_not_run_because_a_bundle_names_it(nasctl, workdir):
+    made = small(workdir / "b")
+    (workdir / "theirs.py").write_text("raise SystemExit('it was run')")
+    said = json.loads((workdir / "b/task.json").read_text()) | {"data": "theirs:task"}
+    bundles.add(made, {"task.json": ("task", json.dumps(said).encode())})
+    code, content, _ = verified(nasctl, "b")
+    assert code == 0 and content["metric"] is None
+    assert any("the data are code" in note for note in content["not_measured"])
+    refused = nasctl("quantize", "b")
+    assert refused.code == 1 and "Name it yourself: --data theirs:task" in refused.err
+
+
+@pytest.mark.usefixtures("stated")
+def test_the_budget_of_another_device_is_not_held_to(nasctl, workdir):
+    made = small(workdir / "b")
+    for device, code in (("jetson", 0), ("cpu", 4)):
+        said = {"budget": {"latency_ms": 1e-3}, "device": {"name": device}}
+        bundles.add(made, {"report.json": ("report", json.dumps(said).encode())})
+        outcome, content, _ = verified(nasctl, "b")
+        assert outcome == code
+        told = [note for note in content["not_measured"] if "it is for jetson" in note]
+        assert bool(told) is (device == "jetson")
+
+
+@pytest.mark.usefixtures("stated")
+def test_the_folder_that_one_is_in_is_a_bundle_too(nasctl, workdir, monkeypatch):
+    made = small(workdir / "b")
+    monkeypatch.chdir(workdir / "b")
+    assert nasctl("build", ".", "--engine", "ort").code == 0
+    assert verified(nasctl, ".")[0] == 0
+    assert (workdir / "b.verify.json").is_file()
+    assert bundles.read(made.folder).of("engine")
+
+
+def test_an_archive_is_not_added_to(nasctl, workdir):
+    bundles.pack(small(workdir / "b"), workdir / "b.zip")
+    for words in (["quantize", "b.zip"], ["build", "b.zip", "--engine", "ort"]):
+        refused = nasctl(*words)
+        assert refused.code == 2 and "an archive cannot be added to" in refused.err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("stated")
+def test_the_whole_chain_of_a_search_by_a_supernet(nasctl, workdir):
+    words = ["--hw", "jetson", "--latency", "5ms", "--quick", "--no-alone", "--run", "r"]
+    assert nasctl("search", *words).code == 0
+    code, content, _ = verified(nasctl, "r")
+    assert code == 0
+    names = [one["name"] for one in content["chain"] if one["holds"]]
+    assert names == ["supernet = extracted", "network = float file"]
+    assert any("the run's budget of 5 ms" in note for note in content["not_measured"])
+
+
 def test_other_data_than_the_models_judge_nothing(nasctl, workdir):
     made = small(workdir / "b")
     said = json.loads((workdir / "b/task.json").read_text()) | {"data_sha256": "0" * 64}
