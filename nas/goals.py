@@ -73,6 +73,28 @@ def _nothing(outputs: Tensor) -> Tensor:
     return outputs.sum() * 0
 
 
+def own(
+    name: str,
+    *,
+    target: str,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    metric: Callable[[Tensor, Tensor], float],
+) -> Goal:
+    """Logits [N, C] with a loss and a metric of the user's own, both of (logits, labels [N])."""
+
+    def evidence(outputs: Outputs, targets: Targets) -> Tensor:
+        labels = targets[target].double()[:, None]
+        return torch.cat([outputs[name].double(), labels], 1)
+
+    return Goal(
+        name,
+        loss=lambda outputs, targets: loss(outputs[name], targets[target]),
+        evidence=evidence,
+        score=lambda seen: float(metric(seen[:, :-1].float(), seen[:, -1].long())),
+        imitate=soft,
+    )
+
+
 def soft(logits: Tensor, taught: Tensor) -> Tensor:
     """Cross-entropy to the teacher's distribution, over classes in dimension 1."""
     return F.cross_entropy(logits, taught.softmax(1))

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas.data import augment, boxes, camvid, module, parquet
@@ -24,8 +25,8 @@ from nas.data.moments import Moments, moments, normalised
 from nas.data.randaugment import jitter
 from nas.elastic import resize
 from nas.errors import NasctlError, UsageError, unknown
-from nas.goals import Goal, Outputs, Targets, boundary, box, classes, presence, segmentation
-from nas.tasks import Task
+from nas.goals import Goal, Outputs, Targets, boundary, box, classes, own, presence, segmentation
+from nas.tasks import Task, top1
 
 FORMS = "a folder of parquet files with boxes or label maps, my_pkg.my_mod:task"
 BATCH_EVAL = 128
@@ -133,14 +134,17 @@ def answers(outputs: Tensor | Outputs, task: MultiTask) -> Outputs:
 
 
 def single(task: Task, resolution: int) -> MultiTask:
-    """A classification as a multi-task of one goal, "class", its images resized once."""
+    """A classification as a multi-task of one goal, "class", judged as the task says; its images
+    are resized once."""
     splits = []
     for split in (task.train, task.val, task.test):
         resized = resize(split.images.float(), resolution).round_().clamp_(0, 255)
         splits.append(Examples(resized.to(torch.uint8), {"label": split.labels}))
     pad = round(task.pad * resolution / task.size)
-    goals = (classes("class", target="label"),)
-    train, val, test = splits
+    goal = classes("class", target="label")
+    if (task.loss, task.metric) != (F.cross_entropy, top1):
+        goal = own("class", target="label", loss=task.loss, metric=task.metric)
+    goals, (train, val, test) = (goal,), splits
     return MultiTask(task.name, goals, train, val, test, flip=task.flip, pad=pad)
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from benchmarks import contract
-from nas import multitask
+from nas import multitask, tasks
 from nas.data.augment import Placement, move, move_boxes, placed
 from nas.data.examples import Examples
 from nas.errors import NasctlError, UsageError
@@ -250,3 +250,22 @@ def test_evidence_of_batches_is_that_of_the_whole():
     parts = multitask.evidence(net, task, examples, batch=3)
     assert all(torch.equal(whole[name], parts[name]) for name in ("box", "seg"))
     assert set(multitask.scores(task, whole)) == {"box", "seg"}
+
+
+def test_a_classification_is_judged_by_its_own_loss_and_metric():
+    def second(logits, labels):
+        return (logits.argsort(1)[:, -2] == labels).float().mean().item()
+
+    def squared(logits, labels):
+        return logits[range(len(labels)), labels].square().mean()
+
+    plain = tasks.load("digits")
+    task = multitask.single(replace(plain, loss=squared, metric=second), plain.size)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
+    logits = net(task.normalise(task.val.images))
+    found = multitask.scores(task, multitask.evidence(net, task, task.val))
+    assert found == {"class": pytest.approx(second(logits, task.val.targets["label"]))}
+    (goal,) = task.goals
+    loss = goal.loss({"class": logits}, task.val.targets)
+    assert loss.item() == pytest.approx(squared(logits, task.val.targets["label"]).item())
+    assert multitask.single(plain, plain.size).goals[0].score(torch.ones(3)) == 1.0
