@@ -52,6 +52,8 @@ class Size:
 
 
 FULL = Size(240, 300, 60, (40, 30), 3, 1.8)
+#: of sizes, not of operators
+SPACES = ("mobilenet", "resnet")
 QUICK = Size(24, 0, 8, (0, 0), 2, 0.08)
 
 
@@ -67,7 +69,7 @@ class Set:
 def sets(size: Size) -> dict[str, Set]:
     """The same for every process: drawn from fixed seeds."""
     found = {}
-    for name in space.names():
+    for name in SPACES:
         known = space.load(name, channels=3, classes=10, size=PIXELS)
         rows = known.sample(np.random.default_rng(1), size.fitted + size.held_out)
         drawn = [known.ops(known.decode(row)) for row in np.unique(rows, axis=0)]
@@ -116,9 +118,7 @@ def networks_of(found: dict[str, Set], number: int) -> dict[str, Ops]:
     """What a session measures, by digest: 0 makes the tables, the others are the truth."""
     if number == 0:
         wanted = [ops for known in found.values() for ops in known.fitted]
-        wanted += [
-            part for name in space.names() for ops in found[name].held_out for part in blocks(ops)
-        ]
+        wanted += [part for name in SPACES for ops in found[name].held_out for part in blocks(ops)]
     else:
         wanted = [ops for known in found.values() for ops in known.held_out]
     return {profile.digest(ops): ops for ops in wanted}
@@ -196,7 +196,7 @@ def part(outcome: contract.Outcome, quick: bool) -> None:
         if known.held_out:
             rows += judged(name, known, evidence, outcome)
     print(contract.table(HEADER, rows))
-    for name in space.names():
+    for name in SPACES:
         if name in evidence.tables:
             million(name, evidence.tables[name], outcome)
     if not quick:
@@ -284,7 +284,7 @@ def ways(name: str, kept: Sequence[Ops], macs: Array, evidence: Evidence) -> dic
     own = evidence.samples.get(name, [])
     if len(own) >= calibrate.MIN_NETWORKS:
         found["MACs"] = by_macs(own, macs)
-    if name in space.names():
+    if name in SPACES:
         found["sum of blocks"] = np.array([by_blocks(ops, evidence.made) for ops in kept])
     return found
 
@@ -377,7 +377,7 @@ def picks(
 
 def aims(outcome: contract.Outcome) -> None:
     figures = outcome.figures
-    for name in space.names():
+    for name in SPACES:
         own, noise = f"{PREFIX}{name}.own table", f"{PREFIX}{name}.another session"
         if f"{own}.mape" not in figures:
             continue

@@ -75,7 +75,8 @@ def opened(path: Path, *, changes: bool = False) -> Iterator[Bundle]:
     """The verified bundle that a run's folder, a bundle's or an archive names; an archive is
     unfolded for as long as it is used, so it is no place for `changes`. Raises NasctlError for
     anything else."""
-    path = path.resolve()  # "." has no name and no parent
+    if path.name in ("", ".."):  # "." has no name, and its parent is itself
+        path = path.resolve()
     if path.suffix == ".zip" and changes:
         raise UsageError(
             "an archive cannot be added to",
