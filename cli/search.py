@@ -119,11 +119,11 @@ def command(
     if "tasks" in given:
         from cli import many_tasks
 
-        job = many_tasks.prepare(given, {"latency": latency, "macs": macs}, run, quick=quick)
+        all_of = many_tasks.prepare(given, {"latency": latency, "macs": macs}, run, quick=quick)
         if dry_run:
-            report = many_tasks.plan(job)
+            report = many_tasks.plan(all_of)
         else:
-            report = many_tasks.search(job, force=force, quiet=json)
+            report = many_tasks.search(all_of, force=force, quiet=json)
         return console.emit_json(report) if json else None
     if macs is not None:
         given["macs"] = budgets.parse(macs, budgets.MACS, "--macs")

@@ -59,6 +59,9 @@ def test_it_ends_in_a_verified_file_per_task_inside_its_budget(nasctl, data):
     for name, row in found["tasks"].items():
         assert row["predicted"]["high_ms"] <= most[name] + 1e-4
         assert row["parity_error"] < 1e-4
+        sealed = json.loads((data / "run" / name / "bundle" / "report.json").read_text())
+        assert sealed["device"] == {"name": "jetson-tx2"}
+        assert not (data / "run" / name / delivery.PICK).exists()
         path = data / "run" / row["file"]["path"]
         said = {p.key: p.value for p in onnx.load(path).metadata_props}
         assert said["task"] == name and json.loads(said["genes"]) == row["genes"]
