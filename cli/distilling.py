@@ -251,6 +251,8 @@ def trained(distilling: Distilling, name: str, n: int) -> None:
     steps = max(1, round(spec.epochs * trains / spec.batch))
     run.path(f"{name}.members.jsonl").unlink(missing_ok=True)  # of other weights
     net = inherit.inherit(_largest(space), distilling.teacher.net)
+    for parameter in net.head.parameters():  # untrained: what it was made with is no one's seed
+        torch.nn.init.zeros_(parameter)
     course = Course(
         distilling.teacher.net.look,
         distilling.lesson,

@@ -20,6 +20,7 @@ from texts import prose, save_teacher
 from cli import distill, distilling, main, students
 from hw_profiles.protocol import Timing
 from hw_profiles.runtimes import onnxruntime
+from nas import checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
 FLAGS = ["--sequence", "12", "--batch", "8", "--epochs", "0.5", "--threads", "1"]
@@ -85,6 +86,8 @@ def test_a_run_ends_in_a_ranking_and_a_student_of_each_sub_space(finished):
         listed = (finished / f"{name}.members.jsonl").read_text().splitlines()
         assert len(listed) == report["subspaces"][name]["students"]
         assert (finished / "students" / f"{name}.safetensors").is_file()
+        tensors, _ = checkpoint.read(finished / f"{name}.safetensors")
+        assert not tensors["head.weight"].any()  # which nothing trains: not a process's own draw
     assert not list(finished.glob("*.state"))
 
 
