@@ -36,6 +36,8 @@ from nas.sampling import sandwich
 from nas.search_spaces.bert import Arch, Bert, Grid, Space, within
 
 STAGE, REPORT, TEXT, STUDENTS = "distill", "report.json", "text.bin", "students"
+TUNING = ".tuning.state"  # ending of what a fine-tuning goes on from
+TEACHER, CHOSEN = "teacher", "chosen"  # no sub-spaces: files have these names beside theirs
 HELD_OUT = 0.05  # of the sequences, at the end of the text
 MOST_HELD_OUT = 512
 RANKED_AT_ONCE = 64
@@ -94,11 +96,17 @@ class Distilling:
 
     @cached_property
     def spaces(self) -> dict[str, Space]:
-        """Each inside the teacher; raises UsageError for an unknown or too large one."""
+        """Each inside the teacher, by name; raises UsageError for an unknown or too large one, or
+        a name that is taken."""
         arch, frame = self.teacher.net.arch, self.teacher.net.frame
-        grids = dict(_grids(self.spec.subspaces, within(len(arch.layers), arch.hidden, arch.heads)))
-        for name, grid in grids.items():
+        derived = within(len(arch.layers), arch.hidden, arch.heads)
+        grids: dict[str, Grid] = {}
+        for name, grid in _grids(self.spec.subspaces, derived):
+            if name in (*grids, TEACHER, CHOSEN):
+                why = "there are two of it" if name in grids else "other files have this name"
+                raise UsageError(why, where=f"--subspaces {name}", next="Name it otherwise.")
             _fits(name, grid, arch)
+            grids[name] = grid
         length = self.spec.sequence
         return {name: Space(size=length, grid=grid, frame=frame) for name, grid in grids.items()}
 
@@ -202,6 +210,8 @@ def forget(distilling: Distilling) -> None:
     for name in distilling.spaces:
         for kind in (".state", ".safetensors", ".members.jsonl"):
             distilling.run.path(name + kind).unlink(missing_ok=True)
+    for state in distilling.run.folder.glob("*" + TUNING):
+        state.unlink()
     distilling.run.path(TEXT).unlink(missing_ok=True)
     shutil.rmtree(distilling.run.path(STUDENTS), ignore_errors=True)
 
@@ -241,6 +251,8 @@ def trained(distilling: Distilling, name: str, n: int) -> None:
     steps = max(1, round(spec.epochs * trains / spec.batch))
     run.path(f"{name}.members.jsonl").unlink(missing_ok=True)  # of other weights
     net = inherit.inherit(_largest(space), distilling.teacher.net)
+    for parameter in net.head.parameters():  # untrained: what it was made with is no one's seed
+        torch.nn.init.zeros_(parameter)
     course = Course(
         distilling.teacher.net.look,
         distilling.lesson,

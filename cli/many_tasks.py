@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli import budgets, console
-from nas.errors import BudgetMissed, UsageError
+from nas.errors import BudgetMissed, UsageError, unknown
 
 if TYPE_CHECKING:
     from cli.many_tasks_stages import Job
@@ -23,24 +23,14 @@ STEPS, QUICK = 1500, 300  # of the supernet
 OWN, QUICK_OWN = 2000, 400  # of each task's network, alone
 
 
-def search(
-    given: dict[str, Any],
-    typed: Mapping[str, str | None],
-    folder: Path | None,
-    *,
-    quick: bool,
-    force: bool,
-    dry_run: bool,
-) -> dict[str, Any]:
-    """The verb; `typed` are the budgets as typed, latency and macs. Returns the report's content.
+def search(job: Job, *, force: bool, quiet: bool) -> dict[str, Any]:
+    """The verb; returns the report's content, which it shows unless it is to be `quiet`.
 
     Raises BudgetMissed after all files are written, if a measured one is above its budget.
     """
-    job = prepare(given, typed, folder, quick=quick)
-    if dry_run:
-        return plan(job)
     content = execute(job, force=force)
-    say_outcome(content, job.run.folder)
+    if not quiet:
+        say_outcome(content, job.run.folder)
     for name, row in content["tasks"].items():
         if row["missed"]:
             raise BudgetMissed(
@@ -55,7 +45,8 @@ def search(
 def prepare(
     given: dict[str, Any], typed: Mapping[str, str | None], folder: Path | None, *, quick: bool
 ) -> Job:
-    """Everything validated and loaded: names before data, data before any work."""
+    """Everything validated and loaded: names before data, data before any work. `typed` are the
+    budgets as typed, latency and macs; a spec's are among those `given`."""
     from hw_profiles import device
     from nas import multitask, run
 
@@ -75,14 +66,17 @@ def prepare(
         raise UsageError("no data with several tasks", where="--data", allowed=multitask.FORMS)
     board = device.load(str(given.get("hw", "cpu")))
     most = {name: _budgets(text, name, names) for name, text in typed.items()}
-    if both := set(most["latency"]) & set(most["macs"]):
-        raise UsageError(f"two budgets for {min(both)}", where="--latency, --macs")
     from cli.many_tasks_stages import Job, make_spec
     from cli.train import cores
 
     told = {"latency_ms": most["latency"], "macs": most["macs"]}
     fields = {**given, "tasks": names, **{field: value for field, value in told.items() if value}}
     rough = make_spec({"epochs": 1, "finetune": 1, "threads": 1, **fields})
+    for flag, of in (("--latency", rough.latency_ms), ("--macs", rough.macs)):
+        if strange := sorted(of.keys() - set(names)):
+            raise unknown("task", strange[0], names, where=flag)
+    if both := rough.latency_ms.keys() & rough.macs.keys():
+        raise UsageError(f"two budgets for {min(both)}", where="--latency, --macs")
     console.say(rough.data, "data")
     task = multitask.load(rough.data, size=rough.size).only(names)
     per_epoch = len(task.train) / rough.batch
@@ -109,10 +103,6 @@ def _budgets(text: str | None, flag: str, names: list[str]) -> dict[str, float]:
     found = {}
     for part in text.split(","):
         name, _, value = (piece.strip() for piece in part.partition("="))
-        if name not in names:
-            from nas.errors import unknown
-
-            raise unknown("task", name, names, where=f"--{flag}")
         found[name] = read(value)
     return found
 

@@ -55,7 +55,7 @@ def delivered(
     key = runs.digest([search.fingerprint, job.spec.model_dump(), verify.environment()])
 
     def work() -> None:
-        finalist = _pick(job, search, shared, finalists, name)
+        finalist = _pick(job, search, shared, finalists, name, key)
         net = child(shared, search, name, np.array(finalist.genes))
         task = job.task.only([name])
         if job.trainer is not None:
@@ -71,7 +71,8 @@ def delivered(
 
     files = [f"{name}/{part}" for part in (MODEL, WEIGHTS, RESULT)]
     stages.staged(job.run, f"deliver {name}", key, files, work)
-    own.path(OWN_STATE).unlink(missing_ok=True)
+    for kept in (OWN_STATE, PICK):
+        own.path(kept).unlink(missing_ok=True)
     found: dict[str, Any] = own.read_json(RESULT)
     return found
 
@@ -80,7 +81,8 @@ def _seal(job: Job, name: str, task: MultiTask, row: dict[str, Any]) -> None:
     """The task's folder as a bundle, for `quantize`, `build` and `verify`."""
     given = interface.of_tasks(task, job.spec.data, job.spec.size)
     arch = {"space": job.spec.space, "genes": row["genes"], "arch": row["arch"]}
-    report = {**row, "budget": {"latency_ms": job.spec.latency_ms.get(name)}}
+    budget, device = job.spec.latency_ms.get(name), {"name": job.device.name}
+    report = {**row, "device": device, "budget": {"latency_ms": budget}}
     bundling.seal(
         job.own(name).path(bundling.FOLDER),
         bundling.Contents(
@@ -94,22 +96,24 @@ def _seal(job: Job, name: str, task: MultiTask, row: dict[str, Any]) -> None:
 
 
 def _pick(
-    job: Job, search: Search, shared: Shared, finalists: list[Finalist], name: str
+    job: Job, search: Search, shared: Shared, finalists: list[Finalist], name: str, key: str
 ) -> Finalist:
     """The best; on this machine the best whose exported file was timed inside the budget. On
-    record, so that a run that goes on trains the same network on."""
+    record for the stage's `key`, so that a run that goes on trains the same network on."""
     budget, own = job.spec.latency_ms.get(name), job.own(name)
     if budget is None or not job.device.local:
         return finalists[0]
-    if own.path(PICK).exists():
-        return finalists[int(own.read_json(PICK))]
+    kept = own.read_json(PICK) if own.path(PICK).exists() else {}
+    if kept.get("key") == key:
+        return next(each for each in finalists if list(each.genes) == kept["genes"])
+    own.path(OWN_STATE).unlink(missing_ok=True)  # of what was picked for another key
     took = []
-    for at, finalist in enumerate(finalists[:ATTEMPTS]):
+    for finalist in finalists[:ATTEMPTS]:
         net = child(shared, search, name, np.array(finalist.genes))
         onnx.export(net, own.path(MODEL), input_shape=job.task.shape)
         took.append(_timed(job, own.path(MODEL)).median_ms)
         if took[-1] * MARGIN <= budget:
-            own.write_json(PICK, at)
+            own.write_json(PICK, {"genes": list(finalist.genes), "key": key})
             return finalist
     raise BudgetMissed(
         f"no file was measured inside {budget:g} ms; they took "

@@ -32,6 +32,10 @@ def command(
         from cli import many_tasks
 
         return many_tasks.say_outcome(content, run)
+    if "students" in content:  # of a distillation
+        from cli import distill
+
+        return distill.say_outcome(content, run)
     from cli.summary import summarise
 
     report.write(content, run / "report.html")

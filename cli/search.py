@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,19 +119,22 @@ def command(
     if "tasks" in given:
         from cli import many_tasks
 
-        typed = {"latency": latency, "macs": macs}
-        how = {"quick": quick, "force": force, "dry_run": dry_run}
-        report = many_tasks.search(given, typed, run, **how)
+        all_of = many_tasks.prepare(given, {"latency": latency, "macs": macs}, run, quick=quick)
+        if dry_run:
+            report = many_tasks.plan(all_of)
+        else:
+            report = many_tasks.search(all_of, force=force, quiet=json)
         return console.emit_json(report) if json else None
     if macs is not None:
         given["macs"] = budgets.parse(macs, budgets.MACS, "--macs")
     latencies = [console.parse_latency(text) for text in latency.split(",")] if latency else []
     names = str(given.get("hw", "cpu")).split(",")
     if given.get("space") == "bert":
-        from cli import distill, students
-
-        report = students.search({**given, **({"latency_ms": latencies[0]} if latencies else {})})
+        _refuse({"--run": run, "--quick": quick, "--force": force, "--dry-run": dry_run})
+        report = _student(given, latencies)
         if not json:
+            from cli import distill
+
             distill.say_outcome(report, Path(given["supernet"]))
     elif len(names) > 1:
         from cli import boards
@@ -148,6 +151,22 @@ def command(
     if json:
         console.emit_json(report)
     return None
+
+
+def _refuse(flags: Mapping[str, object]) -> None:
+    """Raises UsageError for the first that was typed: a search of students has none of these, it
+    works in the folder of their distillation."""
+    for flag, value in flags.items():
+        if value:
+            raise UsageError("means nothing for --space bert", where=flag, next="Leave it out.")
+
+
+def _student(given: dict[str, Any], latencies: list[float | None]) -> dict[str, Any]:
+    if len(latencies) > 1:
+        raise UsageError(f"{len(latencies)} budgets for one student", where="--latency")
+    from cli import students
+
+    return students.search({**given, **({"latency_ms": latencies[0]} if latencies else {})})
 
 
 def prepare(
@@ -189,13 +208,13 @@ def resume(folder: Path, latency_ms: float | None) -> Iterator[tuple[Job, Judge,
 
     Holds the run's lock, so that no search can be writing there at the same time.
     """
-    from cli.training import require_one_task
+    from cli.training import require_search
     from nas import run as runs
 
     run = runs.Run(folder)
     with run.locked():
         said = run.manifest()["spec"]
-        require_one_task(said, folder)
+        require_search(said, folder)
         own = said.get("supernet") is None and not said.get("alone")
         for stage in ("train", "search") if own else ("search",):
             if not run.unchanged(stage):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from cli import console, measuring
 from cli.distilling import (
+    CHOSEN,
     REPORT,
     STAGE,
     STUDENTS,
+    TEACHER,
+    TUNING,
     Distilling,
     DistilSpec,
     Task,
@@ -32,13 +36,14 @@ from deploy import onnx as drafts
 from deploy import text as files_of
 from hw_profiles import device, op
 from nas import checkpoint, file, pareto
+from nas import run as runs
 from nas.elastic import extract
 from nas.errors import NasctlError, UsageError
 from nas.run import Run
 from nas.search_spaces.bert import Arch, Bert
 from nas.space import arch_to_dict
 
-SEARCHED, CHOSEN = "search.json", "chosen"
+SEARCHED = "search.json"
 MOST_TIMED = 24
 
 
@@ -65,7 +70,7 @@ def delivered(distilling: Distilling, students: Sequence[Student]) -> dict[str, 
     folder.mkdir(exist_ok=True)
     task = distilling.task
     teacher = distilling.teacher.net
-    nets: dict[str, Bert] = {"teacher": teacher}
+    nets: dict[str, Bert] = {TEACHER: teacher}
     for student in students:
         space = distilling.spaces[student.space]
         nets[student.name] = extract(
@@ -105,7 +110,7 @@ def files(content: dict[str, Any]) -> list[str]:
 def _notes(distilling: Distilling, task: Task | None) -> list[str]:
     notes = []
     if not distilling.device.local:
-        notes.append(f"latency on {distilling.spec.hw}: not measured, multiply-adds only")
+        notes.append(f"latency on {distilling.device.name}: not measured, multiply-adds only")
     if task is None:
         notes.append("no --finetune: there are weights of encoders, no ONNX file")
     return notes
@@ -130,12 +135,15 @@ def _tuned(
     steps = max(1, round(spec.tuning_epochs * len(train.labels) / batch))
     how = Finetuning(Plan(steps, spec.tuning_lr), batch, seed=spec.seed)
     net = finetune.with_classes(nets[name], classes, spec.seed)
-    state = distilling.run.path(f"{name}.tuning.state")
+    # of this student only: another budget's may have been stopped under the same name
+    inputs = runs.digest([checkpoint.digest(net), train.digest, str(how)])
+    state = distilling.run.path(f"{name}.{inputs[:12]}{TUNING}")
     going = finetune.finetune(net, train, how, resume=state)
     with closing(going), console.bar(f"fine-tuning {name}", steps) as update:
         for step in going:
             update(step.step, f"loss {step.losses[0]:.3f}")
-    state.unlink(missing_ok=True)
+    for done in distilling.run.folder.glob(f"{glob.escape(name)}.*{TUNING}"):
+        done.unlink()
     nets[name] = net.eval()
     right: Tensor = finetune.predictions(net, test.tokens) == test.labels
     return float(right.float().mean())

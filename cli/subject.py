@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cli import child
+from cli.training import require_search
 from deploy import interface
 from deploy.interface import Interface
 from nas import checkpoint, multitask
@@ -18,6 +19,7 @@ from nas.data import module
 from nas.errors import NasctlError, UsageError
 from nas.multitask import MultiTask
 from nas.outputs import named
+from nas.run import Run
 
 FORMS = "my_pkg.my_mod:build, a network's .safetensors, or a run of ours that is finished"
 OWN = "model.safetensors"  # of a finished run
@@ -78,6 +80,7 @@ def _ours(
 ) -> tuple[nn.Module, MultiTask, dict[str, Any], Interface]:
     path = Path(model)
     if path.is_dir():
+        require_search(Run(path).manifest().get("spec", {}), path)
         path /= OWN
     if not path.is_file():
         raise UsageError(f"no model '{model}'", where="MODEL", allowed=FORMS)

@@ -89,7 +89,7 @@ def opened(folder: Path) -> Training:
     if not run.path(runs.MANIFEST).is_file():
         raise UsageError(f"no run in {folder}", where="RUN", next="See the runs/ folder.")
     recorded = run.manifest()["spec"]
-    require_one_task(recorded, folder)
+    require_search(recorded, folder)
     if recorded.get("alone"):
         raise NasctlError(
             "this search trained each network alone: it has no supernet",
@@ -108,8 +108,19 @@ def opened(folder: Path) -> Training:
     return Training(spec, run, task, space_for(spec, task))
 
 
-def require_one_task(recorded: Mapping[str, Any], folder: Path) -> None:
-    """Raises NasctlError for a run of `nasctl search --tasks`."""
+def require_search(recorded: Mapping[str, Any], folder: Path) -> None:
+    """Raises NasctlError for a run of which no verb reads a supernet or a network of one task: a
+    distillation, a pruning or a search for several tasks."""
+    if "subspaces" in recorded:
+        raise NasctlError(
+            "this is a distillation",
+            where=str(folder),
+            next=f"Its students are in {folder / 'students'}.",
+        )
+    if "max_drop" in recorded:
+        raise NasctlError(
+            "this is a pruning", where=str(folder), next=f"Its file is in {folder / 'bundle'}."
+        )
     if "tasks" in recorded:
         raise NasctlError(
             f"this search has a network for each of {', '.join(recorded['tasks'])}",

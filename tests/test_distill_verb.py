@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,9 +17,10 @@ import numpy as np
 import pytest
 from texts import prose, save_teacher
 
-from cli import main, students
+from cli import distill, distilling, main, students
 from hw_profiles.protocol import Timing
 from hw_profiles.runtimes import onnxruntime
+from nas import checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
 FLAGS = ["--sequence", "12", "--batch", "8", "--epochs", "0.5", "--threads", "1"]
@@ -84,6 +86,8 @@ def test_a_run_ends_in_a_ranking_and_a_student_of_each_sub_space(finished):
         listed = (finished / f"{name}.members.jsonl").read_text().splitlines()
         assert len(listed) == report["subspaces"][name]["students"]
         assert (finished / "students" / f"{name}.safetensors").is_file()
+        tensors, _ = checkpoint.read(finished / f"{name}.safetensors")
+        assert not tensors["head.weight"].any()  # which nothing trains: not a process's own draw
     assert not list(finished.glob("*.state"))
 
 
@@ -127,8 +131,59 @@ def test_a_search_takes_the_best_student_inside_the_budget(finished, tmp_path, n
     assert cheaper["macs"] <= limit * 1e6 and cheaper["loss"] >= chosen["loss"]
     code, _, err = nasctl(*search, "--macs", "0.001MMACs")
     assert code == 3 and "the cheapest costs" in err
+    code, out, _ = nasctl(*search, "--hw", "jetson-tx2")
+    assert code == 0 and "latency on jetson-tx2: not measured" in json.loads(out)["notes"][0]
     code, out, _ = nasctl(*search, "--latency", "100ms")
     assert code == 0 and json.loads(out)["students"][1]["loss"] <= cheaper["loss"]
+
+
+def interrupted(description, total):
+    def update(done, note):
+        raise KeyboardInterrupt
+
+    return contextlib.nullcontext(update)
+
+
+def test_a_stopped_fine_tuning_is_in_no_other_students_way(inputs, tmp_path, monkeypatch):
+    given = {"teacher": str(inputs / "teacher"), "text": [str(inputs / "text.txt")], "hw": "cpu"}
+    given |= {"subspaces": ["tiny"], "sequence": 12, "threads": 1, "tuning_epochs": 1}
+    given |= {"finetune": str(inputs / "train.tsv"), "test": str(inputs / "test.tsv")}
+    job = distill.prepare(given, tmp_path)
+    space = job.spaces["tiny"]
+    one, other = (space.build(space.decode(genes)) for genes in (space.smallest, space.largest))
+
+    def stopped(net):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(students.console, "bar", interrupted)
+            students._tuned(job, "chosen", {"chosen": net}, job.task)
+        return list(tmp_path.glob("*.state"))
+
+    assert len(stopped(one)) == 1
+    assert students._tuned(job, "chosen", {"chosen": other}, job.task) is not None
+    assert not list(tmp_path.glob("*.state"))
+    assert len(stopped(one)) == 1
+    distilling.forget(job)
+    assert not list(tmp_path.glob("*.state"))
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["extract", "--arch", "smallest"],
+        ["evaluate"],
+        ["export", "--latency", "9ms", "--out", "a.onnx"],
+        ["prune", "--target", "macs=-50%"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_verbs_of_other_runs_say_where_the_students_are(verb, finished, nasctl):
+    code, _, err = nasctl(verb[0], str(finished), *verb[1:])
+    assert code == 1 and f"this is a distillation. Its students are in {finished}/students" in err
+
+
+def test_its_report_is_shown_again(finished, nasctl):
+    code, out, err = nasctl("report", str(finished))
+    assert code == 0 and "relation loss" in out and "no --finetune" in err
 
 
 @pytest.mark.parametrize(
@@ -137,6 +192,11 @@ def test_a_search_takes_the_best_student_inside_the_budget(finished, tmp_path, n
         (["--space", "bert"], "--supernet: the space bert is searched in a finished distillation"),
         (["--space", "bert", "--epochs", "3"], "--epochs: means nothing for --space bert"),
         (["--space", "bert", "--supernet", "/nowhere"], "no distillation"),
+        (["--space", "bert", "--run", "there"], "--run: means nothing for --space bert"),
+        (["--space", "bert", "--quick"], "--quick: means nothing for --space bert"),
+        (["--space", "bert", "--force"], "--force: means nothing for --space bert"),
+        (["--space", "bert", "--dry-run"], "--dry-run: means nothing for --space bert"),
+        (["--space", "bert", "--latency", "1ms,2ms"], "--latency: 2 budgets for one student"),
     ],
 )
 def test_what_a_search_of_students_cannot_be_asked(more, message, nasctl):
@@ -162,6 +222,10 @@ def test_a_dry_run_names_the_sub_spaces_and_writes_nothing(inputs, tmp_path, nas
 BAD = {
     "huge": ("[huge]\nlayers=[9]\nhidden=[32]\nheads=[2]\nhalves=[4]", "the teacher has 4"),
     "typo": ("[a]\nlayer=[1]\nhidden=[32]\nheads=[2]\nhalves=[4]", "Each is a table with lists"),
+    "teacher": (
+        "[teacher]\nlayers=[2]\nhidden=[32]\nheads=[2]\nhalves=[4]",
+        "--subspaces teacher: other files have this name",
+    ),
     "odd": ("[a]\nlayers=[1]\nhidden=[33]\nheads=[2]\nhalves=[3]", "no whole number"),
 }
 
@@ -179,6 +243,7 @@ def test_bad_sub_spaces_are_one_line(name, inputs, tmp_path, nasctl):
     ("flags", "message"),
     [
         (["--subspaces", "tinny"], "unknown sub-space 'tinny'"),
+        (["--subspaces", "tiny,tiny"], "--subspaces tiny: there are two of it"),
         (["--loss", "l2"], "allowed: kl, mse, scores"),
         (["--sequence", "33"], "33 tokens, but positions for 32"),
         (["--relation-heads", "99"], "99 relation heads of"),

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 from test_multitask_search import sides
 
+from cli import many_tasks
 from cli import many_tasks_delivery as delivery
 from cli import many_tasks_stages as stages
 from deploy import verify
 from hw_profiles import device, latency
 from nas import checkpoint
+from nas.multitask_outcome import Finalist
 from nas.multitask_search import space_for
+from nas.run import Run
 
 DATA = "from test_multitask_search import examples, sides\ndef task():\n    return sides()\n"
 SEARCH = ["search", "--tasks", "class,box", "--data", "two_sides:task", "--hw", "jetson-tx2"]
@@ -50,11 +54,14 @@ def test_it_ends_in_a_verified_file_per_task_inside_its_budget(nasctl, data):
     most = budgets()
     first = nasctl(*SEARCH, *LITTLE, *words(most), "--json")
     assert first.code == 0, first.err
-    found = json.loads(first.out[first.out.index("\n{") :])
+    found = json.loads(first.out)
     task = sides()
     for name, row in found["tasks"].items():
         assert row["predicted"]["high_ms"] <= most[name] + 1e-4
         assert row["parity_error"] < 1e-4
+        sealed = json.loads((data / "run" / name / "bundle" / "report.json").read_text())
+        assert sealed["device"] == {"name": "jetson-tx2"}
+        assert not (data / "run" / name / delivery.PICK).exists()
         path = data / "run" / row["file"]["path"]
         said = {p.key: p.value for p in onnx.load(path).metadata_props}
         assert said["task"] == name and json.loads(said["genes"]) == row["genes"]
@@ -66,9 +73,6 @@ def test_it_ends_in_a_verified_file_per_task_inside_its_budget(nasctl, data):
     again = nasctl(*SEARCH, *LITTLE, *words(most))
     assert again.code == 0 and "one supernet" not in again.err
     assert {p: p.read_bytes() for p in before} == before
-    for verb in (["export", "run", "--latency", "9ms"], ["extract", "run", "--arch", "smallest"]):
-        other = nasctl(*verb)
-        assert other.code == 1 and "a network for each of class, box" in other.err
     shown = nasctl("report", "run")
     assert shown.code == 0 and "box" in shown.out and "not measured" in shown.out
 
@@ -181,3 +185,69 @@ def test_a_dry_run_says_how_long(nasctl, data):
     assert result.code == 0, result.err
     assert json.loads(result.out)["estimated_seconds"]["search"] > 0
     assert not (data / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "said"),
+    [
+        ("[latency_ms]\nseg = 2.0", [], "--latency: unknown task 'seg'; allowed: box, class"),
+        ("[macs]\nseg = 1e6", [], "--macs: unknown task 'seg'"),
+        ("[macs]\nbox = 1e6", ["--latency", "1ms"], "--latency, --macs: two budgets for box"),
+    ],
+)
+def test_a_specs_budgets_are_checked_like_typed_ones(nasctl, data, content, more, said):
+    (data / "spec.toml").write_text(content)
+    result = nasctl(*SEARCH, *LITTLE, *more, "--spec", "spec.toml")
+    assert result.code == 2 and said in " ".join(result.err.split())
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["export", "--latency", "9ms", "--out", "a.onnx"],
+        ["extract", "--arch", "smallest"],
+        ["prune", "--target", "macs=-50%"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_verbs_of_other_runs_say_where_the_files_are(nasctl, workdir, verb):
+    many = {"tasks": ["class", "box"]}
+    for spec, said in (
+        (many, "this search has a network for each of class, box. Their files are in run/class"),
+        ({**many, "max_drop": {}}, "this is a pruning. Its file is in run/bundle"),
+    ):
+        (workdir / "run").mkdir(exist_ok=True)
+        (workdir / "run" / "run.json").write_text(json.dumps({"spec": spec, "stages": {}}))
+        result = nasctl(verb[0], "run", *verb[1:])
+        assert result.code == 1 and said in " ".join(result.err.split())
+
+
+def test_json_is_all_that_stdout_gets(nasctl, data, monkeypatch):
+    content = {"tasks": {}, "convergence": {}}
+    monkeypatch.setattr(many_tasks, "execute", lambda job, force: content)
+    assert json.loads(nasctl(*SEARCH, *LITTLE, "--json").out) == content
+    assert "predicted" in nasctl(*SEARCH, *LITTLE).out
+
+
+def test_a_pick_holds_for_its_own_key_only(tmp_path, monkeypatch):
+    """The first of two is too slow at first, and then no more."""
+    (tmp_path / "box").mkdir()
+    job = SimpleNamespace(
+        spec=SimpleNamespace(latency_ms={"box": 2.0}),
+        device=SimpleNamespace(local=True),
+        task=SimpleNamespace(shape=(3, 8, 8)),
+        own=lambda name: Run(tmp_path / name),
+    )
+    two = [Finalist((0, 1), 0.1, 0.9), Finalist((1, 1), 0.2, 0.8)]
+    took = iter([3.0, 1.0, 1.0])
+    monkeypatch.setattr(delivery, "child", lambda *_: None)
+    monkeypatch.setattr(delivery.onnx, "export", lambda *_, **__: None)
+    monkeypatch.setattr(delivery, "_timed", lambda *_: SimpleNamespace(median_ms=next(took)))
+
+    def picked(finalists, key):
+        return delivery._pick(job, None, None, finalists, "box", key)
+
+    assert picked(two, "a") == two[1] == picked(two, "a")
+    (tmp_path / "box" / delivery.OWN_STATE).touch()
+    assert picked(two, "b") == two[0]
+    assert not (tmp_path / "box" / delivery.OWN_STATE).exists()
