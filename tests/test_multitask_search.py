@@ -18,21 +18,10 @@ from nas.multitask_search import EVERY, Search, Shared, learn, space_for
 from nas.multitask_training import Schedule
 from nas.search import Limit, Problem
 from nas.search_spaces import fbnetv5
+from tests.sides import examples
 
 SCHEDULE = Schedule(steps=8, batch=16, lr=0.05, seed=1)
 GOALS = (classes("class", target="label", n_classes=2), box("box", target="box"))
-
-
-def examples(n, seed=0):
-    """8 x 8 noise with a bright square on the left or the right: its side and its box."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 120, (n, 3, 8, 8), generator=generator)
-    side = torch.arange(n) % 2
-    for image, right in zip(images, side.tolist(), strict=True):
-        image[:, 2:5, 1 + 4 * right : 4 + 4 * right] += 130
-    left = (1 + 4 * side) / 8
-    edges = [left, torch.full_like(left, 2 / 8), left + 3 / 8, torch.full_like(left, 5 / 8)]
-    return Examples(images.to(torch.uint8), {"label": side, "box": torch.stack(edges, 1)})
 
 
 def sides(train=None, goals=GOALS):

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from nas import multitask
-from nas.data.examples import Examples
 from nas.errors import NasctlError, UsageError
 from nas.goals import box, classes
 from nas.multitask import MultiTask
 from nas.multitask_training import Schedule, goal_losses, train
+from tests.sides import examples
 
 SCHEDULE = Schedule(steps=12, batch=16, lr=0.05)
 
@@ -31,18 +31,6 @@ class Net(nn.Module):
         x = self.norm(self.conv(x)).relu().flatten(1)
         answers = self.head(x)
         return {"class": answers[:, :2], "box": answers[:, 2:]}
-
-
-def examples(n, seed=0):
-    """8 x 8 noise with a bright square on the left or the right: its side and its box."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 120, (n, 3, 8, 8), generator=generator)
-    side = torch.arange(n) % 2
-    for image, right in zip(images, side.tolist(), strict=True):
-        image[:, 2:5, 1 + 4 * right : 4 + 4 * right] += 130
-    left = (1 + 4 * side) / 8
-    edges = [left, torch.full_like(left, 2 / 8), left + 3 / 8, torch.full_like(left, 5 / 8)]
-    return Examples(images.to(torch.uint8), {"label": side, "box": torch.stack(edges, 1)})
 
 
 @pytest.fixture(scope="module")
