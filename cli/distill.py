@@ -85,10 +85,10 @@ def prepare(given: dict[str, Any], folder: Path | None) -> Distilling:
     from hw_profiles import device
 
     board = device.load(given["hw"])
-    from cli.distilling import Distilling, make_spec
-    from nas.run import Run, digest
+    from cli.distilling import Distilling, DistilSpec
+    from nas.run import Run, digest, validated
 
-    spec = make_spec({"threads": cores(), **given})
+    spec = validated(DistilSpec, {"threads": cores(), **given})
     import torch
 
     from compress import teacher

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from cli import console
 from compress import adamw, finetune, inherit, members
@@ -65,16 +65,6 @@ class DistilSpec(BaseModel):
     tuning_lr: float = Field(2e-4, gt=0)
     seed: int = Field(0, ge=0)
     threads: int = Field(..., ge=1)
-
-
-def make_spec(fields: dict[str, Any]) -> DistilSpec:
-    """Validated; raises UsageError naming the flag that is wrong."""
-    try:
-        return DistilSpec(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        flag = "--" + str(first["loc"][0]).replace("_", "-")
-        raise UsageError(f"{first['msg']} (got {first['input']!r})", where=flag) from error
 
 
 class Task(NamedTuple):

@@ -66,12 +66,13 @@ def prepare(
         raise UsageError("no data with several tasks", where="--data", allowed=multitask.FORMS)
     board = device.load(str(given.get("hw", "cpu")))
     most = {name: _budgets(text, name, names) for name, text in typed.items()}
-    from cli.many_tasks_stages import Job, make_spec
+    from cli.many_tasks_stages import Job, TasksSpec
     from cli.train import cores
+    from nas.run import validated
 
     told = {"latency_ms": most["latency"], "macs": most["macs"]}
     fields = {**given, "tasks": names, **{field: value for field, value in told.items() if value}}
-    rough = make_spec({"epochs": 1, "finetune": 1, "threads": 1, **fields})
+    rough = validated(TasksSpec, {"epochs": 1, "finetune": 1, "threads": 1, **fields})
     for flag, of in (("--latency", rough.latency_ms), ("--macs", rough.macs)):
         if strange := sorted(of.keys() - set(names)):
             raise unknown("task", strange[0], names, where=flag)
@@ -83,7 +84,7 @@ def prepare(
     steps, own = (QUICK, QUICK_OWN) if quick else (STEPS, OWN)
     defaults = {"epochs": steps / per_epoch, "finetune": own / per_epoch, "threads": cores()}
     defaults = {name: float(f"{value:.3g}") for name, value in defaults.items()}
-    spec = make_spec({**defaults, "threads": cores(), **fields})
+    spec = validated(TasksSpec, {**defaults, "threads": cores(), **fields})
     if spec.batch > len(task.train) // 5:  # a fifth of them is for the distributions
         what = f"{spec.batch} images per step, but {len(task.train)} training images"
         raise UsageError(what, where="--batch", allowed=f"up to {len(task.train) // 5}")

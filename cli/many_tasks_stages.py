@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import shutil
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import metadata
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from cli import console, stages
 from deploy import verify
@@ -58,16 +58,6 @@ class TasksSpec(BaseModel):
     lr: float = Field(0.1, gt=0)
     seed: int = Field(0, ge=0)
     threads: int = Field(..., ge=1)
-
-
-def make_spec(fields: Mapping[str, Any]) -> TasksSpec:
-    """Validated; raises UsageError naming the flag that is wrong and what it may be."""
-    try:
-        return TasksSpec(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        flag = "--" + str(first["loc"][0]).removesuffix("_ms").replace("_", "-")
-        raise UsageError(f"{first['msg']} (got {first['input']!r})", where=flag) from error
 
 
 @dataclass(frozen=True, eq=False)

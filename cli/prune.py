@@ -155,10 +155,11 @@ def prepare(
 ) -> Pruning:
     """Everything validated and loaded: names before data, data before any work."""
     from cli.measuring import here_or_there
-    from cli.pruning import Pruning, make_spec
+    from cli.pruning import PruneSpec, Pruning
     from compress import baselines
     from hw_profiles import alignment, device
     from nas.errors import unknown
+    from nas.run import validated
 
     board = device.load(given["hw"])
     if given["quantity"] == "latency" or given["on"] != "local":
@@ -171,7 +172,7 @@ def prepare(
             f"{given['method']} prunes in one round", where="--rounds", next="Leave it out."
         )
     # what depends on the data is filled in below; everything typed is validated here
-    rough = make_spec({"max_drop": {}, "divisor": 8, "threads": 1, **given})
+    rough = validated(PruneSpec, {"max_drop": {}, "divisor": 8, "threads": 1, **given})
     import torch
 
     from cli import subject
@@ -183,7 +184,7 @@ def prepare(
     found = subject.load(rough.model, weights, rough.data, rough.size, wanted)
     names = [goal.name for goal in found.task.goals]
     defaults = {"divisor": alignment.tile(board)[0], "threads": cores(), "tasks": names}
-    spec = make_spec({**defaults, **given, "max_drop": parse_drops(max_drop, names)})
+    spec = validated(PruneSpec, {**defaults, **given, "max_drop": parse_drops(max_drop, names)})
     torch.set_num_threads(spec.threads)
     name = f"prune-{Path(rough.model.split(':')[-1]).stem}-{digest(spec.model_dump())[:8]}"
     return Pruning(spec, Run(folder or Path("runs") / name), found, board)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from cli import bundling, console, measuring
@@ -123,16 +123,6 @@ class Pruning:
         return Schedule(
             steps=steps, batch=spec.batch, lr=spec.lr, imitation=spec.imitation, seed=spec.seed
         )
-
-
-def make_spec(fields: Mapping[str, Any]) -> PruneSpec:
-    """Validated; raises UsageError naming the flag that is wrong and what it may be."""
-    try:
-        return PruneSpec(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        flag = "--" + str(first["loc"][0]).replace("_", "-")
-        raise UsageError(f"{first['msg']} (got {first['input']!r})", where=flag) from error
 
 
 def forget(run: Run) -> None:

@@ -17,7 +17,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,6 +36,9 @@ HOW = (
 )
 #: the fields of a spec that a supernet's training reads: all that `nasctl train` has
 TRAINING = ("data", "space", "width", "size", "epochs", "threads", *HOW)
+
+
+Fields = TypeVar("Fields", bound=BaseModel)
 
 
 class Spec(BaseModel):
@@ -91,16 +94,22 @@ def digest(value: Any) -> str:
 
 
 def make_spec(fields: Mapping[str, Any]) -> Spec:
-    """Validated; raises UsageError naming the flag or field that is wrong and what it may be."""
+    """Validated, as by `validated`."""
+    return validated(Spec, fields)
+
+
+def validated(kind: type[Fields], fields: Mapping[str, Any]) -> Fields:
+    """The inputs of a run of that kind, whose fields are long flags with their unit; raises
+    UsageError naming the flag or field that is wrong and what it may be."""
     try:
-        return Spec(**fields)
+        return kind(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "spec"
         flag = "--" + name.removesuffix("_ms").removesuffix("_bytes").removesuffix("_mj").replace(
             "_", "-"
         )
-        allowed = ", ".join(sorted(Spec.model_fields)) if first["type"] == "extra_forbidden" else ""
+        allowed = ", ".join(sorted(kind.model_fields)) if first["type"] == "extra_forbidden" else ""
         raise UsageError(
             f"{first['msg']} (got {first['input']!r})", where=flag, allowed=allowed
         ) from error
