@@ -36,7 +36,9 @@ class Size:
     steps: int  # of a supernet
     batch: int = 64
     length: int = 32  # tokens
-    lr: float = 1e-3  # of distilling, at the peak; not tuned
+    #: of distilling, at the peak. Held-out loss of the sub-space tiny after 80 steps: 0.482 by
+    #: 1e-3, 0.404 by 3e-3, 0.504 by 1e-2
+    lr: float = 3e-3
     held_out: int = 256  # sequences, at the end of the text
     phrases: int = 3000
     tuning_batch: int = 32

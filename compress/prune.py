@@ -60,9 +60,10 @@ def prune(
     rows: tuple[Row, ...] = ()
     for number in range(rounds):
         path = record and record.with_stem(f"{record.stem}-{number}")
-        run = _Round(job, settings, Record(path, _inputs(job)))
+        last = number + 1 == rounds
+        run = _Round(job, settings, Record(path, _inputs(job)), decides=last)
         whole = run.cost_before if result is None else result.cost_before
-        if number + 1 < rounds and job.target < whole:
+        if not last and job.target < whole:
             run.target = whole * (job.target / whole) ** ((number + 1) / rounds)
         yield from run.scan()
         found = run.chosen()
@@ -76,9 +77,9 @@ def prune(
             cost_before=first.cost_before,
             losses_before=first.losses_before,
         )
-        if result.cost <= job.target:
+        if last and result.cost <= job.target:
             return result
-        if number + 1 < rounds:
+        if not last:
             job = replace(job, net=recover(found.net, number) if recover else found.net)
     assert result is not None, "rounds is at least 1"
     raise _infeasible(job, settings, result)
@@ -114,6 +115,7 @@ class _Round:
     job: Job
     settings: Settings
     known: Record
+    decides: bool = True  # is it the round that has to meet the target?
     history: History = History()
     visits: list[_Visit] = field(default_factory=list)
 
@@ -225,7 +227,8 @@ class _Round:
             stops = {visit.unit: visit.least for visit in pruned[:n]}
             if self._at(stops) <= self.target:
                 stops = self._eased(pruned[:n])
-                break
+                if not self.decides or self._confirmed(self._applied(stops)[1]) <= self.target:
+                    break
         result = self._result(*self._applied(stops))
         if self.settings.summed or self.settings.one_shot or not self._over(result):
             return result
@@ -265,6 +268,9 @@ class _Round:
                 if saved[now] - saved[width] <= slack and self._at(wider) <= self.target:
                     found = wider
                     break
+        while self.decides and low and self._confirmed(self._applied(found)[1]) > self.target:
+            low -= 1
+            found = stops(low)
         return found
 
     def _at(self, stops: Mapping[Unit, int]) -> float:
@@ -297,7 +303,7 @@ class _Round:
             net=net,
             history=history,
             cost_before=self.cost_before,
-            cost=self._cost(net),
+            cost=self._confirmed(net) if self.decides else self._cost(net),
             losses_before=self._losses(History(), self.job.net, self.job.objectives),
             losses=self._losses(history, net, self.job.objectives),
             rows=rows,
@@ -307,6 +313,10 @@ class _Round:
     def _cost(self, net: nn.Module) -> float:
         job, key = self.job, f"{self.job.cost.unit} of {shape_of(net)}"
         return self.known.of(key, lambda: job.cost.of(net, job.example_inputs))
+
+    def _confirmed(self, net: nn.Module) -> float:
+        job, key = self.job, f"{self.job.cost.unit} of {shape_of(net)}, confirmed"
+        return self.known.of(key, lambda: job.cost.confirmed(net, job.example_inputs))
 
     def _losses(
         self, history: History, net: nn.Module, objectives: Sequence[Objective]

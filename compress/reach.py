@@ -75,12 +75,9 @@ def reach(job: Job, found: Found, scores: Scores, allocate: Allocate) -> Steps:
         return tried[key]
 
     low, high = 0.0, 1.0
-    best = at(high)
-    if best[2] > job.target:
-        raise BudgetInfeasible(
-            f"{best[2]:.4g} {job.cost.unit} is the least that this method comes to",
-            where=f"target {job.target:.4g} {job.cost.unit}",
-        )
+    met = [at(high)]  # each milder than the one before
+    if met[0][2] > job.target:
+        raise _infeasible(job, met[0][2])
     for done in range(HALVINGS):
         spent = time.perf_counter() - began
         left = spent / done * (HALVINGS - done) if done else float("nan")
@@ -88,10 +85,16 @@ def reach(job: Job, found: Found, scores: Scores, allocate: Allocate) -> Steps:
         middle = (low + high) / 2
         tried_now = at(middle)
         if tried_now[2] <= job.target:
-            high, best = middle, tried_now
+            high = middle
+            if tried_now is not met[-1]:
+                met.append(tried_now)
         else:
             low = middle
-    history, net, cost = best
+    while (cost := job.cost.confirmed(met[-1][1], job.example_inputs)) > job.target:
+        met.pop()
+        if not met:
+            raise _infeasible(job, cost)
+    history, net, _ = met[-1]
     kept = {
         u: u.width - sum(len(s.indices) for s in history.steps if s.root == u.root) for u in scores
     }
@@ -104,4 +107,11 @@ def reach(job: Job, found: Found, scores: Scores, allocate: Allocate) -> Steps:
         losses=losses.measure(net, job.objectives, job.batches).values,
         rows=tuple(Row(unit.root, unit.width, n, n) for unit, n in kept.items()),
         left_alone=found.left_alone,
+    )
+
+
+def _infeasible(job: Job, least: float) -> BudgetInfeasible:
+    return BudgetInfeasible(
+        f"{least:.4g} {job.cost.unit} is the least that this method comes to",
+        where=f"target {job.target:.4g} {job.cost.unit}",
     )
