@@ -100,9 +100,10 @@ def extracted(training: Training, net: Network, genes: Genes) -> tuple[Network, 
     """The stand-alone network of `genes` with the supernet's own statistics, and how far its
     outputs are from the supernet's, as a share of the largest."""
     space, arch = training.space, training.space.decode(genes)
-    x = resize(supernet.calibration_images(training.task)[:COMPARED], arch.resolution)
+    images = supernet.calibration_images(training.task)[:COMPARED]
+    x = resize(images.to(training.accelerator), arch.resolution)
     inside = net.eval()(x, arch)
-    small = channels_last(extract(net, space.build(arch))).eval()
+    small = channels_last(extract(net, space.build(arch).to(x.device))).eval()
     return small, float((small(x) - inside).abs().max() / inside.abs().max().clamp_min(1e-12))
 
 
@@ -165,4 +166,4 @@ def read(path: Path, data: str | None) -> tuple[Training, Genes, Network]:
     genes = genes_of(training.space, json.dumps(said["network"]))
     net = channels_last(training.space.build(training.space.decode(genes)))
     checkpoint.fill(net, tensors, path)
-    return training, genes, net.eval()
+    return training, genes, net.to(training.accelerator).eval()

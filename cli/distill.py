@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json as jsons  # `json` is a flag
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +15,7 @@ from nas.errors import UsageError
 
 if TYPE_CHECKING:
     from cli.distilling import Distilling
+    from cli.torchrun import Group
 
 
 def command(
@@ -37,6 +40,7 @@ def command(
     tuning_lr: Annotated[float | None, typer.Option(help="Of fine-tuning. [0.0002]")] = None,
     seed: options.Seed = None,
     threads: Annotated[int | None, typer.Option(help="Of the processor. [all cores]")] = None,
+    train_on: options.TrainOn = None,
     run: options.Run = None,
     force: options.Force = False,
     dry_run: Annotated[
@@ -47,7 +51,7 @@ def command(
     """Distil a transformer into sub-spaces of students, rank every student, deliver the best.
 
     No student is trained by itself; pick others by `nasctl search --space bert --supernet RUN`. The
-    same command goes on where it was interrupted.
+    same command goes on where it was interrupted; under torchrun, on any number of processes.
     """
     flags = {
         "teacher": teacher,
@@ -67,16 +71,23 @@ def command(
         "tuning_lr": tuning_lr,
         "seed": seed,
         "threads": threads,
+        "train_on": train_on,
     }
     if (finetune is None) != (test is None):
         raise UsageError("one without the other", where="--finetune, --test")
     given = {name: value for name, value in flags.items() if value is not None}
-    distilling = prepare(given, run)
-    content = plan(distilling) if dry_run else execute(distilling, force=force)
-    if json:
-        console.emit_json(content)
-    elif not dry_run:
-        say_outcome(content, distilling.run.folder)
+    from cli import torchrun
+
+    with torchrun.joined() as group:
+        distilling = prepare(given, run)
+        _agree(distilling, group)
+        content = plan(distilling) if dry_run else execute(distilling, group, force=force)
+        if not group.workers.first:
+            return
+        if json:
+            console.emit_json(content)
+        elif not dry_run:
+            say_outcome(content, distilling.run.folder)
 
 
 def prepare(given: dict[str, Any], folder: Path | None) -> Distilling:
@@ -98,7 +109,7 @@ def prepare(given: dict[str, Any], folder: Path | None) -> Distilling:
     name = f"distill-{Path(spec.teacher).name}-{digest(spec.model_dump())[:8]}"
     distilling = Distilling(spec, Run(folder or Path("runs") / name), found, board)
     # whatever is wrong with these is known before any work
-    assert distilling.spaces and distilling.lesson and distilling.key
+    assert distilling.spaces and distilling.lesson and distilling.key and distilling.accelerator
     _ = distilling.task
     return distilling
 
@@ -119,32 +130,65 @@ def plan(distilling: Distilling) -> dict[str, Any]:
     return content
 
 
-def execute(distilling: Distilling, *, force: bool) -> dict[str, Any]:
-    """Pack, distil, rank, deliver; what is finished already is not repeated."""
+def _agree(distilling: Distilling, group: Group) -> None:
+    """Raises UsageError if a step has too few sequences for the processes, NasctlError where one of
+    them has other inputs; shares the cores out."""
+    from importlib import metadata
+
+    import torch
+
+    group.workers.shards(distilling.spec.batch)
+    versions = {name: metadata.version(name) for name in ("nasctl", "torch")}
+    asked = {"teacher": distilling.teacher.fingerprint, "text": distilling.text_key}
+    group.agree({**versions, **asked, "command": distilling.key})
+    torch.set_num_threads(max(1, distilling.spec.threads // group.on_this_machine))
+
+
+def execute(distilling: Distilling, group: Group, *, force: bool) -> dict[str, Any]:
+    """Pack, distil, rank, deliver; what is finished already is not repeated. All processes train,
+    the first does everything else."""
     from cli import distilling as stages
     from cli import students as choosing
+    from nas.errors import NasctlError
 
-    run = distilling.run
-    with run.locked(distilling.spec, force=force):
-        if force:
-            stages.forget(distilling)
-        _say_inputs(distilling)
-        key = distilling.key
-        if run.done(stages.STAGE, key):
-            content: dict[str, Any] = run.read_json(stages.REPORT)
-        else:
-            began = time.monotonic()
-            n = stages.packed(distilling)
+    run, key = distilling.run, distilling.key
+    with contextlib.ExitStack() as held:
+
+        def decide() -> str:
+            held.enter_context(run.locked(distilling.spec, force=force))
+            if force:
+                stages.forget(distilling)
+            _say_inputs(distilling)
+            if run.done(stages.STAGE, key):
+                return jsons.dumps({"done": True, "sequences": 0, "train": []})
+            n, todo = stages.packed(distilling), stages.untrained(distilling)
+            return jsons.dumps({"done": False, "sequences": n, "train": todo})
+
+        began = time.monotonic()
+        told = jsons.loads(group.follow_first(decide))
+        n = told["sequences"]
+        if told["train"] and not run.path(stages.TEXT).is_file():
+            raise NasctlError(
+                "this process does not see the run's text",
+                where=str(run.path(stages.TEXT)),
+                next="Put --run on a disk that all machines share.",
+            )
+        if n:
             console.say(f"{n} sequences of {distilling.spec.sequence} tokens", "text")
-            for name in distilling.spaces:
-                stages.trained(distilling, name, n)
-            students = [
-                choosing.knee(distilling, name, stages.ranked(distilling, name, n))
-                for name in distilling.spaces
-            ]
-            content = choosing.delivered(distilling, students)
-            run.write_json(stages.REPORT, content)
-            run.finish(stages.STAGE, key, time.monotonic() - began, choosing.files(content))
+        for name in told["train"]:
+            stages.trained(distilling, name, n)
+        if not group.workers.first:
+            return {}
+        if told["done"]:
+            finished: dict[str, Any] = run.read_json(stages.REPORT)
+            return finished
+        students = [
+            choosing.knee(distilling, name, stages.ranked(distilling, name, n))
+            for name in distilling.spaces
+        ]
+        content = choosing.delivered(distilling, students)
+        run.write_json(stages.REPORT, content)
+        run.finish(stages.STAGE, key, time.monotonic() - began, choosing.files(content))
     return content
 
 

@@ -3,6 +3,7 @@ sub-space, rank its members. Each goes on where it was interrupted."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import tomllib
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from cli import console
+from cli import accelerator, console
+from cli.training import follow
 from compress import adamw, finetune, inherit, members
 from compress.adamw import Plan
 from compress.distill import Course, distill
@@ -26,7 +28,7 @@ from compress.members import Member
 from compress.teacher import Teacher
 from hw_profiles import op
 from hw_profiles.device import Device
-from nas import checkpoint, file
+from nas import checkpoint, file, parallel
 from nas import run as runs
 from nas.data import sentences, text
 from nas.errors import NasctlError, UsageError, unknown
@@ -36,8 +38,10 @@ from nas.sampling import sandwich
 from nas.search_spaces.bert import Arch, Bert, Grid, Space, within
 
 STAGE, REPORT, TEXT, STUDENTS = "distill", "report.json", "text.bin", "students"
+SEARCHED = "search.json"  # what `nasctl search --space bert` found in it last
 TUNING = ".tuning.state"  # ending of what a fine-tuning goes on from
 TEACHER, CHOSEN = "teacher", "chosen"  # no sub-spaces: files have these names beside theirs
+NAME = re.compile(r"[\w-]+")  # of a sub-space: files are called after it
 HELD_OUT = 0.05  # of the sequences, at the end of the text
 MOST_HELD_OUT = 512
 RANKED_AT_ONCE = 64
@@ -65,6 +69,7 @@ class DistilSpec(BaseModel):
     tuning_lr: float = Field(2e-4, gt=0)
     seed: int = Field(0, ge=0)
     threads: int = Field(..., ge=1)
+    train_on: str = "cpu"
 
 
 class Task(NamedTuple):
@@ -95,10 +100,21 @@ class Distilling:
             if name in (*grids, TEACHER, CHOSEN):
                 why = "there are two of it" if name in grids else "other files have this name"
                 raise UsageError(why, where=f"--subspaces {name}", next="Name it otherwise.")
+            if not NAME.fullmatch(name):
+                raise UsageError(
+                    f"'{name}' cannot name files",
+                    where="--subspaces",
+                    allowed="letters, digits, - and _",
+                )
             _fits(name, grid, arch)
             grids[name] = grid
         length = self.spec.sequence
         return {name: Space(size=length, grid=grid, frame=frame) for name, grid in grids.items()}
+
+    @cached_property
+    def accelerator(self) -> torch.device:
+        """Where networks are trained and ranked; raises UsageError where it is not there."""
+        return accelerator.named(self.spec.train_on)
 
     @cached_property
     def lesson(self) -> Relations:
@@ -132,7 +148,7 @@ class Distilling:
     @cached_property
     def key(self) -> str:
         """What the result depends on."""
-        asked = self.spec.model_dump(exclude={"teacher", "text", "threads"})
+        asked = self.spec.model_dump(exclude={"teacher", "text", "threads", "train_on"})
         task = [file.sha256(Path(p)) for p in (self.spec.finetune, self.spec.test) if p]
         grids = {name: [g.options for g in space.genes] for name, space in self.spaces.items()}
         return runs.digest([asked, self.text_key, task, grids])
@@ -202,7 +218,8 @@ def forget(distilling: Distilling) -> None:
             distilling.run.path(name + kind).unlink(missing_ok=True)
     for state in distilling.run.folder.glob("*" + TUNING):
         state.unlink()
-    distilling.run.path(TEXT).unlink(missing_ok=True)
+    for name in (TEXT, SEARCHED):
+        distilling.run.path(name).unlink(missing_ok=True)
     shutil.rmtree(distilling.run.path(STUDENTS), ignore_errors=True)
 
 
@@ -230,21 +247,32 @@ def _held_out(n: int) -> int:
     return max(1, min(MOST_HELD_OUT, round(HELD_OUT * n)))
 
 
+def untrained(distilling: Distilling) -> list[str]:
+    """The sub-spaces whose supernets the run has not."""
+    run = distilling.run
+    return [
+        name
+        for name in distilling.spaces
+        if not run.done(f"train {name}", _training_key(distilling, name))
+    ]
+
+
 def trained(distilling: Distilling, name: str, n: int) -> None:
-    """Train a sub-space's supernet into the run, unless it is there."""
+    """Train a sub-space's supernet into the run. In a process group every process calls this; the
+    first writes."""
     spec, run, space = distilling.spec, distilling.run, distilling.spaces[name]
-    key = _training_key(distilling, name)
-    if run.done(f"train {name}", key):
-        return
+    first, key = parallel.workers().first, _training_key(distilling, name)
     trains = n - _held_out(n)
     rows, chosen = _rows(distilling), adamw.shuffled(trains, spec.batch, spec.seed)
     steps = max(1, round(spec.epochs * trains / spec.batch))
-    run.path(f"{name}.members.jsonl").unlink(missing_ok=True)  # of other weights
+    if first:
+        run.path(f"{name}.members.jsonl").unlink(missing_ok=True)  # of other weights
     net = inherit.inherit(_largest(space), distilling.teacher.net)
     for parameter in net.head.parameters():  # untrained: what it was made with is no one's seed
         torch.nn.init.zeros_(parameter)
+    net.to(distilling.accelerator)
     course = Course(
-        distilling.teacher.net.look,
+        distilling.teacher.net.to(distilling.accelerator).look,
         distilling.lesson,
         lambda step: torch.from_numpy(rows[chosen(step)]).long(),
         key,
@@ -253,11 +281,10 @@ def trained(distilling: Distilling, name: str, n: int) -> None:
     archs = sandwich(space, Recipe(steps=steps, seed=spec.seed))
     state = run.path(f"{name}.state")
     going = distill(net, archs, course, Plan(steps, spec.lr), resume=state)
-    with closing(going), console.deferred_interrupt() as asked, console.bar(name, steps) as update:
-        for step in going:
-            update(step.step, f"loss {step.losses[0]:.3f} to {step.losses[1]:.3f}")
-            if asked():
-                raise KeyboardInterrupt
+    with closing(going):
+        follow(going, steps, name)
+    if not first:
+        return
     weights = f"{name}.safetensors"
     checkpoint.write(run.path(weights), net.state_dict(), {})
     run.finish(f"train {name}", key, 0.0, [weights])
@@ -279,7 +306,7 @@ def _rows(distilling: Distilling) -> Any:
 
 
 def supernet(distilling: Distilling, name: str) -> Bert:
-    """The trained one of a sub-space."""
+    """The trained one of a sub-space, on the processor."""
     net, path = _largest(distilling.spaces[name]), distilling.run.path(f"{name}.safetensors")
     checkpoint.fill(net, checkpoint.read(path)[0], path)
     return net
@@ -290,13 +317,12 @@ def ranked(distilling: Distilling, name: str, n: int) -> list[Member]:
     space, run = distilling.spaces[name], distilling.run
     kept = run.path(f"{name}.members.jsonl")
     rows = torch.from_numpy(np.array(_rows(distilling)[n - _held_out(n) :])).long()
-    batches = rows.split(RANKED_AT_ONCE)
-    wanted = members.taught(distilling.teacher.net.look, batches)
+    batches = rows.to(distilling.accelerator).split(RANKED_AT_ONCE)
+    wanted = members.taught(distilling.teacher.net.to(distilling.accelerator).look, batches)
     every = members.every(space)
     found = []
-    going = members.rank(
-        supernet(distilling, name), space, every, distilling.lesson, (batches, wanted), kept=kept
-    )
+    net = supernet(distilling, name).to(distilling.accelerator)
+    going = members.rank(net, space, every, distilling.lesson, (batches, wanted), kept=kept)
     with console.bar(f"ranking {name}", len(every)) as update:
         for member in going:
             found.append(member)

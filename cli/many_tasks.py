@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli import budgets, console
+from cli import accelerator, budgets, console
 from nas.errors import BudgetMissed, UsageError, unknown
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def prepare(
     told = {"latency_ms": most["latency"], "macs": most["macs"]}
     fields = {**given, "tasks": names, **{field: value for field, value in told.items() if value}}
     rough = validated(TasksSpec, {"epochs": 1, "finetune": 1, "threads": 1, **fields})
+    accelerator.named(rough.train_on)  # raises, before data are read
     for flag, of in (("--latency", rough.latency_ms), ("--macs", rough.macs)):
         if strange := sorted(of.keys() - set(names)):
             raise unknown("task", strange[0], names, where=flag)

@@ -64,6 +64,7 @@ def delivered(
         elif job.spec.finetune:
             steps = train(net, task, job.own_schedule, resume=own.path(OWN_STATE))
             stages.follow(steps, job.own_schedule.steps, f"training {name} alone")
+        net.cpu()  # where the file is compared with it
         checkpoint.write(own.path(WEIGHTS), net.state_dict(), {})
         row = _row(job, table, net, finalist, task)
         own.write_json(RESULT, row)
@@ -110,7 +111,7 @@ def _pick(
     took = []
     for finalist in finalists[:ATTEMPTS]:
         net = child(shared, search, name, np.array(finalist.genes))
-        onnx.export(net, own.path(MODEL), input_shape=job.task.shape)
+        onnx.export(net.cpu(), own.path(MODEL), input_shape=job.task.shape)
         took.append(_timed(job, own.path(MODEL)).median_ms)
         if took[-1] * MARGIN <= budget:
             own.write_json(PICK, {"genes": list(finalist.genes), "key": key})

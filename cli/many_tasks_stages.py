@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from cli import console, stages
+from cli import accelerator, console, stages
 from deploy import verify
 from hw_profiles import latency as latencies
 from hw_profiles.device import Device
@@ -58,6 +58,7 @@ class TasksSpec(BaseModel):
     lr: float = Field(0.1, gt=0)
     seed: int = Field(0, ge=0)
     threads: int = Field(..., ge=1)
+    train_on: str = "cpu"
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +86,11 @@ class Job:
         spec = self.spec
         steps = round(epochs * len(self.task.train) / spec.batch)
         return Schedule(steps=max(1, steps), batch=spec.batch, lr=spec.lr, seed=spec.seed)
+
+    @cached_property
+    def accelerator(self) -> torch.device:
+        """Where networks are trained and judged; raises UsageError where it is not there."""
+        return accelerator.named(self.spec.train_on)
 
     @cached_property
     def trainer(self) -> Callable[..., object] | None:
@@ -169,7 +175,7 @@ def _problem(job: Job, table: LatencyTable, name: str) -> Problem:
 
 def learned(job: Job, search: Search) -> Shared:
     """Supernet and distributions, trained into the run; goes on where it was interrupted."""
-    shared, run = Shared(search), job.run
+    shared, run = _fresh(job, search), job.run
 
     def work() -> None:
         steps = learn(shared, search, resume=run.path(STATE))
@@ -180,6 +186,13 @@ def learned(job: Job, search: Search) -> Shared:
     run.path(STATE).unlink(missing_ok=True)
     checkpoint.fill(shared, checkpoint.read(run.path(SHARED))[0], run.path(SHARED))
     shared.eval()
+    return shared
+
+
+def _fresh(job: Job, search: Search) -> Shared:
+    """The network where it is trained; distributions stay on the processor."""
+    shared = Shared(search)
+    shared.net.to(job.accelerator)
     return shared
 
 
@@ -228,7 +241,7 @@ def step_seconds(job: Job) -> float:
         for name in job.spec.tasks
     }
     search = Search(job.space, job.task, replace(job.schedule, steps=3), problems)
-    steps = learn(Shared(search), search)
+    steps = learn(_fresh(job, search), search)
     next(steps)
     began = time.monotonic()
     next(steps)  # with a step of the distributions, which comes at every fourth

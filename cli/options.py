@@ -18,6 +18,9 @@ Epochs = Annotated[float | None, typer.Option(help="Of supernet training.")]
 Batch = Annotated[int | None, typer.Option(help="Images per step, over all processes. [128]")]
 Rate = Annotated[float | None, typer.Option(help="Peak learning rate per network of a step. [0.2]")]
 Seed = Annotated[int | None, typer.Option(help="Of everything random. [0]")]
+TrainOn = Annotated[
+    str | None, typer.Option(help="Where networks are trained: cpu, cuda, cuda:1. [cpu]")
+]
 Spec = Annotated[Path | None, typer.Option(help="TOML file of these options.")]
 Run = Annotated[Path | None, typer.Option(help="Run directory. [runs/...]")]
 Quick = Annotated[bool, typer.Option("--quick", help="A fifth of the training: a try-out.")]

@@ -59,6 +59,7 @@ def command(
     ] = None,
     seed: options.Seed = None,
     threads: Annotated[int | None, typer.Option(help="Of the processor. [all cores]")] = None,
+    train_on: options.TrainOn = None,
     run: options.Run = None,
     quick: Annotated[bool, typer.Option("--quick", help="4 epochs: a try-out.")] = False,
     force: options.Force = False,
@@ -88,6 +89,7 @@ def command(
         "divisor": divisor,
         "seed": seed,
         "threads": threads,
+        "train_on": train_on,
         **parse_target(target),
     }
     given = {name: value for name, value in flags.items() if value is not None}
@@ -175,10 +177,11 @@ def prepare(
     rough = validated(PruneSpec, {"max_drop": {}, "divisor": 8, "threads": 1, **given})
     import torch
 
-    from cli import subject
+    from cli import accelerator, subject
     from cli.train import cores
     from nas.run import Run, digest
 
+    accelerator.named(rough.train_on)  # raises, before data are read
     wanted = [name.strip() for name in tasks.split(",")] if tasks else []
     weights = Path(rough.weights) if rough.weights else None
     found = subject.load(rough.model, weights, rough.data, rough.size, wanted)

@@ -6,6 +6,7 @@ where it was interrupted.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import shutil
@@ -21,7 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from cli import bundling, console, measuring
+from cli import accelerator, bundling, console, measuring
 from cli.subject import Subject
 from compress import baselines, cost
 from compress import prune as pagcp
@@ -83,6 +84,7 @@ class PruneSpec(BaseModel):
     divisor: int = Field(..., ge=1)
     seed: int = Field(0, ge=0)
     threads: int = Field(..., ge=1)
+    train_on: str = "cpu"
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +99,15 @@ class Pruning:
     @property
     def key(self) -> str:
         """What the result depends on."""
-        asked = self.spec.model_dump(exclude={"data", "threads"}, mode="json")
+        asked = self.spec.model_dump(exclude={"data", "threads", "train_on"}, mode="json")
         weights = checkpoint.digest(self.subject.net)
         return runs.digest([asked, weights, self.subject.task.fingerprint])
+
+    @cached_property
+    def accelerator(self) -> torch.device:
+        """Where losses are measured and networks trained; raises UsageError where it is not
+        there."""
+        return accelerator.named(self.spec.train_on)
 
     @property
     def goals(self) -> tuple[Goal, ...]:
@@ -149,7 +157,7 @@ def costs(pruning: Pruning) -> Cost:
     def export(net: nn.Module) -> Path:
         path = folder / f"{cost.shape_of(net)}.onnx"
         if not path.exists():
-            onnx.draft(net, path, pruning.subject.example)
+            onnx.draft(copy.deepcopy(net).cpu(), path, pruning.subject.example.cpu())
         return path
 
     timer = measuring.timer(pruning.spec.on, pruning.device, pruning.spec.seed, rough=True)
@@ -181,7 +189,7 @@ def job(pruning: Pruning, net: nn.Module) -> Job:
         net,
         pruning.subject.example,
         [objective(goal, pruning.subject.task) for goal in pruning.goals],
-        list(pruning.subject.task.batches(pruning.halves[0], BATCH)),
+        list(pruning.subject.task.batches(pruning.halves[0], BATCH, pruning.accelerator)),
         counted,
         target,
     )
@@ -205,7 +213,8 @@ def settings(spec: PruneSpec) -> Settings:
 def check_scores(pruning: Pruning) -> None:
     """That there is something to lose: raises NasctlError naming the task where there is not."""
     task = pruning.subject.task
-    seen = multitask.evidence(pruning.subject.net, task, pruning.halves[1])
+    net = pruning.subject.net.to(pruning.accelerator)
+    seen = multitask.evidence(net, task, pruning.halves[1])
     for name, score in multitask.scores(task, seen).items():
         console.say(f"  {name} {score:.4f} on {len(pruning.halves[1])} validation images")
         if not score > 0:
@@ -220,7 +229,7 @@ def pruned(pruning: Pruning) -> Pruned:
     """The pruned network before its last training. Raises BudgetInfeasible where the target is
     not met within the bounds."""
     spec, run = pruning.spec, pruning.run
-    asked = job(pruning, pruning.subject.net)
+    asked = job(pruning, pruning.subject.net.to(pruning.accelerator))
     steps: Steps
     if spec.method == PAGCP:
         recover = functools.partial(_recover, pruning)
@@ -281,7 +290,8 @@ def trained(
 def delivered(pruning: Pruning, found: Pruned, net: nn.Module, seconds: float) -> dict[str, Any]:
     """Export, run and judge both networks; the content of the report. Test images are read here,
     once, for both."""
-    run, task, whole = pruning.run, pruning.subject.task, pruning.subject.net
+    run, task = pruning.run, pruning.subject.task
+    net, whole = net.cpu(), pruning.subject.net.cpu()  # where their files are compared with them
     run.path(BUNDLE).mkdir(exist_ok=True)
     files = {"before": run.path(f"{BUNDLE}/unpruned.onnx"), "after": run.path(MODEL)}
     images = next(task.batches(task.val, 64))[0].numpy()

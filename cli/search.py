@@ -70,6 +70,7 @@ def command(
     ] = None,
     seed: options.Seed = None,
     threads: Annotated[int | None, typer.Option(help="For training. [all cores]")] = None,
+    train_on: options.TrainOn = None,
     supernet: Annotated[str | None, typer.Option(help="Search a finished run's supernet.")] = None,
     alone: Annotated[
         bool | None,
@@ -108,6 +109,7 @@ def command(
         "finetune": finetune,
         "seed": seed,
         "threads": threads,
+        "train_on": train_on,
         "supernet": supernet,
         "alone": alone,
         "storage": storage,
@@ -232,7 +234,7 @@ def _resumed(run: Run, latency_ms: float | None) -> tuple[Job, Judge, list[Candi
     from nas import run as runs
     from nas import study, tasks
 
-    spec = runs.make_spec({**run.manifest()["spec"], "latency_ms": latency_ms})
+    spec = runs.make_spec({**run.manifest()["spec"], "latency_ms": latency_ms, "train_on": "cpu"})
     task = tasks.load(spec.data, size=spec.size)
     job = _job(spec, run, task, device.load(spec.hw))
     stages.check_inputs(job)

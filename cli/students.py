@@ -18,6 +18,7 @@ from cli import console, measuring
 from cli.distilling import (
     CHOSEN,
     REPORT,
+    SEARCHED,
     STAGE,
     STUDENTS,
     TEACHER,
@@ -43,7 +44,6 @@ from nas.run import Run
 from nas.search_spaces.bert import Arch, Bert
 from nas.space import arch_to_dict
 
-SEARCHED = "search.json"
 MOST_TIMED = 24
 
 
@@ -69,7 +69,7 @@ def delivered(distilling: Distilling, students: Sequence[Student]) -> dict[str, 
     folder = distilling.run.path(STUDENTS)
     folder.mkdir(exist_ok=True)
     task = distilling.task
-    teacher = distilling.teacher.net
+    teacher = distilling.teacher.net.cpu()
     nets: dict[str, Bert] = {TEACHER: teacher}
     for student in students:
         space = distilling.spaces[student.space]
@@ -134,7 +134,7 @@ def _tuned(
     batch = min(32, len(train.labels))
     steps = max(1, round(spec.tuning_epochs * len(train.labels) / batch))
     how = Finetuning(Plan(steps, spec.tuning_lr), batch, seed=spec.seed)
-    net = finetune.with_classes(nets[name], classes, spec.seed)
+    net = finetune.with_classes(nets[name], classes, spec.seed).to(distilling.accelerator)
     # of this student only: another budget's may have been stopped under the same name
     inputs = runs.digest([checkpoint.digest(net), train.digest, str(how)])
     state = distilling.run.path(f"{name}.{inputs[:12]}{TUNING}")
@@ -144,8 +144,8 @@ def _tuned(
             update(step.step, f"loss {step.losses[0]:.3f}")
     for done in distilling.run.folder.glob(f"{glob.escape(name)}.*{TUNING}"):
         done.unlink()
-    nets[name] = net.eval()
     right: Tensor = finetune.predictions(net, test.tokens) == test.labels
+    nets[name] = net.cpu()  # where its file is compared with it
     return float(right.float().mean())
 
 

@@ -17,6 +17,7 @@ from deploy.interface import Interface
 from nas import checkpoint, multitask
 from nas.data import module
 from nas.errors import NasctlError, UsageError
+from nas.judge import device_of
 from nas.multitask import MultiTask
 from nas.outputs import named
 from nas.run import Run
@@ -36,8 +37,8 @@ class Subject:
 
     @property
     def example(self) -> Tensor:
-        """One image, as networks are fed."""
-        return self.task.normalise(self.task.train.images[:1])
+        """One image, as the network is fed, where it is."""
+        return self.task.normalise(self.task.train.images[:1].to(device_of(self.net)))
 
 
 def load(

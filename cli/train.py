@@ -68,6 +68,7 @@ def command(
     threads: Annotated[
         int | None, typer.Option(help="Of this machine, shared by its processes. [all cores]")
     ] = None,
+    train_on: options.TrainOn = None,
     spec: options.Spec = None,
     run: options.Run = None,
     quick: options.Quick = False,
@@ -98,6 +99,7 @@ def command(
         "ema": ema,
         "seed": seed,
         "threads": threads,
+        "train_on": train_on,
     }
     from cli import torchrun
     from nas import run as runs
@@ -144,7 +146,10 @@ def resolved(given: dict[str, Any], *, quick: bool, task: Task | None = None) ->
     rough.recipe(rough.batch)
     if "." not in rough.space and rough.space not in spaces.names():
         spaces.load(rough.space)  # raises, before torch is imported
+    from cli import accelerator
     from nas import tasks
+
+    accelerator.named(rough.train_on)  # likewise, before data are read
 
     if task is None:
         console.say(rough.data, "data")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from cli import console
+from cli import accelerator, console
 from nas import checkpoint, file, parallel, supernet, tasks
 from nas import run as runs
 from nas import space as spaces
@@ -19,7 +20,7 @@ from nas.elastic import Network, channels_last
 from nas.errors import NasctlError, UsageError
 from nas.run import Run, Spec
 from nas.space import Genes, SearchSpace
-from nas.supernet import Recipe, Step
+from nas.supernet import Recipe
 from nas.tasks import Task
 
 SUPERNET, STATE = "supernet.safetensors", "training.safetensors"
@@ -38,6 +39,11 @@ class Training:
     @property
     def recipe(self) -> Recipe:
         return self.spec.recipe(len(self.task.train))
+
+    @cached_property
+    def accelerator(self) -> torch.device:
+        """Where networks are trained and judged; raises UsageError where it is not there."""
+        return accelerator.named(self.spec.train_on)
 
     @property
     def train_key(self) -> str:
@@ -102,7 +108,7 @@ def opened(folder: Path) -> Training:
             where=str(folder),
             next="Run its `nasctl train` or `nasctl search` again first.",
         )
-    spec = runs.make_spec(recorded)
+    spec = runs.make_spec({**recorded, "train_on": "cpu"})  # there, not here
     task = tasks.load(spec.data, size=spec.size)
     torch.set_num_threads(spec.threads)
     return Training(spec, run, task, space_for(spec, task))
@@ -138,7 +144,7 @@ def fresh(training: Training, genes: Genes | None = None) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.spec.seed)  # torch's initialisers know no other generator
         net = space.supernet() if genes is None else space.build(space.decode(genes))
-    return channels_last(net)
+    return channels_last(net).to(training.accelerator)
 
 
 def train_supernet(training: Training, recipe: Recipe) -> None:
@@ -160,7 +166,18 @@ def train_supernet(training: Training, recipe: Recipe) -> None:
         checkpoint.write_described(training.run.path(SUPERNET), net, said)
 
 
-def follow(steps: Generator[Step, None, None], total: int, title: str) -> None:
+class Stepped(Protocol):
+    """A step of any training of shared weights."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def losses(self) -> tuple[float, ...]: ...
+
+
+def follow(steps: Generator[Stepped, None, None], total: int, title: str) -> None:
     """Train under a progress bar; Ctrl-C stops between two steps, where the state is saved, and all
     processes of a group at the same step."""
     workers = parallel.workers()

@@ -19,6 +19,7 @@ from compress.teacher import Teacher
 from nas import checkpoint, parallel
 from nas.elastic import Noise, extract
 from nas.errors import NasctlError
+from nas.judge import device_of
 from nas.search_spaces.bert import Bert
 
 BATCH_EVAL = 256
@@ -86,13 +87,15 @@ def finetune(
 
     def gradients(step: int) -> Tensor:
         chosen = torch.from_numpy(rows(step))
-        total = torch.zeros(1)
+        device = device_of(net)
+        total = torch.zeros(1, device=device)
         for shard, part in parallel.workers().shards(len(chosen)):
             at = chosen[part]
             generator = torch.Generator().manual_seed(how.seed * 1_000_003 + 2 * step + shard)
             noise = Noise(how.dropout, 0.0, generator)
-            logits = net(trimmed(data.tokens[at], net.frame.padding), None, noise)
-            loss = F.cross_entropy(logits, data.labels[at]) * len(at) / len(chosen)
+            tokens = trimmed(data.tokens[at], net.frame.padding).to(device)
+            loss = F.cross_entropy(net(tokens, None, noise), data.labels[at].to(device))
+            loss = loss * len(at) / len(chosen)
             loss.backward()
             total += loss.detach()
         return total
@@ -103,11 +106,11 @@ def finetune(
 
 @torch.no_grad()
 def predictions(net: Bert, tokens: Tensor) -> Tensor:
-    """Classes [N] of an eval-mode network."""
+    """Classes [N] by an eval-mode network, on the processor."""
     net.eval()
-    found = []
+    found, device = [], device_of(net)
     for part in tokens.split(BATCH_EVAL):
-        found.append(net(trimmed(part, net.frame.padding)).argmax(1))
+        found.append(net(trimmed(part, net.frame.padding).to(device)).argmax(1).cpu())
     return torch.cat(found)
 
 

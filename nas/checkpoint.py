@@ -126,7 +126,9 @@ def fill(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 def write(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
-    data = safetensors.torch.save({k: t.detach().contiguous() for k, t in tensors.items()}, meta)
+    data = safetensors.torch.save(
+        {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, meta
+    )
     file.write(path, data)
 
 

@@ -24,7 +24,9 @@ class Score:
 
 
 def device_of(net: nn.Module) -> torch.device:
-    return next(net.parameters()).device
+    """Where its weights are; one without weights is the processor's."""
+    first = next(net.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def child(net: nn.Module, space: SearchSpace, genes: Genes, calibration: Tensor) -> Network:

@@ -26,6 +26,7 @@ from nas.data.randaugment import jitter
 from nas.elastic import resize
 from nas.errors import NasctlError, UsageError, unknown
 from nas.goals import Goal, Outputs, Targets, boundary, box, classes, own, presence, segmentation
+from nas.judge import device_of
 from nas.tasks import Task, top1
 
 FORMS = "a folder of parquet files with boxes or label maps, my_pkg.my_mod:task"
@@ -94,10 +95,15 @@ class MultiTask:
                 raise unknown("task", name, known, where="--tasks")
         return replace(self, goals=tuple(goal for goal in self.goals if goal.name in names))
 
-    def batches(self, split: Examples, batch: int = BATCH_EVAL) -> Iterator[tuple[Tensor, Targets]]:
-        """All of a split in order, not augmented, ready for a network."""
+    def batches(
+        self, split: Examples, batch: int = BATCH_EVAL, device: torch.device | None = None
+    ) -> Iterator[tuple[Tensor, Targets]]:
+        """All of a split in order, not augmented, ready for a network on `device` (None: on the
+        processor)."""
         for rows in torch.arange(len(split)).split(batch):
             part = split.at(rows)
+            if device is not None:
+                part = part.to(device)
             yield self.normalise(part.images), part.targets
 
     def augmented(self, part: Examples, generator: torch.Generator) -> tuple[Tensor, Targets]:
@@ -152,12 +158,13 @@ def single(task: Task, resolution: int) -> MultiTask:
 def evidence(
     net: nn.Module, task: MultiTask, split: Examples, batch: int = BATCH_EVAL
 ) -> dict[str, Tensor]:
-    """What each goal's metric needs to know of each image, by name; `net` is in eval mode."""
+    """What each goal's metric needs to know of each image, by name, on the processor; `net` is in
+    eval mode."""
     found: dict[str, list[Tensor]] = {goal.name: [] for goal in task.goals}
-    for images, targets in task.batches(split, batch):
+    for images, targets in task.batches(split, batch, device_of(net)):
         outputs = answers(net(images), task)
         for goal in task.goals:
-            found[goal.name].append(goal.evidence(outputs, targets))
+            found[goal.name].append(goal.evidence(outputs, targets).cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

@@ -18,6 +18,7 @@ from nas.differentiable.proposals import propose
 from nas.elastic import channels_last, extract, recalibrate
 from nas.errors import BudgetInfeasible
 from nas.goals import Goal
+from nas.judge import device_of
 from nas.multitask import BATCH_EVAL, MultiTask, answers, evidence
 from nas.multitask_search import Search, Shared
 from nas.search import GENERATION, Problem
@@ -129,10 +130,11 @@ def child(shared: Shared, search: Search, name: str, genes: Genes) -> nn.Module:
     """The task's own network of these gates, with the weights it shares, re-calibrated; in eval
     mode."""
     own = search.space.only(name)
-    small = channels_last(extract(shared.net, own.build(own.decode(genes))))
+    device = device_of(shared.net)
+    small = channels_last(extract(shared.net, own.build(own.decode(genes)).to(device)))
     order = np.random.default_rng(0).permutation(len(search.task.train))[:CALIBRATION]
     images = search.task.train.images[torch.from_numpy(order)]
-    return recalibrate(small, map(search.task.normalise, images.split(BATCH_EVAL)))
+    return recalibrate(small, map(search.task.normalise, images.to(device).split(BATCH_EVAL)))
 
 
 @torch.no_grad()
@@ -140,7 +142,7 @@ def validation_loss(net: nn.Module, task: MultiTask) -> float:
     """Of the one goal of `task`, over the images that have a label."""
     (goal,) = task.goals
     total = count = 0.0
-    for images, targets in task.batches(task.val):
+    for images, targets in task.batches(task.val, device=device_of(net)):
         known = len(images) if goal.labelled is None else int(goal.labelled(targets).sum())
         if known:
             total += known * float(goal.loss(answers(net(images), task), targets))

@@ -36,6 +36,7 @@ from nas.errors import BudgetInfeasible, NasctlError
 from nas.fbnetv5 import WINDOW, Plan, Report, State
 from nas.goals import Goal
 from nas.gradients import batch_indices
+from nas.judge import device_of
 from nas.mixture import Array
 from nas.multitask import MultiTask, answers
 from nas.multitask_training import Schedule, goal_losses
@@ -295,7 +296,7 @@ def _weights(shared: Shared, search: Search, step: int) -> None:
     rows = batch_indices(len(search.parts[0]), search.schedule.batch, step, seed)
     part = task.train.at(rows)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    images, targets = task.augmented(part, generator)
+    images, targets = task.augmented(part.to(device_of(shared.net)), generator)
     outputs = answers(shared.net(images, search.space.decode(row[0])), task)
     losses = goal_losses(task, outputs, targets)
     parts = []
@@ -322,7 +323,7 @@ def _move(shared: Shared, search: Search) -> Report:
     rows = fbnetv5.ask(plan, state)
     rng = np.random.default_rng((plan.seed, 56, state.step))
     control = mixture.draw(state.policies, rng, 1)
-    seen = task.train.at(_held_out(search, state.step))
+    seen = task.train.at(_held_out(search, state.step)).to(device_of(shared.net))
     images = task.normalise(seen.images)
     found = []
     for row in np.concatenate([rows, control]):

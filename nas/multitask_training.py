@@ -24,6 +24,7 @@ from nas.elastic import channels_last
 from nas.errors import NasctlError, UsageError
 from nas.goals import Outputs, Targets
 from nas.gradients import batch_indices
+from nas.judge import device_of
 from nas.multitask import MultiTask, answers
 
 
@@ -118,7 +119,7 @@ def _backward(
     """Adds the gradient of one step; returns each goal's loss."""
     rows = batch_indices(len(task.train), schedule.batch, step, schedule.seed)
     generator = torch.Generator().manual_seed(schedule.seed * 1_000_003 + step)
-    images, targets = task.augmented(task.train.at(rows), generator)
+    images, targets = task.augmented(task.train.at(rows).to(device_of(net)), generator)
     outputs = answers(net(images), task)
     with torch.no_grad():
         taught = None if teacher is None else answers(teacher(images), task)

@@ -73,6 +73,7 @@ class Spec(BaseModel):
     finetune: float = Field(0.0, ge=0)  # epochs of the chosen network alone; 0: as extracted
     seed: int = Field(0, ge=0)
     threads: int = Field(..., ge=1)
+    train_on: str = "cpu"  # torch's name of what trains; `hw` is what is searched for
     supernet: str | None = None  # a finished run whose supernet is searched instead of a new one
     storage: str | None = None
     study_name: str = "nasctl"

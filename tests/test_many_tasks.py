@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from test_multitask_search import sides
+from torch import nn
 
 from cli import many_tasks
 from cli import many_tasks_delivery as delivery
@@ -240,7 +241,7 @@ def test_a_pick_holds_for_its_own_key_only(tmp_path, monkeypatch):
     )
     two = [Finalist((0, 1), 0.1, 0.9), Finalist((1, 1), 0.2, 0.8)]
     took = iter([3.0, 1.0, 1.0])
-    monkeypatch.setattr(delivery, "child", lambda *_: None)
+    monkeypatch.setattr(delivery, "child", lambda *_: nn.Identity())
     monkeypatch.setattr(delivery.onnx, "export", lambda *_, **__: None)
     monkeypatch.setattr(delivery, "_timed", lambda *_: SimpleNamespace(median_ms=next(took)))
 

@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from nas import file
+from tests.texts import prose, save_teacher
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -248,3 +249,21 @@ def test_a_supernet_of_two_processes_is_as_any_other(tmp_path):
     code, out, err = finish(1, judge, tmp_path)
     assert code == 0, err
     assert 0 <= json.loads(out)["accuracy"] <= 1
+
+
+# ---- distillation --------------------------------------------------------------------------------
+
+
+def test_a_distillation_ends_alike_on_two_processes_and_one(tmp_path):
+    save_teacher(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text(prose(200))
+    words = [sys.executable, "-m", "cli.main", "distill", "--teacher", "teacher"]
+    words += ["--text", "text.txt", "--sequence", "12", "--batch", "8", "--epochs", "0.5"]
+    words += ["--subspaces", "tiny", "--threads", "2", "--hw", "jetson-tx2", "--json", "--run"]
+    alone, both = (finish(n, [*words, f"run{n}"], tmp_path) for n in (1, 2))
+    assert (alone[0], both[0]) == (0, 0), both[2]
+    told = [json.loads(out)["students"][1] for _, out, _ in (alone, both)]  # one voice: one JSON
+    assert told[1]["arch"] == told[0]["arch"]
+    assert told[1]["loss"] == pytest.approx(told[0]["loss"], rel=1e-3)
+    again = finish(2, [*words, "run2"], tmp_path)
+    assert again[1] == both[1] and "tiny" not in again[2]  # nothing is trained twice

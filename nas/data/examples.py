@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -17,6 +18,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def to(self, device: torch.device) -> Examples:
+        return Examples(
+            self.images.to(device), {name: t.to(device) for name, t in self.targets.items()}
+        )
 
     def at(self, rows: Tensor) -> Examples:
         return Examples(self.images[rows], {name: t[rows] for name, t in self.targets.items()})
