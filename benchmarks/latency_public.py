@@ -45,7 +45,7 @@ class Effort:
 
 
 FULL = Effort(4000, 1500, 1500, (30, 100, 300, 900), 2, (10, 30, 100), 3, 1, True)
-QUICK = Effort(400, 0, 200, (100,), 1, (30,), 1, 4, False)
+QUICK = Effort(200, 0, 100, (60,), 1, (20,), 1, 9, False)
 
 Rows = dict[tuple[object, ...], Array]
 
