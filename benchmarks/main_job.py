@@ -101,7 +101,7 @@ def finished_rows(
             kept.add({**key, "network": "search"}, found)
         if kept.get({**key, "network": name}) is None:
             members = family(name, task, found)
-            members = members[::4] if quick else members
+            members = members[::16] if quick else members
             seconds = min(found["seconds"], setting.most_s)
             row = run_baseline(members, task, found, key["seed"], seconds)
             kept.add({**key, "network": name}, row)
