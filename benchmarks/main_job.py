@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     folder = contract.data("cifar10")
     if arguments.quick:
         # nothing is timed but the rivals: a search for this machine measures for minutes
-        quick = ("--epochs", "1", "--finetune", "1", "--evaluations", "3", "--threads", "1")
-        quick += ("--strategy", "random", "--alone")
+        words = "--epochs 1 --finetune 1 --evaluations 3 --threads 1 --strategy random --alone"
+        quick = tuple(words.split())
         setting = Setting("digits", None, "7ms", quick, seeds=1, hw="jetson-tx2", most_s=3.0)
     elif folder is None:
         return outcome.skip("NASCTL_DATA/cifar10 is absent")
