@@ -254,7 +254,7 @@ def part(outcome: contract.Outcome, quick: bool) -> None:
     every = cells(folder)
     found: list[Result] = []
     for cell in smaller(every) if quick else every:
-        for split in (*HELD_OUT, "random"):
+        for split in (*HELD_OUT[: 1 if quick else None], "random"):
             for draw in range(1 if quick or split == "random" else DRAWS):
                 found += results(cell, split, draw)
     print("\nkernels at unmeasured levels, all libraries")
@@ -262,6 +262,8 @@ def part(outcome: contract.Outcome, quick: bool) -> None:
     print("\nkernels, per library")
     report_cells(outcome, found)
     report_ceiling(outcome, every)
+    if quick:  # few rows and one split can neither meet nor miss an aim
+        return
     for split, aim in AIMS.items():
         got = outcome.figures[f"kernels.{split}.ours.within10"]
         outcome.aim(f"kernels.{split}.within10", f">= {aim:g} %", got, got >= aim)

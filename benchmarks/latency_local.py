@@ -49,12 +49,14 @@ class Size:
     ofa: tuple[int, int]  # fitted, held out
     sessions: int
     limit_s: float  # per network and session
+    users: int | None  # of the users' models; None: all
+    spaces: tuple[str, ...]
 
 
-FULL = Size(240, 300, 60, (40, 30), 3, 1.8)
 #: of sizes, not of operators
 SPACES = ("mobilenet", "resnet")
-QUICK = Size(24, 0, 8, (0, 0), 2, 0.08)
+FULL = Size(240, 300, 60, (40, 30), 3, 1.8, None, SPACES)
+QUICK = Size(16, 0, 6, (0, 0), 2, 0.05, 2, SPACES[1:])
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,14 @@ class Set:
 def sets(size: Size) -> dict[str, Set]:
     """The same for every process: drawn from fixed seeds."""
     found = {}
-    for name in SPACES:
+    for name in size.spaces:
         known = space.load(name, channels=3, classes=10, size=PIXELS)
         rows = known.sample(np.random.default_rng(1), size.fitted + size.held_out)
         drawn = [known.ops(known.decode(row)) for row in np.unique(rows, axis=0)]
         drawn = [drawn[at] for at in np.random.default_rng(1).permutation(len(drawn))]
         found[name] = Set(drawn[size.held_out :], drawn[: size.held_out])
     found[profile.CHAINS] = Set(chains.sample(np.random.default_rng(2), size.chains), [])
-    found["users"] = Set([], list(user_models.all_models().values()))
+    found["users"] = Set([], list(user_models.all_models().values())[: size.users])
     folder = contract.data("ofa_acc_dynast")
     if folder is not None and size.ofa[1]:
         found[OFA] = ofa(folder, *size.ofa)
@@ -114,11 +116,13 @@ def blocks(ops: Ops) -> list[Ops]:
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def networks_of(found: dict[str, Set], number: int) -> dict[str, Ops]:
+def networks_of(found: dict[str, Set], number: int, size: Size) -> dict[str, Ops]:
     """What a session measures, by digest: 0 makes the tables, the others are the truth."""
     if number == 0:
         wanted = [ops for known in found.values() for ops in known.fitted]
-        wanted += [part for name in SPACES for ops in found[name].held_out for part in blocks(ops)]
+        wanted += [
+            part for name in size.spaces for ops in found[name].held_out for part in blocks(ops)
+        ]
     else:
         wanted = [ops for known in found.values() for ops in known.held_out]
     return {profile.digest(ops): ops for ops in wanted}
@@ -129,7 +133,7 @@ def session(
 ) -> tuple[list[tuple[str, float, bool]], float]:
     """(name of the network, ms, in doubt) of those named, and the machine's pace, of which
     `pace_ms` is what earlier sessions saw. Runs in a process of its own."""
-    known = networks_of(sets(size), number)
+    known = networks_of(sets(size), number, size)
     wanted = [known[name] for name in names]
     plan = measure.Plan(rounds=12, time_limit_s=size.limit_s * len(wanted))
     pace = measure.Pace(pace_ms)
@@ -154,7 +158,7 @@ def sessions(size: Size, rows: contract.Rows) -> list[Timed]:
             timed |= {name: (ms, doubt) for name, ms, doubt in row["timings"]}
             pace_ms = min(pace_ms, row.get("pace_ms", math.inf))
             part += 1
-        if missing := [name for name in networks_of(found, number) if name not in timed]:
+        if missing := [name for name in networks_of(found, number, size) if name not in timed]:
             spawn = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:
                 result, pace_ms = pool.submit(session, size, number, missing, pace_ms).result()
@@ -184,7 +188,7 @@ def part(outcome: contract.Outcome, quick: bool) -> None:
     size = QUICK if quick else FULL
     folder = Path(mkdtemp()) if quick else contract.RESULTS
     made, *truths = sessions(size, contract.Rows(folder / "latency_local.rows.jsonl"))
-    wanted = networks_of(sets(size), 0)
+    wanted = networks_of(sets(size), 0, size)
     doubt = [made[name][1] for name in wanted]
     outcome.figures[PREFIX + "in_doubt"] = float(np.mean(doubt))
     print(f"\nthis machine: {np.mean(doubt):.0%} of {len(doubt)} timings of the table in doubt")
@@ -196,7 +200,7 @@ def part(outcome: contract.Outcome, quick: bool) -> None:
         if known.held_out:
             rows += judged(name, known, evidence, outcome)
     print(contract.table(HEADER, rows))
-    for name in SPACES:
+    for name in size.spaces:
         if name in evidence.tables:
             million(name, evidence.tables[name], outcome)
     if not quick:
@@ -230,17 +234,7 @@ def fitted(samples: dict[str, list[tuple[Ops, float]]]) -> dict[str, LatencyTabl
     return tables
 
 
-HEADER = (
-    "networks",
-    "predicted by",
-    "n",
-    "MAPE %",
-    "in 5 %",
-    "in 10 %",
-    "worst %",
-    "tau",
-    "tau in band",
-)
+HEADER = "networks,predicted by,n,MAPE %,in 5 %,in 10 %,worst %,tau,tau in band".split(",")
 
 
 def clean(wanted: Sequence[Ops], made: Timed) -> list[tuple[Ops, float]]:

@@ -29,7 +29,7 @@ HISTORY = 64  # evaluated networks that the predictor is fitted on
 def main(argv: list[str] | None = None) -> int:
     arguments = contract.parser(__doc__).parse_args(argv)
     outcome = contract.Outcome("search_throughput")
-    repeats, walked = (3, 200) if arguments.quick else (9, 1000)
+    repeats, walked = (1, 20) if arguments.quick else (9, 1000)
     table = latency.table(device.load("jetson-tx2"))
     rows = []
     for name in space.names():

@@ -6,7 +6,6 @@ state file exactly as if it had not stopped, on any number of processes (`nas.pa
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nas import checkpoint, parallel, update
+from nas import parallel, resumable, update
 from nas.errors import NasctlError
 
 #: a step's number to this process's part of its losses [K]; adds the gradients
@@ -64,10 +63,9 @@ def train(
     than the plan the result depends on. Raises NasctlError if a loss is no number, or if the file
     belongs to another training.
     """
-    run = _Run(net, plan, f"{fingerprint} {plan}", resume)
-    done = run.load()
-    saved_at = time.monotonic()
-    while done < plan.steps:
+    optimiser = _adamw(net, plan)
+
+    def step(done: int) -> Step:
         losses = gradients(done)
         found = [p.grad for p in net.parameters() if p.grad is not None]
         parallel.workers().sum_([*found, losses])
@@ -77,43 +75,22 @@ def train(
                 where="--lr",
                 next=f"Try --lr {plan.lr / 3:.2g}.",
             )
-        update.step(net, run.optimiser, plan.lr_at(done), plan.clip_norm)
-        done += 1
-        due = done == plan.steps or time.monotonic() - saved_at > save_every_s
-        if due:
-            run.save(done)
-            saved_at = time.monotonic()
-        try:
-            yield Step(done, plan.steps, tuple(losses.tolist()))
-        except GeneratorExit:  # between two steps, where weights and moments agree
-            if not due:
-                run.save(done)
-            raise
+        update.step(net, optimiser, plan.lr_at(done), plan.clip_norm)
+        return Step(done + 1, plan.steps, tuple(losses.tolist()))
+
+    state = resumable.Weights(resume, net, optimiser, f"{fingerprint} {plan}")
+    yield from resumable.train(step, state, plan.steps, save_every_s)
 
 
-class _Run:
-    """A training's state on disk."""
-
-    def __init__(self, net: nn.Module, plan: Plan, identity: str, path: Path | None) -> None:
-        self.net, self.identity, self.path = net, identity, path
-        matrices = [p for p in net.parameters() if p.requires_grad and p.ndim > 1]
-        vectors = [p for p in net.parameters() if p.requires_grad and p.ndim <= 1]
-        self.optimiser = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": plan.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ]
-        )
-
-    def load(self) -> int:
-        if self.path is None:
-            return 0
-        return checkpoint.load(self.path, self.net, self.optimiser, self.identity)
-
-    def save(self, done: int) -> None:
-        if self.path is not None and parallel.workers().first:
-            state = checkpoint.state(self.net, self.optimiser)
-            checkpoint.save(self.path, state, done, self.identity)
+def _adamw(net: nn.Module, plan: Plan) -> torch.optim.Optimizer:
+    matrices = [p for p in net.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in net.parameters() if p.requires_grad and p.ndim <= 1]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": plan.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+    )
 
 
 def shuffled(n: int, batch: int, seed: int) -> Callable[[int], NDArray[np.int64]]:

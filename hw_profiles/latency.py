@@ -216,7 +216,13 @@ class LatencyTable(BaseModel):
         return low, np.array([interval.high if interval else 0.0 for interval in found])
 
     def estimate(self, ops: Iterable[Op], space: str) -> Estimate:
-        total = sum((self.columns(op) for op in ops), start=np.zeros(len(SOURCES)))
+        known: dict[tuple[Op, bool], Array] = {}  # most networks repeat their operators
+        total = np.zeros(len(SOURCES))
+        for op in ops:
+            key = (op, op.fuses_add)  # which equality does not see
+            if key not in known:
+                known[key] = self.columns(op)
+            total += known[key]
         value, low, high = (float(part) for part in self.combine(total, space))
         total[SOURCES.index(self.constant_source)] += self.constant_ms
         shares = {

@@ -93,7 +93,7 @@ class Op:
 
     def deployed(self) -> Op:
         """The operator as a runtime sees it: a batch norm is folded into weights and bias."""
-        return replace(self, norm=False, bias=self.bias or self.norm)
+        return replace(self, norm=False, bias=True) if self.norm else self
 
     @property
     def macs(self) -> int:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nas import checkpoint, fbnetv5, mixture, update
+from nas import checkpoint, fbnetv5, mixture, resumable, update
 from nas.elastic import channels_last
 from nas.errors import BudgetInfeasible, NasctlError
 from nas.fbnetv5 import WINDOW, Plan, Report, State
@@ -260,31 +259,18 @@ def learn(
     schedule, net = search.schedule, shared.net.train()
     optimiser = update.sgd(shared, schedule.lr, schedule.momentum, schedule.weight_decay)
     said = f"{search.fingerprint} {checkpoint.digest(shared)}"
-    done = checkpoint.load(resume, shared, optimiser, said) if resume else 0
-    saved_at = time.monotonic()
 
-    def save() -> None:
-        if resume is not None:
-            checkpoint.save(resume, checkpoint.state(shared, optimiser), done, said)
-
-    while done < schedule.steps:
+    def step(done: int) -> Step:
         _weights(shared, search, done)
         update.step(net, optimiser, schedule.lr_at(done), schedule.clip_norm)
         report = None
         if done >= search.warm and (done - search.warm) % EVERY == 0:
             report = _move(shared, search)
-        done += 1
-        due = done == schedule.steps or time.monotonic() - saved_at > save_every_s
-        if due:
-            save()
-            saved_at = time.monotonic()
         losses = dict(zip(search.names, shared.level.tolist(), strict=True))
-        try:
-            yield Step(done, schedule.steps, losses, report)
-        except GeneratorExit:
-            if not due:
-                save()
-            raise
+        return Step(done + 1, schedule.steps, losses, report)
+
+    state = resumable.Weights(resume, shared, optimiser, said)
+    yield from resumable.train(step, state, schedule.steps, save_every_s)
     shared.eval()
 
 

@@ -11,7 +11,6 @@ Everything random is a function of (seed, step): a stopped training goes on to t
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nas import checkpoint, update
+from nas import checkpoint, resumable, update
 from nas.elastic import channels_last
 from nas.errors import NasctlError, UsageError
 from nas.goals import Outputs, Targets
@@ -94,22 +93,14 @@ def train(
     said = f"{schedule} {task.fingerprint} {checkpoint.digest(net)}"
     if teacher is not None:
         said += f" {checkpoint.digest(teacher)}"
-    done = 0 if resume is None else checkpoint.load(resume, net, optimiser, said)
-    saved_at = time.monotonic()
-    while done < schedule.steps:
+
+    def step(done: int) -> Step:
         losses = _backward(net, task, schedule, done, teacher)
         update.step(net, optimiser, schedule.lr_at(done), schedule.clip_norm)
-        done += 1
-        due = done == schedule.steps or time.monotonic() - saved_at > save_every_s
-        if due and resume is not None:
-            checkpoint.save(resume, checkpoint.state(net, optimiser), done, said)
-            saved_at = time.monotonic()
-        try:
-            yield Step(done, schedule.steps, losses)
-        except GeneratorExit:
-            if resume is not None and not due:
-                checkpoint.save(resume, checkpoint.state(net, optimiser), done, said)
-            raise
+        return Step(done + 1, schedule.steps, losses)
+
+    state = resumable.Weights(resume, net, optimiser, said)
+    yield from resumable.train(step, state, schedule.steps, save_every_s)
     net.eval()
 
 

@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas import checkpoint, parallel, update
+from nas import checkpoint, parallel, resumable, update
 from nas.collapse import MAX_HALVINGS, Watch
 from nas.errors import NasctlError
 from nas.gradients import Course, batch_indices, gradients
@@ -98,23 +96,8 @@ def taught(
 ) -> Generator[Step, None, None]:
     """`train`, where the course may have a frozen teacher: all networks then learn from labels and
     from it. It is called as it is, so put it in eval mode."""
-    run = _Training(net, course, resume)
-    run.load()
-    saved_at = time.monotonic()
-    while run.done < course.recipe.steps:
-        losses = run.step(archs(run.done))
-        due = run.done == course.recipe.steps or time.monotonic() - saved_at > save_every_s
-        if due:
-            run.save()
-            saved_at = time.monotonic()
-        try:
-            yield Step(run.done, course.recipe.steps, losses, run.watch.halvings)
-        except GeneratorExit:
-            # The caller stops between two steps, where weights and momentum agree. (An interrupt
-            # inside a step is not caught: the file of the last save stands.)
-            if not due:
-                run.save()
-            raise
+    run = _Training(net, archs, course, resume)
+    yield from resumable.train(run.step, run, course.recipe.steps, save_every_s)
 
 
 @dataclass
@@ -122,9 +105,9 @@ class _Training:
     """A training between two steps: what a state file holds, and what it takes to go on."""
 
     net: nn.Module
+    archs: Archs
     course: Course
     path: Path | None
-    done: int = 0
     watch: Watch = field(default_factory=Watch)
     safe_step: int = -1  # none yet
     safe: dict[str, Tensor] = field(default_factory=dict)
@@ -133,72 +116,63 @@ class _Training:
         self.net.train()
         recipe = self.course.recipe
         self.optimiser = update.sgd(self.net, recipe.lr, recipe.momentum, recipe.weight_decay)
-        self.fingerprint = _fingerprint(self.course)
+        said = _fingerprint(self.course)
+        self.weights = resumable.Weights(self.path, self.net, self.optimiser, said)
         task = self.course.task
         level = math.log(task.n_classes) if task.loss is F.cross_entropy else math.inf
         self.chance = level  # of the loss; other losses than cross-entropy have none
         self.course = self.course.on(device_of(self.net))
 
-    def step(self, archs: Sequence[Any]) -> tuple[float, ...]:
+    def step(self, done: int) -> Step:
         """One step forward, or after a collapse the return to a sound state."""
-        found = gradients(self.net, archs, self.course, self.done)
+        recipe, archs = self.course.recipe, self.archs(done)
+        found = gradients(self.net, archs, self.course, done)
         grads = [p.grad for p in self.net.parameters() if p.grad is not None]
         parallel.workers().sum_([*grads, found])
         losses = tuple(found.tolist())  # one wait for the device
         self.watch = self.watch.after(losses, self.chance)
         if self.watch.collapsed:
-            self._roll_back()
-            return losses
-        if self.done % SAFE_EVERY == 0 and self.watch.calm:
+            self._roll_back(done)
+            return Step(self.safe_step, recipe.steps, losses, self.watch.halvings)
+        if done % SAFE_EVERY == 0 and self.watch.calm:
             # before the update: these weights are known to give a finite loss
             state = checkpoint.state(self.net, self.optimiser)
             self.safe = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
-            self.safe_step = self.done
-        recipe = self.course.recipe
-        rate = len(archs) * recipe.lr_at(self.done) / 2**self.watch.halvings
+            self.safe_step = done
+        rate = len(archs) * recipe.lr_at(done) / 2**self.watch.halvings
         update.step(self.net, self.optimiser, rate, recipe.clip_norm)
         if recipe.ema:
-            update.average(self.net, self.optimiser, recipe.ema, self.done)
-            if self.done + 1 == recipe.steps:
+            update.average(self.net, self.optimiser, recipe.ema, done)
+            if done + 1 == recipe.steps:
                 update.take_average(self.net, self.optimiser)
-        self.done += 1
-        return losses
+        return Step(done + 1, recipe.steps, losses, self.watch.halvings)
 
-    def _roll_back(self) -> None:
+    def _roll_back(self, done: int) -> None:
         self.optimiser.zero_grad(set_to_none=True)
         halvings = self.watch.halvings
         if self.safe_step < 0 or halvings == MAX_HALVINGS:
             why = "the loss is back at chance" if self.watch.finite else "the loss is not finite"
             also = f", and was so at 1/{2**halvings} of the rate" if halvings else ""
             raise NasctlError(
-                f"training diverged at step {self.done + 1}: {why}{also}",
+                f"training diverged at step {done + 1}: {why}{also}",
                 where="--lr",
                 next=f"Try --lr {self.course.recipe.lr / 2**halvings / 3:.2g}.",
             )
         checkpoint.restore(self.safe, self.net, self.optimiser, Path("the last sound state"))
-        self.done, self.watch = self.safe_step, self.watch.rolled_back()
+        self.watch = self.watch.rolled_back()
 
-    def save(self) -> None:
-        if self.path is None or not parallel.workers().first:
-            return
+    def save(self, done: int) -> None:
         notes = json.dumps({"watch": asdict(self.watch), "safe_step": self.safe_step})
-        checkpoint.save(
-            self.path,
-            checkpoint.state(self.net, self.optimiser),
-            self.done,
-            self.fingerprint,
-            safe=self.safe,
-            notes=notes,
-        )
+        self.weights.save(done, safe=self.safe, notes=notes)
 
-    def load(self) -> None:
-        if self.path is None:
-            return
-        self.done = checkpoint.load(self.path, self.net, self.optimiser, self.fingerprint)
-        self.safe, notes = checkpoint.safe(self.path)
-        if notes:
-            said = json.loads(notes)
-            self.watch, self.safe_step = Watch(**said["watch"]), said["safe_step"]
+    def load(self) -> int:
+        done = self.weights.load()
+        if self.path is not None:
+            self.safe, notes = checkpoint.safe(self.path)
+            if notes:
+                said = json.loads(notes)
+                self.watch, self.safe_step = Watch(**said["watch"]), said["safe_step"]
+        return done
 
 
 def _fingerprint(course: Course) -> str:

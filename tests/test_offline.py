@@ -19,7 +19,7 @@ from hw_profiles.protocol import noise
 from hw_profiles.remote import offline
 from nas.errors import NasctlError
 
-TRTEXEC = """#!{python}
+TRTEXEC = """#!{python} -IS
 # Writes what trtexec writes: an engine, or the times of three calls.
 import json, os, sys
 words = dict(w.lstrip("-").partition("=")[::2] for w in sys.argv[1:])

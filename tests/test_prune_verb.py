@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ import onnx as onnx_file
 import pytest
 import torch
 
-from cli import measuring, prune
+from cli import main, measuring, prune
 from compress.history import History
 from deploy import bundle as bundles
 from deploy import interface, onnx
@@ -92,6 +94,8 @@ def task():
 """
 MINE = ("prune", "mine:build", "--weights", "w.safetensors", "--data", "mine:task", "--threads", 1)
 LITTLE = (*MINE, "--divisor", 4, "--rounds", 1, "--epochs", 2, "--batch", 32)
+WORDS = (*LITTLE, "--target", "macs=-50%", "--max-drop", "quadrant=20%,where=30%")
+TIMER = measuring.timer  # the real one
 
 
 def by_weights(on, board, seed, rough=False):
@@ -105,27 +109,53 @@ def by_weights(on, board, seed, rough=False):
     return lambda paths: [timing(path) for path in paths]
 
 
+@contextlib.contextmanager
+def at_home(folder):
+    """In that folder with a network and its data in a module, which it gives, and a pretended
+    clock."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        (folder / "mine.py").write_text(MODULE)
+        sys.modules.pop("mine", None)
+        patch.setattr(measuring, "timer", by_weights)
+        yield importlib.import_module("mine")
+        sys.modules.pop("mine", None)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with the weights of the network trained."""
+    folder = tmp_path_factory.mktemp("trained")
+    torch.set_num_threads(1)
+    with at_home(folder) as mine:
+        net = mine.build()
+        schedule = multitask_training.Schedule(steps=120, batch=32, lr=0.1)
+        for _ in multitask_training.train(net, mine.task(), schedule):
+            pass
+    checkpoint.write(folder / "w.safetensors", net.state_dict(), {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned(trained):
+    """The same folder with a finished run `r` of WORDS."""
+    with at_home(trained):
+        assert main.run([str(word) for word in (*WORDS, "--run", "r")]) == 0
+    return trained
+
+
 @pytest.fixture
-def mine(workdir, monkeypatch):
-    """A module with a network and its data, and the weights of the network trained."""
-    monkeypatch.syspath_prepend(str(workdir))
-    (workdir / "mine.py").write_text(MODULE)
-    sys.modules.pop("mine", None)
-    import mine
-
-    net = mine.build()
-    schedule = multitask_training.Schedule(steps=120, batch=32, lr=0.1)
-    for _ in multitask_training.train(net, mine.task(), schedule):
-        pass
-    checkpoint.write(workdir / "w.safetensors", net.state_dict(), {})
-    monkeypatch.setattr(measuring, "timer", by_weights)
-    yield mine
-    sys.modules.pop("mine", None)
+def mine(trained, workdir):
+    """The module, beside the trained weights in a folder of the test's own."""
+    shutil.copy(trained / "w.safetensors", workdir)
+    with at_home(workdir) as module:
+        yield module
 
 
-def test_a_network_of_two_tasks_of_ones_own(mine, nasctl, workdir):
-    words = (*LITTLE, "--target", "macs=-50%", "--max-drop", "quadrant=20%,where=30%")
-    outcome = nasctl(*words, "--run", "r", "--json")
+def test_a_network_of_two_tasks_of_ones_own(pruned, mine, nasctl, workdir):
+    shutil.copytree(pruned / "r", workdir / "r")
+    outcome = nasctl(*WORDS, "--run", "r", "--json")  # not repeated
     assert outcome.code == 0, outcome.err
     report = json.loads(outcome.out)
     assert report["counts"]["MACs"]["after"] <= 0.5 * report["counts"]["MACs"]["before"]
@@ -150,16 +180,15 @@ def test_a_network_of_two_tasks_of_ones_own(mine, nasctl, workdir):
     said = interface.read(made.path("task.json"))
     assert list(said.outputs) == list(session.outputs) and said.shape == tuple(images.shape[1:])
     assert said.data_sha256 == mine.task().fingerprint
-    assert json.loads(nasctl(*words, "--run", "r", "--json").out) == report  # not repeated
+    assert report == json.loads((pruned / "r/report.json").read_text())
     shown = nasctl("report", "r")
     assert shown.code == 0 and "quadrant, test" in shown.out
     left = {path.name for path in (workdir / "r").iterdir()} - {".lock"}
     assert left == {"run.json", "report.json", "history.json", "model.safetensors", "bundle"}
 
 
-def test_interrupted_in_its_training_it_goes_on_there(mine, nasctl, workdir, monkeypatch):
-    words = (*LITTLE, "--target", "params=-30%", "--max-drop", "90%", "--json")
-    whole = json.loads(nasctl(*words, "--run", "whole").out)
+def test_interrupted_in_its_training_it_goes_on_there(pruned, mine, nasctl, monkeypatch):
+    whole = json.loads((pruned / "r/report.json").read_text())
     begun = []
 
     def interrupted(*arguments, original=multitask_training.goal_losses):
@@ -170,9 +199,9 @@ def test_interrupted_in_its_training_it_goes_on_there(mine, nasctl, workdir, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(multitask_training, "goal_losses", interrupted)
-        assert nasctl(*words, "--run", "r").code == 130
+        assert nasctl(*WORDS, "--run", "r").code == 130
         assert len(begun) == 5
-        resumed = json.loads(nasctl(*words, "--run", "r").out)
+        resumed = json.loads(nasctl(*WORDS, "--run", "r", "--json").out)
     assert len(begun) == 16  # two epochs of eight steps
     for name in ("tasks", "counts", "units"):
         assert resumed[name] == whole[name]
@@ -220,13 +249,12 @@ def test_a_target_in_milliseconds(mine, nasctl):
 
 
 def test_files_are_timed_in_turn_on_this_machine(mine, workdir, monkeypatch):
-    monkeypatch.undo()
     monkeypatch.setattr(measuring, "FILES_S", 0.5)
     paths = []
     for width in (4, 64):
         paths.append(workdir / f"{width}.onnx")
-        onnx.export(mine.Net(width), paths[-1], input_shape=(1, 32, 32))
-    narrow, wide = measuring.timer("local", device.load("cpu"), 0)(paths)
+        onnx.draft(mine.Net(width).eval(), paths[-1], torch.zeros(1, 1, 32, 32))
+    narrow, wide = TIMER("local", device.load("cpu"), 0)(paths)
     assert 0 < narrow.median_ms < wide.median_ms
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -37,19 +37,27 @@ def load(space):
     return toy.Space() if space == "toy" else spaces.load(space, channels=3, size=32, width=0.25)
 
 
-def costs(space, genes):
-    """Latency in ms (a made-up one), MACs, parameters and bytes [N, 4]."""
-    macs, params = space.costs(genes).T
-    return np.column_stack([macs**0.7 / 1e3, macs, params, space.peak_elements(genes) * ITEMSIZE])
+#: (space, genes [N, G]) -> latency in ms (a made-up one), MACs, parameters, bytes [N]
+COSTS = {
+    "latency": lambda space, genes: space.costs(genes)[:, 0] ** 0.7 / 1e3,
+    "macs": lambda space, genes: space.costs(genes)[:, 0],
+    "params": lambda space, genes: space.costs(genes)[:, 1],
+    "memory": lambda space, genes: space.peak_elements(genes) * ITEMSIZE,
+}
 
 
 @cache
+def seen(space, name):
+    """That cost of random networks [N]."""
+    found = load(space)
+    return COSTS[name](found, found.sample(np.random.default_rng(0), 500))
+
+
 def bounds(space, shares):
     """Budgets that these shares of random networks meet, each by itself."""
-    seen = costs(load(space), load(space).sample(np.random.default_rng(0), 500))
     return [
-        None if share is None else float(np.quantile(seen[:, at], share))
-        for at, share in enumerate(shares)
+        None if share is None else float(np.quantile(seen(space, name), share))
+        for name, share in zip(COSTS, shares, strict=True)
     ]
 
 
@@ -59,7 +67,7 @@ def make(space, shares=(None,) * 4, seed=0):
     good = np.random.default_rng(5).uniform(0.2, 1, len(found.genes))
 
     def latency(genes):
-        high = costs(found, genes)[:, 0]
+        high = COSTS["latency"](found, genes)
         return high / 1.1, high
 
     def evaluate(genes):
@@ -68,9 +76,9 @@ def make(space, shares=(None,) * 4, seed=0):
         return cross_entropy, float(np.exp(-cross_entropy))
 
     limits = tuple(
-        Limit(name, most[at], lambda genes, at=at: costs(found, genes)[:, at])
-        for at, name in enumerate(("latency", "macs", "params", "memory"))
-        if at and most[at] is not None
+        Limit(name, limit, partial(COSTS[name], found))
+        for name, limit in zip(COSTS, most, strict=True)
+        if name != "latency" and limit is not None
     )
     return Problem(found, latency, evaluate, most[0], seed, limits)
 

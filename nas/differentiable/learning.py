@@ -14,7 +14,6 @@ the last save to the same result.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from nas import checkpoint, update
+from nas import resumable, update
 from nas.choice import ChoiceNetwork
 from nas.differentiable.policy import Latency, Policy
 from nas.errors import NasctlError
@@ -125,16 +124,10 @@ def learn(
     task, recipe = course.task, course.recipe
     optimiser = update.sgd(searched.net, recipe.lr, recipe.momentum, recipe.weight_decay)
     said = f"{recipe} {task.fingerprint} {method.architecture.__module__} {goal.fingerprint}"
-    done = checkpoint.load(resume, searched, optimiser, said) if resume else 0
     course = course.on(device_of(searched.net))
-    saved_at = time.monotonic()
-
-    def save() -> None:
-        if resume is not None:
-            checkpoint.save(resume, checkpoint.state(searched, optimiser), done, said)
-
     searched.net.train()
-    while done < recipe.steps:
+
+    def step(done: int) -> Learned:
         loss = _weights(searched, _turn(searched, goal, course, done, 0), method)
         if not torch.isfinite(loss):
             raise NasctlError(
@@ -146,19 +139,12 @@ def learn(
         if done >= WARM * recipe.steps and done % EVERY == 0:
             method.architecture(_turn(searched, goal, course, done, 1))
             optimiser.zero_grad(set_to_none=True)
-        done += 1
-        due = done == recipe.steps or time.monotonic() - saved_at > save_every_s
-        if due:
-            save()
-            saved_at = time.monotonic()
         latency = float(goal.latency.expected(searched.policy.probs))
         entropy = searched.policy.entropy()
-        try:
-            yield Learned(done, recipe.steps, (float(loss),), 0, latency, entropy)
-        except GeneratorExit:
-            if not due:
-                save()
-            raise
+        return Learned(done + 1, recipe.steps, (float(loss),), 0, latency, entropy)
+
+    state = resumable.Weights(resume, searched, optimiser, said)
+    yield from resumable.train(step, state, recipe.steps, save_every_s)
 
 
 def parts(n: int) -> tuple[range, range]:
