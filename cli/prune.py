@@ -59,6 +59,7 @@ def command(
     ] = None,
     seed: options.Seed = None,
     threads: Annotated[int | None, typer.Option(help="Of the processor. [all cores]")] = None,
+    licence: options.Licence = None,
     run: options.Run = None,
     quick: Annotated[bool, typer.Option("--quick", help="4 epochs: a try-out.")] = False,
     force: options.Force = False,
@@ -88,6 +89,7 @@ def command(
         "divisor": divisor,
         "seed": seed,
         "threads": threads,
+        "licence": options.parse_licence(licence),
         **parse_target(target),
     }
     given = {name: value for name, value in flags.items() if value is not None}
@@ -177,7 +179,7 @@ def prepare(
 
     from cli import subject
     from cli.train import cores
-    from nas.run import Run, digest
+    from nas.run import Run, digest, stated
 
     wanted = [name.strip() for name in tasks.split(",")] if tasks else []
     weights = Path(rough.weights) if rough.weights else None
@@ -186,7 +188,7 @@ def prepare(
     defaults = {"divisor": alignment.tile(board)[0], "threads": cores(), "tasks": names}
     spec = validated(PruneSpec, {**defaults, **given, "max_drop": parse_drops(max_drop, names)})
     torch.set_num_threads(spec.threads)
-    name = f"prune-{Path(rough.model.split(':')[-1]).stem}-{digest(spec.model_dump())[:8]}"
+    name = f"prune-{Path(rough.model.split(':')[-1]).stem}-{digest(stated(spec))[:8]}"
     return Pruning(spec, Run(folder or Path("runs") / name), found, board)
 
 

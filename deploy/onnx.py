@@ -91,6 +91,11 @@ def export_inputs(
     write(model, path)
 
 
+def licensed(licence: str) -> dict[str, str]:
+    """The property of a file whose weights have a licence; none where nobody stated one."""
+    return {"licence": licence} if licence else {}
+
+
 def write(model: onnx.ModelProto, path: Path) -> None:
     """Check a model and put it at `path` in one step; weights above 2 GB go beside it first, out
     of `model` too.
