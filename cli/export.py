@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,7 +53,12 @@ def command(
     from nas.data import module
 
     of_run = {"--latency": latency, "--slot": slot}
-    own = {"--weights": weights, "--data": data, "--size": size, "--tasks": tasks}
+    own: dict[str, object] = {
+        "--weights": weights,
+        "--data": data,
+        "--size": size,
+        "--tasks": tasks,
+    }
     own |= {"--input": inputs, "--hw": hw, "--licence": licence}
     if not module.is_reference(model):
         _refuse(own, "is for a model of your own")
@@ -68,7 +74,7 @@ def command(
     return _own(asked, out, json)
 
 
-def _refuse(flags: dict[str, object], why: str) -> None:
+def _refuse(flags: Mapping[str, object], why: str) -> None:
     from nas.errors import UsageError
 
     for flag, value in flags.items():
