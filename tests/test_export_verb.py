@@ -58,6 +58,7 @@ def exported(nasctl, *arguments):
     return json.loads(outcome.out)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mine", "stated")
 def test_a_network_with_its_data_becomes_a_bundle_that_other_verbs_take(nasctl, workdir):
     words = ("mine:build", "--data", "mine:task", "--out", "b", "--licence", "Apache-2.0")
@@ -79,7 +80,9 @@ def test_a_network_with_its_data_becomes_a_bundle_that_other_verbs_take(nasctl, 
 
 @pytest.mark.usefixtures("mine", "stated")
 def test_without_data_it_is_verified_but_neither_quantized_nor_judged(nasctl, workdir):
-    exported(nasctl, "mine:filters", "--input", "photo:batch,3,height=12,width=10", "--out", "b")
+    sizes = ("--input", "photo:batch,3,height=12,width=10")
+    exported(nasctl, "mine:filters", *sizes, "--licence", "Apache-2.0", "--out", "b")
+    assert bundles.read(workdir / "b").manifest.licence == "Apache-2.0"
     session = onnxruntime.load(workdir / "b/model.onnx")
     assert session.inputs == {"photo": ("batch", 3, "height", "width")}
     assert session.sizes == {"height": 12, "width": 10}
@@ -95,6 +98,7 @@ def test_without_data_it_is_verified_but_neither_quantized_nor_judged(nasctl, wo
     assert again.code == 2 and "exists already" in again.err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mine")
 def test_several_inputs_keep_names_types_and_their_common_free_size(nasctl, workdir):
     inputs = ("--input", "ids:batch,length=7:int64", "--input", "mask:batch,length=7")
