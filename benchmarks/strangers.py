@@ -41,7 +41,7 @@ from nas.outputs import named, tensors
 
 VERSION = 1
 SHARE = 0.5  # of the multiply-adds
-SETTINGS = Settings(bound=6.0, divisor=4, grid=(0.25, 0.5, 0.75))
+SETTINGS = Settings(bound=6.0, divisor=8, grid=(0.5, 0.75))
 STEER, CALIBRATE, HELD_OUT = 4, 32, 16  # images
 QUICK = ("vit",)
 HEADER = (

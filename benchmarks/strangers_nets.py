@@ -68,21 +68,22 @@ TOKENS = {
 }
 
 STRANGERS: dict[str, Stranger] = {
+    "vit": hugging("ViTForImageClassification", 32, **TOKENS),
     "resnet": hugging(
         "ResNetForImageClassification", 32, embedding_size=16, layer_type="basic", **FOUR
     ),
-    "vit": hugging("ViTForImageClassification", 32, **TOKENS),
     "convnext": hugging("ConvNextForImageClassification", 32, **FOUR),
     "mobilenet v1": hugging("MobileNetV1ForImageClassification", 32, depth_multiplier=0.25),
-    "swin": hugging(
-        "SwinForImageClassification",
-        32,
-        image_size=32,
-        patch_size=2,
-        embed_dim=24,
-        depths=[2, 2],
-        num_heads=[2, 4],
-        window_size=4,
+    "poolformer": hugging(
+        "PoolFormerForImageClassification", 64, **{**FOUR, "depths": [1, 1, 1, 1]}
+    ),
+    "segformer": hugging(
+        "SegformerForSemanticSegmentation",
+        64,
+        hidden_sizes=[16, 24, 32, 48],
+        depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 2, 2, 3],
+        decoder_hidden_size=32,
     ),
     "basic unet": of(
         "monai",
@@ -96,17 +97,6 @@ STRANGERS: dict[str, Stranger] = {
     "regnet": hugging(
         "RegNetForImageClassification", 32, embedding_size=16, groups_width=8, **FOUR
     ),
-    "segformer": hugging(
-        "SegformerForSemanticSegmentation",
-        64,
-        hidden_sizes=[16, 24, 32, 48],
-        depths=[1, 1, 1, 1],
-        num_attention_heads=[1, 2, 2, 3],
-        decoder_hidden_size=32,
-    ),
-    "poolformer": hugging(
-        "PoolFormerForImageClassification", 64, **{**FOUR, "depths": [1, 1, 1, 1]}
-    ),
     "bit": hugging(
         "BitForImageClassification",
         32,
@@ -114,33 +104,6 @@ STRANGERS: dict[str, Stranger] = {
         num_groups=4,
         hidden_sizes=[32, 48, 64, 96],
         depths=[1, 1, 1, 1],
-    ),
-    "dinov2": hugging(
-        "Dinov2ForImageClassification",
-        32,
-        **{k: v for k, v in TOKENS.items() if k != "intermediate_size"},
-        mlp_ratio=2,
-    ),
-    "segresnet": of(
-        "monai",
-        "monai.networks.nets",
-        "SegResNet",
-        32,
-        out_channels=5,
-        init_filters=8,
-        blocks_down=(1, 1, 1),
-        blocks_up=(1, 1),
-        **PLANAR,
-    ),
-    "deit": hugging("DeiTForImageClassification", 32, **TOKENS),
-    "pvt": hugging(
-        "PvtForImageClassification",
-        32,
-        image_size=32,
-        hidden_sizes=[16, 24, 32, 48],
-        depths=[1, 1, 1, 1],
-        num_attention_heads=[1, 2, 2, 3],
-        mlp_ratios=[2, 2, 2, 2],
     ),
     "levit": hugging(
         "LevitForImageClassification",
@@ -152,13 +115,37 @@ STRANGERS: dict[str, Stranger] = {
         key_dim=[8, 8, 8],
         down_ops=[["Subsample", 8, 4, 2, 2, 2], ["Subsample", 8, 6, 2, 2, 2]],
     ),
-    "convnext v2": hugging("ConvNextV2ForImageClassification", 32, **FOUR),
     "yolos": hugging(
         "YolosForObjectDetection",
         32,
         **{**TOKENS, "image_size": [32, 32]},
         num_detection_tokens=6,
         use_mid_position_embeddings=False,
+    ),
+    "pvt": hugging(
+        "PvtForImageClassification",
+        32,
+        image_size=32,
+        hidden_sizes=[16, 24, 32, 48],
+        depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 2, 2, 3],
+        mlp_ratios=[2, 2, 2, 2],
+    ),
+    "dinov2": hugging(
+        "Dinov2ForImageClassification",
+        32,
+        **{k: v for k, v in TOKENS.items() if k != "intermediate_size"},
+        mlp_ratio=2,
+    ),
+    "swin": hugging(
+        "SwinForImageClassification",
+        32,
+        image_size=32,
+        patch_size=2,
+        embed_dim=16,
+        depths=[1, 1],
+        num_heads=[2, 2],
+        window_size=4,
     ),
     "densenet": of(
         "monai",
@@ -171,6 +158,17 @@ STRANGERS: dict[str, Stranger] = {
         block_config=(2, 2, 2),
         **PLANAR,
     ),
+    "segresnet": of(
+        "monai",
+        "monai.networks.nets",
+        "SegResNet",
+        32,
+        out_channels=5,
+        init_filters=8,
+        blocks_down=(1, 1, 1),
+        blocks_up=(1, 1),
+        **PLANAR,
+    ),
     "attention unet": of(
         "monai",
         "monai.networks.nets",
@@ -181,6 +179,7 @@ STRANGERS: dict[str, Stranger] = {
         strides=(2, 2),
         **PLANAR,
     ),
+    "convnext v2": hugging("ConvNextV2ForImageClassification", 32, **FOUR),
     "mobilenet v2": hugging("MobileNetV2ForImageClassification", 32, depth_multiplier=0.25),
     "efficientnet": hugging(
         "EfficientNetForImageClassification",
