@@ -30,6 +30,7 @@ from nas.run import Run as RunFolder
 WEIGHTS = "model.safetensors"
 MEASURING = Plan(rounds=10, time_limit_s=10.0)
 PLAIN = "onnxruntime"
+COMPARED = "network = ONNX: it was compared when the file was written"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
     inputs = bundling.sample_of(bundle)
     plain = bundle.path(bundling.FLOAT)
     expected = judging.runner(plain, PLAIN)(inputs)
-    links, notes = _before(named, asked.data, inputs, expected)
+    links, notes = _before(bundle, named, asked.data, inputs, expected)
     delivered = Delivered(bundle.model, PLAIN, None, 1)
     if bundle.model != plain:
         links.append(_link("float file = delivered file", delivered, inputs, expected))
@@ -118,15 +119,16 @@ def _link(
 
 
 def _before(
-    named: Path, data: str | None, inputs: Feeds, expected: Outputs
+    bundle: Bundle, named: Path, data: str | None, inputs: Feeds, expected: Outputs
 ) -> tuple[list[Link], list[str]]:
     """The links before the ONNX file, where the run with its weights and its data are at hand."""
     weights = named / WEIGHTS
     if not named.is_dir() or not weights.is_file():
-        return [], ["supernet = extracted = ONNX: the run's weights are not here"]
+        theirs = bundling.ARCH in bundle.manifest.members and "model" in _arch(bundle)
+        return [], [COMPARED if theirs else "supernet = extracted = ONNX: the run is not here"]
     _, meta = checkpoint.read(weights)
     if not meta or "network" not in checkpoint.description(meta, weights):
-        return [], ["network = ONNX: it was compared when the file was written"]
+        return [], [COMPARED]
     import torch
 
     from cli import child, training
@@ -148,6 +150,11 @@ def _before(
         return links, ["supernet = extracted: there is no supernet in this run, or another by now"]
     _, apart = child.extracted(opened, training.finished_supernet(opened), genes)
     return [Link("supernet = extracted", "fp32", apart), *links], []
+
+
+def _arch(bundle: Bundle) -> dict[str, Any]:
+    found: dict[str, Any] = deployed.read(bundle.path(bundling.ARCH))
+    return found
 
 
 def _scores(

@@ -35,13 +35,13 @@ def extracted(name):
 
 
 def pruned(name):
-    """Every unit without every other place."""
+    """Every unit without every third place."""
     net, example = extracted(name), examples(name, 2)
     found = units.find(net, example).units
     assert found, "nothing can be pruned"
     history = History()
     for unit in found:
-        history = history.then(Step(unit.root, units.places(unit, range(0, unit.places, 2))))
+        history = history.then(Step(unit.root, units.places(unit, range(0, unit.places, 3))))
     smaller = history.replay(net, example)
     sizes = [sum(p.numel() for p in of.parameters()) for of in (smaller, net)]
     assert sizes[0] < 0.9 * sizes[1]
@@ -89,14 +89,15 @@ def answers(path, given):
     return dict(zip(session.outputs, found, strict=True))
 
 
-def cells(stages):
-    for name in spaces.names():
-        for stage in stages:
-            if stage != "student" or name == "bert":
-                yield pytest.param(name, stage, marks=() if name in FAST else slow)
+CELLS = [
+    pytest.param(name, stage, marks=() if name in FAST else slow)
+    for name in spaces.names()
+    for stage in STAGES
+    if stage != "student" or name == "bert"
+]
 
 
-@pytest.mark.parametrize(("name", "stage"), cells(STAGES))
+@pytest.mark.parametrize(("name", "stage"), CELLS)
 @pytest.mark.parametrize("n", [1, 5])
 def test_the_file_computes_what_torch_computes(made, name, stage, n):
     net, path = made(name, stage)
@@ -105,11 +106,13 @@ def test_the_file_computes_what_torch_computes(made, name, stage, n):
         expected = {key: t.numpy() for key, t in named(net(given)).items()}
     one = chain.link("torch = ONNX", "fp32", expected, answers(path, given))
     chain.require([one])
-    if n > 1:  # of a network that answers the same to everything, any file would be right
-        assert all(np.ptp(value, axis=0).max() > 1e-3 for value in expected.values())
+    if n > 1:  # of a network that answers the same to everything, many a file would be right
+        for value in expected.values():
+            apart = np.linalg.norm(value - value.mean(0)) / np.linalg.norm(value)
+            assert apart > 10 * one.tolerance
 
 
-@pytest.mark.parametrize(("name", "stage"), cells(STAGES))
+@pytest.mark.parametrize(("name", "stage"), CELLS)
 def test_the_quantized_file_stays_near_the_float_one(made, name, stage, tmp_path):
     path, given = made(name, stage)[1], examples(name, 16)
     model, scheme = quantize.prepared(onnx.load(path)), Scheme()
