@@ -124,7 +124,7 @@ def _unit(
     names = tuple(dict.fromkeys(member.name for member in members))
     for parts, block in _layouts(members, total, divided):
         unit = Unit(root, total, parts, names, block)
-        refusal = _refused(net, inputs, unit)
+        refusal = _refused(net, inputs, unit, divided.runs)
         if not refusal:
             return unit
         reason = refusal if parts * block == 1 or reason.startswith("it has") else reason
@@ -168,11 +168,21 @@ def places(unit: Unit, at: Sequence[int]) -> tuple[int, ...]:
     return tuple(first * unit.block + channel for first in firsts for channel in range(unit.block))
 
 
-def _refused(net: nn.Module, inputs: Inputs, unit: Unit) -> str:
+def _tried(unit: Unit, runs: Collection[int]) -> range:
+    """Places to try without: a third or so, but never whole runs of channels by accident, without
+    which code that takes any number of runs would work, and without others not."""
+    wanted = max(1, round(0.3 * unit.places))
+    for n in sorted(range(1, unit.places), key=lambda n: abs(n - wanted)):
+        if all(n * unit.block % run for run in runs if run > unit.block):
+            return range(n)
+    return range(wanted)
+
+
+def _refused(net: nn.Module, inputs: Inputs, unit: Unit, runs: Collection[int]) -> str:
     """Why these channels cannot go; nothing if they can. The first ones of each part are tried:
     what lies in more parts than `unit` knows would lose some of them wholly."""
     graph = Graph(copy.deepcopy(net), inputs)
-    gone = places(unit, range(max(1, round(0.3 * unit.places))))
+    gone = places(unit, _tried(unit, runs))
     members = graph.members(unit.root, gone)
     if any(_beyond(member) for member in members):
         return "the graph has more of its channels than there are"

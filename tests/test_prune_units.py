@@ -188,11 +188,11 @@ def test_other_kinds_of_networks_are_pruned_wherever_they_can_be(net, roots):
 class Heads(nn.Module):
     """Attention whose code knows how wide a head is, and takes as many as there are."""
 
-    def __init__(self, wide=8):
+    def __init__(self, wide=8, heads=3):
         super().__init__()
-        self.wide = wide
-        self.stem, self.head = nn.Linear(4, 24), nn.Linear(24, 3)
-        self.query, self.key, self.value, self.out = (nn.Linear(24, 24) for _ in range(4))
+        self.wide, c = wide, wide * heads
+        self.stem, self.head = nn.Linear(4, c), nn.Linear(c, 3)
+        self.query, self.key, self.value, self.out = (nn.Linear(c, c) for _ in range(4))
 
     def forward(self, x):
         x = self.stem(x)
@@ -215,6 +215,12 @@ def test_heads_of_a_fixed_width_go_whole():
     assert (pruned.query.out_features, pruned.out.in_features) == (16, 16)
     net.out.weight.data[:, 8:16] = 0
     torch.testing.assert_close(pruned(tokens), net(tokens), atol=1e-5, rtol=0)
+
+
+def test_a_trial_without_whole_heads_by_accident_proves_nothing():
+    net, tokens = settled(Heads(heads=10)), torch.randn(2, 5, 4)  # 30 % are three heads
+    found = {unit.root: unit.block for unit in units.find(net, tokens).units}
+    assert found.pop("stem") == 1 and list(found.values()) == [8]
 
 
 # ---- what cannot be pruned -----------------------------------------------------------------------
