@@ -234,7 +234,17 @@ def fitted(samples: dict[str, list[tuple[Ops, float]]]) -> dict[str, LatencyTabl
     return tables
 
 
-HEADER = "networks,predicted by,n,MAPE %,in 5 %,in 10 %,worst %,tau,tau in band".split(",")
+HEADER = [
+    "networks",
+    "predicted by",
+    "n",
+    "MAPE %",
+    "in 5 %",
+    "in 10 %",
+    "worst %",
+    "tau",
+    "tau in band",
+]
 
 
 def clean(wanted: Sequence[Ops], made: Timed) -> list[tuple[Ops, float]]:

@@ -88,10 +88,10 @@ def runtime_of(board: Device, engine: str | None) -> str:
 def trtexec(bundle: Bundle, member: str | None) -> str:
     """The command lines that build the engine with TensorRT's own tool, of 10 and of 11."""
     source = bundle.path(member or bundle.manifest.model)
-    interface = bundling.interface_of(bundle)
+    shapes = {name: values.shape[1:] for name, values in bundling.sample_of(bundle).items()}
     lines = []
     for major in (10, 11):
-        words = recipes.trtexec(source, source.with_suffix(".engine"), interface, major=major)
+        words = recipes.trtexec(source, source.with_suffix(".engine"), shapes, major=major)
         lines.append(f"# TensorRT {major}\n{shlex.join(words)}")
     return "\n".join(lines)
 

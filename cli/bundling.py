@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from deploy import bundle, interface, recipes
@@ -22,33 +23,40 @@ from nas.elastic import resize
 from nas.errors import NasctlError, UsageError
 
 FOLDER, FLOAT, ARCH, REPORT = "bundle", "model.onnx", "arch.json", "report.json"
+INPUTS = "inputs.safetensors"  # made up, where a bundle has no data: to compare its files with
 SAMPLES = 64  # images in the bundle, of training data
+
+Feeds = Mapping[str, np.ndarray]  # input name -> [N, ...]
 
 
 @dataclass(frozen=True)
 class Contents:
     """What a run knows of the model that it delivers."""
 
-    interface: Interface
+    interface: Interface | None  # None: nobody said what data it is for
     arch: Any  # what builds the network, as JSON has it
     report: dict[str, Any]
-    images: torch.Tensor  # uint8 [N, C, H, W] of training data: some become the sample
+    sample: Feeds  # of training data, as the file is fed; made up where there is no interface
     device: Device
     latency_table: str = ""  # sha256
+    licence: str = ""
     also: dict[str, Role] | None = None  # further files that are in the folder already
 
 
 def seal(folder: Path, contents: Contents) -> Bundle:
     """The bundle of a folder that holds the float file."""
-    found = contents.interface
-    sample = {found.input: fed(found, contents.images[:SAMPLES]).numpy()}
+    sample = interface.sample(contents.sample)
+    shapes = {name: values.shape[1:] for name, values in contents.sample.items()}
     parts: dict[str, tuple[Role, bytes]] = {
         ARCH: ("arch", _json(contents.arch)),
-        interface.NAME: ("task", found.to_json()),
-        interface.SAMPLE: ("calibration", interface.sample(sample)),
-        recipes.NAME: ("recipes", _json(recipes.of(contents.device, found))),
+        recipes.NAME: ("recipes", _json(recipes.of(contents.device, shapes))),
         REPORT: ("report", _json(contents.report)),
     }
+    if contents.interface is None:
+        parts[INPUTS] = ("inputs", sample)
+    else:
+        parts[interface.NAME] = ("task", contents.interface.to_json())
+        parts[interface.SAMPLE] = ("calibration", sample)
     for name, (_, content) in parts.items():
         file.write(folder / name, content)
     roles: dict[str, Role] = {FLOAT: "model", **(contents.also or {})}
@@ -59,7 +67,13 @@ def seal(folder: Path, contents: Contents) -> Bundle:
         nasctl=metadata.version("nasctl"),
         model=FLOAT,
         latency_table=contents.latency_table,
+        licence=contents.licence,
     )
+
+
+def sample(of: Interface, images: torch.Tensor) -> Feeds:
+    """Some training images, uint8 [N, C, H, W], as the file is fed."""
+    return {of.input: fed(of, images[:SAMPLES]).numpy()}
 
 
 def fed(of: Interface, images: torch.Tensor) -> torch.Tensor:
@@ -95,8 +109,22 @@ def opened(path: Path, *, changes: bool = False) -> Iterator[Bundle]:
 def interface_of(found: Bundle) -> Interface:
     """Raises NasctlError for a bundle without one."""
     if not (names := found.of("task")):
-        raise NasctlError("says nothing of its inputs and data", where=str(found.folder))
+        raise NasctlError(
+            "was exported without data, so there is nothing to calibrate or to judge it with",
+            where=str(found.folder),
+            next="Export it again with --data: my_pkg.my_mod:task, or a folder.",
+        )
     return interface.read(found.path(names[0]))
+
+
+def sample_of(found: Bundle) -> dict[str, np.ndarray]:
+    """The inputs that a bundle carries, by name [N, ...], of its data or made up."""
+    from safetensors.numpy import load_file
+
+    names = [*found.of("calibration"), *found.of("inputs")]
+    if not names:
+        raise NasctlError("has no inputs to run it on", where=str(found.folder))
+    return load_file(found.path(names[0]))
 
 
 def _json(value: Any) -> bytes:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cli.training import Training, require_same, space_for
+from deploy import onnx
 from hw_profiles import op
 from nas import checkpoint, file, supernet, tasks
 from nas import run as runs
@@ -143,6 +144,7 @@ def properties(training: Training, genes: Genes, metrics: dict[str, float]) -> d
         "validation": json.dumps(metrics),
         "data_sha256": task.fingerprint,
         "run": training.run.folder.name,
+        **onnx.licensed(training.spec.licence),
     }
 
 

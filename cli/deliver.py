@@ -337,7 +337,9 @@ def _contents(
     found = interface.of_task(job.task, job.spec.data, job.spec.size, delivery.net.arch.resolution)
     arch = search.as_dict(delivery.candidate, job.space)
     key = digest(table.model_dump(mode="json"))
-    return bundling.Contents(found, arch, content, job.task.train.images, job.device, key)
+    sample = bundling.sample(found, job.task.train.images)
+    licence = job.spec.licence
+    return bundling.Contents(found, arch, content, sample, job.device, key, licence)
 
 
 def _predictor(job: Job, candidates: list[Candidate]) -> dict[str, Any] | None:

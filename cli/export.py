@@ -1,34 +1,97 @@
-"""`nasctl export`: any network that a run evaluated, as a verified ONNX file."""
+"""`nasctl export`: a network of a finished search as an ONNX file, or anybody's as a bundle."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli import console
+from cli import console, options
+
+if TYPE_CHECKING:
+    from cli.exporting import Asked
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="Run directory with a finished search.")],
-    out: Annotated[Path, typer.Option(help="The ONNX file to write.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run with a search, or my_pkg.my_mod:build.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The ONNX file; of a model of your own, the bundle's new folder.")
+    ],
     latency: Annotated[
-        str | None, typer.Option(help="The best network inside this budget, as 2ms.")
+        str | None, typer.Option(help="Of a run: the best network inside this budget, as 2ms.")
     ] = None,
     slot: Annotated[
         int | None, typer.Option(help="Or this network: its number in report.json's front.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    weights: Annotated[
+        Path | None, typer.Option(help="The .safetensors of a network that build() makes.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Of a model of your own: a folder or my_pkg.my_mod:task.")
+    ] = None,
+    size: options.Size = None,
+    tasks: Annotated[str | None, typer.Option(help="Some of the data's tasks. [all]")] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="Without data, each input: image:batch,3,height=64,width=64."),
+    ] = None,
+    hw: Annotated[
+        str | None, typer.Option(help="Device that engines will be built for. [cpu]")
+    ] = None,
+    licence: options.Licence = None,
+    json: options.Json = False,
 ) -> None:
-    """Export another network of a finished search, without searching again."""
+    """Export another network of a finished search without searching again, or a network of your
+    own as a bundle that `quantize`, `build` and `verify` take.
+
+    With its data a bundle can be quantized and judged; without, it can be built and verified.
+    """
+    from nas.data import module
+
+    of_run = {"--latency": latency, "--slot": slot}
+    own: dict[str, object] = {
+        "--weights": weights,
+        "--data": data,
+        "--size": size,
+        "--tasks": tasks,
+    }
+    own |= {"--input": inputs, "--hw": hw, "--licence": licence}
+    if not module.is_reference(model):
+        _refuse(own, "is for a model of your own")
+        return _of_run(Path(model), out, latency, slot, json)
+    _refuse(of_run, "is about a run's networks")
+    stated = options.parse_licence(licence)
+    from cli import exporting
+    from hw_profiles import device
+
+    wanted = [name.strip() for name in tasks.split(",")] if tasks else []
+    board = device.load(hw or "cpu")
+    asked = exporting.Asked(model, weights, data, size, wanted, inputs or [], stated, board)
+    return _own(asked, out, json)
+
+
+def _refuse(flags: Mapping[str, object], why: str) -> None:
+    from nas.errors import UsageError
+
+    for flag, value in flags.items():
+        if value is not None:
+            raise UsageError(why, where=flag, next="Leave it out.")
+
+
+def _of_run(run: Path, out: Path, latency: str | None, slot: int | None, json: bool) -> None:
     from nas.errors import UsageError
 
     budget = console.parse_latency(latency)
     if (budget is None) == (slot is None):
         raise UsageError("name the network", where="export", allowed="one of --latency or --slot")
     if not (run / "run.json").is_file():
-        raise UsageError(f"no run in {run}", where="RUN", next="See the runs/ folder.")
+        raise UsageError(
+            f"no run in {run}", where="RUN", allowed="a run's folder, my_pkg.my_mod:build"
+        )
     from cli import deliver
     from cli.search import resume
 
@@ -43,4 +106,22 @@ def command(
         f"{job.device.name} ({'measured' if measured else 'estimate'}), "
         f"differs from torch by {content['parity_error']:.1e}"
     )
+    return None
+
+
+def _own(asked: Asked, out: Path, json: bool) -> None:
+    from cli import exporting
+
+    job = exporting.prepare(asked)
+    bundle, error = exporting.export(job, out)
+    if json:
+        shapes = {port.name: port.dimensions for port in job.ports}
+        content = {"bundle": str(out), "inputs": shapes, "parity": error, "licence": asked.licence}
+        return console.emit_json(content)
+    for port in job.ports:
+        console.say(f"{port.name}: {' x '.join(map(str, port.dimensions))}, {port.type}", "input")
+    console.say(f"differs from torch by {error:.1e}", "output")
+    if job.interface is None:
+        console.say("no data: it can be built and verified, not quantized or judged", "note")
+    console.say(str(bundle.model), "file")
     return None

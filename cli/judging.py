@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cli import bundling
+from cli.bundling import Feeds
 from deploy.interface import Interface
 from hw_profiles import runtimes
 from nas import multitask, tasks
@@ -18,11 +19,10 @@ from nas.data import module
 from nas.data.examples import Examples
 from nas.errors import NasctlError
 from nas.multitask import MultiTask
-from nas.outputs import ONLY
 
 BATCH = 64
 
-Run = Callable[[np.ndarray], dict[str, np.ndarray]]  # inputs [N, ...] -> outputs by name
+Run = Callable[[Feeds], dict[str, np.ndarray]]  # inputs by name [N, ...] -> outputs by name
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,19 +39,19 @@ class Judge:
         middle = len(rows) // 2
         return val.at(rows[:middle]), val.at(rows[middle:])
 
-    def batches(self, split: Examples, batch: int = BATCH) -> Iterator[tuple[np.ndarray, Examples]]:
+    def batches(self, split: Examples, batch: int = BATCH) -> Iterator[tuple[Feeds, Examples]]:
         """All of a split in order, as the file is fed."""
         for rows in torch.arange(len(split)).split(batch):
             part = split.at(rows)
-            yield bundling.fed(self.interface, part.images).contiguous().numpy(), part
+            inputs = bundling.fed(self.interface, part.images).contiguous().numpy()
+            yield {self.interface.input: inputs}, part
 
     def evidence(self, run: Run, split: Examples) -> dict[str, Tensor]:
         """What each goal's metric needs to know of each image, by goal."""
         found: dict[str, list[Tensor]] = {goal.name: [] for goal in self.task.goals}
         for inputs, part in self.batches(split):
             outputs = {name: torch.from_numpy(value) for name, value in run(inputs).items()}
-            alone = outputs[ONLY] if list(outputs) == [ONLY] else outputs
-            answers = multitask.answers(alone, self.task)
+            answers = multitask.answers(outputs, self.task)
             for goal in self.task.goals:
                 found[goal.name].append(goal.evidence(answers, part.targets))
         return {name: torch.cat(parts) for name, parts in found.items()}
@@ -94,16 +94,21 @@ def runner(
     """A file in a runtime of this machine."""
     library = runtimes.load_module(runtime)
     session = library.load(model, threads=threads, precision=precision)
-    (name,) = session.inputs
-    alone = session.inputs[name][0] == 1  # engines are compiled for one input at a time
+    # engines are compiled for one example at a time
+    alone = any(shape[0] == 1 for shape in session.inputs.values())
 
-    def run(inputs: np.ndarray) -> dict[str, np.ndarray]:
-        parts = np.split(inputs, len(inputs)) if alone else [inputs]
-        found = [library.run(session, {name: part}) for part in parts]
+    def run(feeds: Feeds) -> dict[str, np.ndarray]:
+        found = [library.run(session, part) for part in (singly(feeds) if alone else [feeds])]
         outputs = (np.concatenate(each) for each in zip(*found, strict=True))
         return dict(zip(session.outputs, outputs, strict=True))
 
     return run
+
+
+def singly(feeds: Feeds) -> Iterator[Feeds]:
+    """One example after the other."""
+    for at in range(min(map(len, feeds.values()))):
+        yield {name: values[at : at + 1] for name, values in feeds.items()}
 
 
 def spent(

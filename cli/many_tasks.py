@@ -89,7 +89,7 @@ def prepare(
     if spec.batch > len(task.train) // 5:  # a fifth of them is for the distributions
         what = f"{spec.batch} images per step, but {len(task.train)} training images"
         raise UsageError(what, where="--batch", allowed=f"up to {len(task.train) // 5}")
-    name = f"{SPACE}-{task.name}-{board.name}-{run.digest(spec.model_dump())[:8]}"
+    name = f"{SPACE}-{task.name}-{board.name}-{run.digest(run.stated(spec))[:8]}"
     job = Job(spec, run.Run(folder or Path("runs") / name.replace(":", "-")), task, board)
     assert job.trainer is None or callable(job.trainer)  # raises for what names nothing
     return job

@@ -81,18 +81,14 @@ def delivered(
 def _seal(job: Job, name: str, task: MultiTask, row: dict[str, Any]) -> None:
     """The task's folder as a bundle, for `quantize`, `build` and `verify`."""
     given = interface.of_tasks(task, job.spec.data, job.spec.size)
+    given = given.model_copy(update={"outputs": (ONLY,)})
+    sample = bundling.sample(given, task.train.images)
     arch = {"space": job.spec.space, "genes": row["genes"], "arch": row["arch"]}
     budget, device = job.spec.latency_ms.get(name), {"name": job.device.name}
     report = {**row, "device": device, "budget": {"latency_ms": budget}}
     bundling.seal(
         job.own(name).path(bundling.FOLDER),
-        bundling.Contents(
-            given.model_copy(update={"outputs": (ONLY,)}),
-            arch,
-            report,
-            task.train.images,
-            job.device,
-        ),
+        bundling.Contents(given, arch, report, sample, job.device, licence=job.spec.licence),
     )
 
 
@@ -181,4 +177,5 @@ def _described(job: Job, name: str, finalist: Finalist, arch: Mapping[str, Any])
         "std": json.dumps(list(task.moments[1])),
         "data_sha256": task.fingerprint,
         "run": job.run.folder.name,
+        **onnx.licensed(job.spec.licence),
     }

@@ -30,7 +30,7 @@ from nas.multitask import MultiTask
 from nas.multitask_outcome import Finalist, judged, outcomes
 from nas.multitask_search import Search, Shared, learn, space_for
 from nas.multitask_training import Schedule
-from nas.run import Run
+from nas.run import LONGEST_LICENCE, Run
 from nas.search import GENERATION, Limit, Problem
 
 STATE, SHARED, FINALISTS = "training.safetensors", "shared.safetensors", "finalists.json"
@@ -59,6 +59,7 @@ class TasksSpec(BaseModel):
     seed: int = Field(0, ge=0)
     threads: int = Field(..., ge=1)
     train_on: str = "cpu"
+    licence: str = Field("", max_length=LONGEST_LICENCE)
 
 
 @dataclass(frozen=True, eq=False)

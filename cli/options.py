@@ -27,3 +27,23 @@ Quick = Annotated[bool, typer.Option("--quick", help="A fifth of the training: a
 Force = Annotated[bool, typer.Option("--force", help="Start over.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and a time estimate.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")]
+Licence = Annotated[
+    str | None,
+    typer.Option(help="Of the weights, SPDX identifier or text: goes into file and bundle."),
+]
+
+
+def parse_licence(text: str | None) -> str:
+    """ "" where nobody stated one."""
+    if text is None:
+        return ""
+    from nas.errors import UsageError
+    from nas.run import LONGEST_LICENCE
+
+    if not text.strip() or not text.isprintable() or len(text) > LONGEST_LICENCE:
+        raise UsageError(
+            f"'{text:.40}'",
+            where="--licence",
+            allowed=f"one line of up to {LONGEST_LICENCE} characters, as Apache-2.0",
+        )
+    return text.strip()

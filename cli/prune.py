@@ -60,6 +60,7 @@ def command(
     seed: options.Seed = None,
     threads: Annotated[int | None, typer.Option(help="Of the processor. [all cores]")] = None,
     train_on: options.TrainOn = None,
+    licence: options.Licence = None,
     run: options.Run = None,
     quick: Annotated[bool, typer.Option("--quick", help="4 epochs: a try-out.")] = False,
     force: options.Force = False,
@@ -90,6 +91,7 @@ def command(
         "seed": seed,
         "threads": threads,
         "train_on": train_on,
+        "licence": options.parse_licence(licence),
         **parse_target(target),
     }
     given = {name: value for name, value in flags.items() if value is not None}
@@ -179,7 +181,7 @@ def prepare(
 
     from cli import accelerator, subject
     from cli.train import cores
-    from nas.run import Run, digest
+    from nas.run import Run, digest, stated
 
     accelerator.named(rough.train_on)  # raises, before data are read
     wanted = [name.strip() for name in tasks.split(",")] if tasks else []
@@ -189,7 +191,7 @@ def prepare(
     defaults = {"divisor": alignment.tile(board)[0], "threads": cores(), "tasks": names}
     spec = validated(PruneSpec, {**defaults, **given, "max_drop": parse_drops(max_drop, names)})
     torch.set_num_threads(spec.threads)
-    name = f"prune-{Path(rough.model.split(':')[-1]).stem}-{digest(spec.model_dump())[:8]}"
+    name = f"prune-{Path(rough.model.split(':')[-1]).stem}-{digest(stated(spec))[:8]}"
     return Pruning(spec, Run(folder or Path("runs") / name), found, board)
 
 

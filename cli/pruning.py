@@ -85,6 +85,7 @@ class PruneSpec(BaseModel):
     seed: int = Field(0, ge=0)
     threads: int = Field(..., ge=1)
     train_on: str = "cpu"
+    licence: str = Field("", max_length=runs.LONGEST_LICENCE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +100,8 @@ class Pruning:
     @property
     def key(self) -> str:
         """What the result depends on."""
-        asked = self.spec.model_dump(exclude={"data", "threads", "train_on"}, mode="json")
+        idle = ("data", "threads", "train_on")
+        asked = {k: v for k, v in runs.stated(self.spec).items() if k not in idle}
         weights = checkpoint.digest(self.subject.net)
         return runs.digest([asked, weights, self.subject.task.fingerprint])
 
@@ -319,8 +321,12 @@ def delivered(pruning: Pruning, found: Pruned, net: nn.Module, seconds: float) -
         "environment": verify.environment(),
     }
     arch = {**pruning.subject.origin, "pruned": json.loads(found.history.to_json())}
-    given, seen = pruning.subject.interface, task.train.images
-    contents = bundling.Contents(given, arch, content, seen, pruning.device, also=UNPRUNED)
+    given = pruning.subject.interface
+    sample = bundling.sample(given, task.train.images)
+    licence = pruning.spec.licence
+    contents = bundling.Contents(
+        given, arch, content, sample, pruning.device, licence=licence, also=UNPRUNED
+    )
     bundling.seal(run.path(BUNDLE), contents)
     return content
 
@@ -363,4 +369,5 @@ def _metadata(pruning: Pruning) -> dict[str, str]:
         "std": json.dumps(list(task.moments[1])),
         "data_sha256": task.fingerprint,
         "run": pruning.run.folder.name,
+        **onnx.licensed(pruning.spec.licence),
     }

@@ -148,7 +148,7 @@ def _guarded(job: Job, name: str) -> Guarded:
 
     def run(model: onnx.ModelProto, batches: Sequence[Feeds]) -> list[list[np.ndarray]]:
         outputs = judging.runner(model.SerializeToString(), job.runtime)
-        return [list(outputs(next(iter(batch.values()))).values()) for batch in batches]
+        return [list(outputs(batch).values()) for batch in batches]
 
     board = job.asked.board.model_dump(mode="json")
     judged_by = [job.runtime, runtimes.load_module(job.runtime).version()]
@@ -171,8 +171,7 @@ def _calibration(job: Job) -> list[Feeds]:
     train = job.judge.task.train
     generator = torch.Generator().manual_seed(job.asked.seed)
     rows = torch.randperm(len(train), generator=generator)[: job.asked.images]
-    batches = job.judge.batches(train.at(rows), BATCH)
-    return [{job.judge.interface.input: inputs} for inputs, _ in batches]
+    return [feeds for feeds, _ in job.judge.batches(train.at(rows), BATCH)]
 
 
 def _timed(job: Job, paths: Sequence[Path]) -> list[Timing] | None:

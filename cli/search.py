@@ -81,6 +81,7 @@ def command(
     ] = None,
     storage: Annotated[str | None, typer.Option(help="Optuna storage URL to share.")] = None,
     study_name: Annotated[str | None, typer.Option(help="In that storage. [nasctl]")] = None,
+    licence: options.Licence = None,
     spec: options.Spec = None,
     run: options.Run = None,
     quick: options.Quick = False,
@@ -114,6 +115,7 @@ def command(
         "alone": alone,
         "storage": storage,
         "study_name": study_name,
+        "licence": options.parse_licence(licence) or None,
     }
     from nas import run as runs
 

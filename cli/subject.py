@@ -67,13 +67,21 @@ def _users(
     if data is None:
         raise UsageError("no data for a model of your own", where="--data", allowed=multitask.FORMS)
     task = multitask.load(data, size=size)
+    net, origin = built(model, weights)
+    return net, task, origin, interface.of_tasks(task, data, size)
+
+
+def built(model: str, weights: Path | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The network that a user's `my_pkg.my_mod:build` gives, in eval mode, and what builds it.
+
+    Raises UsageError or NasctlError for what gives none, or has no place for the weights.
+    """
     net = module.call(module.attribute(model, "MODEL"), "MODEL")
     if not isinstance(net, nn.Module):
         raise NasctlError(f"gave a {type(net).__name__}", where=model, allowed="a torch module")
     if weights is not None:
         checkpoint.fill(net, checkpoint.read(weights)[0], weights)
-    origin = {"model": model, "weights": weights and str(weights)}
-    return net.eval(), task, origin, interface.of_tasks(task, data, size)
+    return net.eval(), {"model": model, "weights": weights and str(weights)}
 
 
 def _ours(

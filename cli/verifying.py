@@ -12,9 +12,10 @@ import numpy as np
 import psutil
 
 from cli import building, bundling, console, judging
+from cli.bundling import Feeds
 from cli.judging import Run
 from deploy import bundle as bundles
-from deploy import chain, interface
+from deploy import chain
 from deploy import engine as engines
 from deploy import verify as deployed
 from deploy.bundle import Bundle
@@ -29,6 +30,7 @@ from nas.run import Run as RunFolder
 WEIGHTS = "model.safetensors"
 MEASURING = Plan(rounds=10, time_limit_s=10.0)
 PLAIN = "onnxruntime"
+COMPARED = "network = ONNX: it was compared when the file was written"
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
     """Everything that was found; nothing is raised for what it finds, see `require`."""
     if asked.split not in ("val", "test"):
         raise UsageError(f"unknown split '{asked.split}'", where="--split", allowed="val, test")
-    inputs = _sample(bundle)
+    inputs = bundling.sample_of(bundle)
     plain = bundle.path(bundling.FLOAT)
     expected = judging.runner(plain, PLAIN)(inputs)
-    links, notes = _before(named, asked.data, inputs, expected)
+    links, notes = _before(bundle, named, asked.data, inputs, expected)
     delivered = Delivered(bundle.model, PLAIN, None, 1)
     if bundle.model != plain:
         links.append(_link("float file = delivered file", delivered, inputs, expected))
@@ -103,20 +105,12 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
     }
 
 
-def _sample(bundle: Bundle) -> np.ndarray:
-    """The inputs that the bundle carries."""
-    from safetensors.numpy import load_file
-
-    said = bundling.interface_of(bundle)
-    return load_file(bundle.path(interface.SAMPLE))[said.input]
-
-
 def _link(
-    name: str, after: Delivered, inputs: np.ndarray, before: Outputs, observed: str | None = None
+    name: str, after: Delivered, inputs: Feeds, before: Outputs, observed: str | None = None
 ) -> Link:
     """One link of the chain, at batch 1 as engines are built for."""
     run = after.runner()
-    parts = [run(one[None]) for one in inputs]
+    parts = [run(one) for one in judging.singly(inputs)]
     found = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     if observed is None:
         module = runtimes.load_module(after.runtime)
@@ -125,15 +119,16 @@ def _link(
 
 
 def _before(
-    named: Path, data: str | None, inputs: np.ndarray, expected: Outputs
+    bundle: Bundle, named: Path, data: str | None, inputs: Feeds, expected: Outputs
 ) -> tuple[list[Link], list[str]]:
     """The links before the ONNX file, where the run with its weights and its data are at hand."""
     weights = named / WEIGHTS
     if not named.is_dir() or not weights.is_file():
-        return [], ["supernet = extracted = ONNX: the run's weights are not here"]
+        theirs = bundling.ARCH in bundle.manifest.members and "model" in _arch(bundle)
+        return [], [COMPARED if theirs else "supernet = extracted = ONNX: the run is not here"]
     _, meta = checkpoint.read(weights)
     if not meta or "network" not in checkpoint.description(meta, weights):
-        return [], ["network = ONNX: it was compared when the file was written"]
+        return [], [COMPARED]
     import torch
 
     from cli import child, training
@@ -146,7 +141,7 @@ def _before(
             raise
         return [], [f"supernet = extracted = ONNX: {error}"]
     with torch.no_grad():
-        outputs = by_name(net(torch.from_numpy(inputs)))
+        outputs = by_name(net(*map(torch.from_numpy, inputs.values())))
     found = {name: tensor.numpy() for name, tensor in outputs.items()}
     links = [chain.link("network = float file", "fp32", found, expected)]
     run = RunFolder(named)
@@ -155,6 +150,11 @@ def _before(
         return links, ["supernet = extracted: there is no supernet in this run, or another by now"]
     _, apart = child.extracted(opened, training.finished_supernet(opened), genes)
     return [Link("supernet = extracted", "fp32", apart), *links], []
+
+
+def _arch(bundle: Bundle) -> dict[str, Any]:
+    found: dict[str, Any] = deployed.read(bundle.path(bundling.ARCH))
+    return found
 
 
 def _scores(
@@ -176,7 +176,7 @@ def _scores(
     }, []
 
 
-def _measured(delivered: Delivered, asked: Asked, inputs: np.ndarray) -> dict[str, Any] | None:
+def _measured(delivered: Delivered, asked: Asked, inputs: Feeds) -> dict[str, Any] | None:
     if not asked.board.local:
         return None
     timing = deployed.latency(
@@ -185,16 +185,16 @@ def _measured(delivered: Delivered, asked: Asked, inputs: np.ndarray) -> dict[st
         setting=Setting(delivered.runtime, delivered.precision, delivered.threads),
         plan=MEASURING,
     )
-    return {**asdict(timing), "memory_bytes": memory(delivered, inputs[:1])}
+    return {**asdict(timing), "memory_bytes": memory(delivered, next(judging.singly(inputs)))}
 
 
-def memory(delivered: Delivered, inputs: np.ndarray) -> int:
+def memory(delivered: Delivered, inputs: Feeds) -> int:
     """Bytes by which a fresh process that has the libraries grows for this model."""
     with processes.fresh() as pool:
         return pool.submit(_grown, delivered, inputs).result()
 
 
-def _grown(delivered: Delivered, inputs: np.ndarray) -> int:
+def _grown(delivered: Delivered, inputs: Feeds) -> int:
     runtimes.load_module(delivered.runtime).version()  # imports the library
     process = psutil.Process()
     before = process.memory_info().rss

@@ -270,6 +270,7 @@ class _Shapes(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: set[int] = set()
+        self.runs: set[int] = set()
 
     def __torch_function__(
         self,
@@ -283,23 +284,32 @@ class _Shapes(TorchFunctionMode):
         if name in ("chunk", "split", "tensor_split", "unbind"):
             self.found.add(len(out))
         elif name in ("view", "reshape", "unflatten") and isinstance(args[0], Tensor):
-            self.found |= set(_factors(args[0].shape, out.shape))
+            for parts, run in _factors(args[0].shape, out.shape):
+                self.found.add(parts)
+                self.runs.add(run)
         return out
 
 
-def _factors(before: Sequence[int], after: Sequence[int]) -> Iterator[int]:
-    """a, where a dimension of a * b became dimensions that multiply to a, and then b."""
+def _factors(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """a and b, where a dimension of a * b became dimensions that multiply to a, and then b."""
     for start in range(len(after)):
         product = 1
         for size in after[start:-1]:
             product *= size
             rest = after[after.index(size, start) + 1 :]
             if any(product > 1 and product * last in before for last in rest[:1]):
-                yield product
+                yield product, rest[0]
 
 
-def divisions(net: nn.Module, inputs: Inputs) -> tuple[int, ...]:
-    """Numbers that operations divide channels by: chunks, heads, groups of channels."""
+@dataclasses.dataclass(frozen=True)
+class Divisions:
+    """How operations divide channels."""
+
+    parts: frozenset[int]  # into so many: chunks, heads, groups of channels
+    runs: frozenset[int]  # of so many consecutive ones each: the width of a head
+
+
+def divisions(net: nn.Module, inputs: Inputs) -> Divisions:
     with _Shapes() as seen, torch.no_grad():
         forward(net, inputs)
     for module in net.modules():
@@ -309,4 +319,4 @@ def divisions(net: nn.Module, inputs: Inputs) -> tuple[int, ...]:
             seen.found.add(module.num_groups)
         elif isinstance(module, nn.MultiheadAttention):
             seen.found.add(module.num_heads)
-    return tuple(sorted(seen.found - {1}))
+    return Divisions(frozenset(seen.found - {1}), frozenset(seen.runs - {1}))

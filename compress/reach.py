@@ -49,8 +49,7 @@ def by_threshold(scores: Scores, scope: Callable[[Unit], Hashable], settings: Se
             limit = every[min(round(strength * len(every)), len(every) - 1)]
             for unit in members:
                 share = float((scores[unit] < limit).float().mean()) if strength < 1 else 1.0
-                each = unit.width // unit.parts
-                kept[unit] = unit.parts * widths.rounded(each, min(share, most), settings.divisor)
+                kept[unit] = widths.kept(unit, min(share, most), settings.divisor)
         return kept
 
     return allocate

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from compress.graph import (
     FAILS,
     LAYERS,
     MIXING,
+    Divisions,
     Graph,
     Inputs,
     Member,
@@ -47,6 +48,13 @@ class Unit:
     #: equal parts of them that lose the same places: heads, halves of a split, groups
     parts: int
     members: tuple[str, ...]  # names of all modules that change
+    #: consecutive ones that go together: a head, where the code knows how wide a head is
+    block: int = 1
+
+    @property
+    def places(self) -> int:
+        """Of one part: what goes is chosen among them."""
+        return self.width // self.parts // self.block
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ def find(net: nn.Module, example_inputs: Inputs) -> Found:
     """
     shared = _shared(net)
     net, inputs = _in_double(net, example_inputs)
-    graph, factors = Graph(net, inputs), divisions(net, inputs)
+    graph, divided = Graph(net, inputs), divisions(net, inputs)
     units: list[Unit] = []
     refused: dict[str, str] = {}
     done: set[str] = set()
@@ -79,7 +87,7 @@ def find(net: nn.Module, example_inputs: Inputs) -> Found:
         if root in done:
             continue
         members = graph.members(root)
-        found = _unit(net, inputs, members, factors, shared)
+        found = _unit(net, inputs, members, divided, shared)
         if isinstance(found, str):
             refused[root] = found
             continue
@@ -101,7 +109,7 @@ def _unit(
     net: nn.Module,
     inputs: Inputs,
     members: Sequence[Member],
-    factors: Sequence[int],
+    divided: Divisions,
     shared: dict[str, str],
 ) -> Unit | str:
     """The unit of these members, the root first, or why there is none."""
@@ -113,12 +121,13 @@ def _unit(
             return f"{member.name} is a transposed convolution of several groups"
     total = width(net.get_submodule(root))
     reason = f"it has {total} channels only"
-    for parts in _parts(members, total, factors):
-        refusal = _refused(net, inputs, Unit(root, total, parts, ()))
+    names = tuple(dict.fromkeys(member.name for member in members))
+    for parts, block in _layouts(members, total, divided):
+        unit = Unit(root, total, parts, names, block)
+        refusal = _refused(net, inputs, unit, divided.runs)
         if not refusal:
-            names = tuple(dict.fromkeys(member.name for member in members))
-            return Unit(root, total, parts, names)
-        reason = refusal if parts == 1 or reason.startswith("it has") else reason
+            return unit
+        reason = refusal if parts * block == 1 or reason.startswith("it has") else reason
     return reason
 
 
@@ -129,8 +138,18 @@ def _is_grouped_transposed(module: nn.Module | nn.Parameter) -> bool:
     return module.groups > 1
 
 
-def _parts(members: Sequence[Member], total: int, divisions: Sequence[int]) -> Iterator[int]:
-    """In how many parts the channels may lie, fewest first."""
+def _layouts(
+    members: Sequence[Member], total: int, divided: Divisions
+) -> Iterator[tuple[int, int]]:
+    """In how many parts the channels may lie, and in blocks of how many: one by one first, fewest
+    parts first."""
+    for block in (1, *sorted(divided.runs)):
+        for parts in _parts(members, divided.parts):
+            if total % (parts * block) == 0 and total // (parts * block) > 1:
+                yield parts, block
+
+
+def _parts(members: Sequence[Member], divisions: Collection[int]) -> list[int]:
     least = 1
     for member in members:
         module = member.module
@@ -140,23 +159,30 @@ def _parts(members: Sequence[Member], total: int, divisions: Sequence[int]) -> I
             least = math.lcm(least, module.num_heads)
         elif isinstance(module, nn.modules.conv._ConvNd) and not is_depthwise(module):
             least = math.lcm(least, module.groups)
-    for parts in sorted({least, *(math.lcm(least, n) for n in divisions)}):
-        if total % parts == 0 and total // parts > 1:
-            yield parts
+    return sorted({least, *(math.lcm(least, n) for n in divisions)})
 
 
 def places(unit: Unit, at: Sequence[int]) -> tuple[int, ...]:
     """Root channels of the same places `at` in every part."""
-    each = unit.width // unit.parts
-    return tuple(part * each + place for part in range(unit.parts) for place in sorted(at))
+    firsts = (part * unit.places + place for part in range(unit.parts) for place in sorted(at))
+    return tuple(first * unit.block + channel for first in firsts for channel in range(unit.block))
 
 
-def _refused(net: nn.Module, inputs: Inputs, unit: Unit) -> str:
+def _tried(unit: Unit, runs: Collection[int]) -> range:
+    """Places to try without: a third or so, but never whole runs of channels by accident, without
+    which code that takes any number of runs would work, and without others not."""
+    wanted = max(1, round(0.3 * unit.places))
+    for n in sorted(range(1, unit.places), key=lambda n: abs(n - wanted)):
+        if all(n * unit.block % run for run in runs if run > unit.block):
+            return range(n)
+    return range(wanted)
+
+
+def _refused(net: nn.Module, inputs: Inputs, unit: Unit, runs: Collection[int]) -> str:
     """Why these channels cannot go; nothing if they can. The first ones of each part are tried:
     what lies in more parts than `unit` knows would lose some of them wholly."""
     graph = Graph(copy.deepcopy(net), inputs)
-    each = unit.width // unit.parts
-    gone = places(unit, range(max(1, round(0.3 * each))))
+    gone = places(unit, _tried(unit, runs))
     members = graph.members(unit.root, gone)
     if any(_beyond(member) for member in members):
         return "the graph has more of its channels than there are"

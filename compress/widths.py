@@ -28,9 +28,15 @@ def rounded(each: int, ratio: float, divisor: int) -> int:
 
 def offered(unit: Unit, settings: Settings) -> tuple[int, ...]:
     """Widths of all parts together that the grid's ratios come to, widest first, each once."""
-    each = unit.width // unit.parts
-    kept = (unit.parts * rounded(each, ratio, settings.divisor) for ratio in settings.grid)
-    return tuple(sorted({width for width in kept if width < unit.width}, reverse=True))
+    found = (kept(unit, ratio, settings.divisor) for ratio in settings.grid)
+    return tuple(sorted({width for width in found if width < unit.width}, reverse=True))
+
+
+def kept(unit: Unit, ratio: float, divisor: int) -> int:
+    """The width of all parts together that a ratio comes to: in each a multiple of the divisor,
+    of whole blocks."""
+    blocks = divisor // math.gcd(divisor, unit.block)
+    return unit.parts * unit.block * rounded(unit.places, ratio, blocks)
 
 
 def magnitude(members: Sequence[Member], total: int) -> Tensor:
@@ -51,7 +57,7 @@ def magnitude(members: Sequence[Member], total: int) -> Tensor:
 
 def by_place(scores: Tensor, unit: Unit) -> Tensor:
     """[places of a part]: the mean over the parts of the scores [width] of channels."""
-    return scores.detach().float().cpu().view(unit.parts, -1).mean(0)
+    return scores.detach().float().cpu().view(unit.parts, unit.places, unit.block).mean((0, 2))
 
 
 def weakest_first(worth: Tensor) -> list[int]:
@@ -61,7 +67,12 @@ def weakest_first(worth: Tensor) -> list[int]:
 
 def step(unit: Unit, order: Sequence[int], kept: int) -> Step:
     """Prune the unit to width `kept`, the first of `order` going in every part."""
-    return Step(unit.root, places(unit, order[: (unit.width - kept) // unit.parts]))
+    return Step(unit.root, places(unit, order[: gone(unit, kept)]))
+
+
+def gone(unit: Unit, kept: int) -> int:
+    """Places that a part of the unit has less at a width of all of it."""
+    return (unit.width - kept) // unit.parts // unit.block
 
 
 def alone(job: Job, unit: Unit, widths: Sequence[int], known: Record) -> list[float]:
@@ -69,7 +80,7 @@ def alone(job: Job, unit: Unit, widths: Sequence[int], known: Record) -> list[fl
     be compared with others of the same session only."""
 
     def taken() -> list[float]:
-        anyhow = range(unit.width // unit.parts)  # which channels go is all the same to the cost
+        anyhow = range(unit.places)  # which channels go is all the same to the cost
         steps = [step(unit, anyhow, kept) for kept in widths]
         nets = [History((one,)).replay(job.net, job.example_inputs) for one in steps]
         return job.cost.many(nets, job.example_inputs)

@@ -41,6 +41,7 @@ Role = Literal[
     "arch",
     "task",
     "calibration",
+    "inputs",
     "recipes",
     "report",
     "history",
@@ -66,6 +67,7 @@ class Manifest(BaseModel):
     nasctl: str  # the version that wrote it
     model: str  # the member that is delivered: the fastest inside the bounds
     latency_table: str = ""  # sha256 of the table that its latency was predicted with
+    licence: str = ""  # of the weights, as their owner stated it
     members: dict[str, Member]
 
 
@@ -95,7 +97,13 @@ class Bundle:
 
 
 def seal(
-    folder: Path, roles: Mapping[str, Role], *, nasctl: str, model: str, latency_table: str = ""
+    folder: Path,
+    roles: Mapping[str, Role],
+    *,
+    nasctl: str,
+    model: str,
+    latency_table: str = "",
+    licence: str = "",
 ) -> Bundle:
     """Make a bundle of files that are in `folder`, in place of the one that was there; whatever
     else is there makes it invalid."""
@@ -104,7 +112,9 @@ def seal(
         for name in before.members.keys() - roles.keys():
             (folder / name).unlink(missing_ok=True)
     members = {name: _member(folder / name, role) for name, role in sorted(roles.items())}
-    found = Manifest(nasctl=nasctl, model=model, latency_table=latency_table, members=members)
+    found = Manifest(
+        nasctl=nasctl, model=model, latency_table=latency_table, licence=licence, members=members
+    )
     _write(folder, found)
     return read(folder)
 

@@ -7,6 +7,7 @@ passed as float32 [N, C, H, W].
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,7 +89,7 @@ def read(path: Path) -> Interface:
         raise NasctlError(f"field '{field}': {first['msg']}", where=str(path)) from error
 
 
-def sample(feeds: dict[str, np.ndarray]) -> bytes:
+def sample(feeds: Mapping[str, np.ndarray]) -> bytes:
     """A few ready inputs [N, C, H, W] by name: to calibrate or check with, without the data."""
     from safetensors.numpy import save
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 Free = str | torch.export.Dim  # a dimension of any size, or of any within limits
 
 OPSET = 18
+_ENDS = ("padded.lowest", "padded.largest")  # names of constants
 #: bytes of weights that still fit into one file: protobuf's limit is 2 GiB for all of it
 INLINE = (2 << 30) - (64 << 20)
 EXTERNAL = 1024  # bytes from which a tensor of a larger network moves out of the file
@@ -86,9 +88,43 @@ def export_inputs(
     _require_finite(net)
     model = _trace(net, examples, free, opset)
     _strip(model)
+    _part_pads(model)
     model.producer_name = "nasctl"
     helper.set_model_props(model, dict(metadata or {}))
     write(model, path)
+
+
+def _part_pads(model: onnx.ModelProto) -> None:
+    """Keep ONNX Runtime from joining a Pad with the MaxPool that reads it.
+
+    Its optimizer (PadFusion, 1.31) lets the pool do the padding, with what counts for nothing: the
+    Pad's zeros are then missing wherever all of a window is negative. A Clip to all finite numbers
+    between them changes nothing and is in its way.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    pads = {node.output[0] for node in graph.node if node.op_type == "Pad"}
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "MaxPool" and node.input[0] in pads:
+            free = f"{node.input[0]}.padded"
+            nodes.append(helper.make_node("Clip", [node.input[0], *_ENDS], [free], name=free))
+            node.input[0] = free
+        nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+    if len(nodes) == len(graph.node):
+        return
+    ends = np.finfo(np.float32)
+    for name, value in zip(_ENDS, (ends.min, ends.max), strict=True):
+        graph.initializer.append(numpy_helper.from_array(np.array(value), name))
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def licensed(licence: str) -> dict[str, str]:
+    """The property of a file whose weights have a licence; none where nobody stated one."""
+    return {"licence": licence} if licence else {}
 
 
 def write(model: onnx.ModelProto, path: Path) -> None:

@@ -4,10 +4,10 @@ of NVIDIA's own tool, which needs nothing of ours on the board."""
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.interface import Interface
 from hw_profiles.device import Device
 
 NAME = "recipes.json"
@@ -20,7 +20,10 @@ ENGINES = {
 }
 
 
-def of(device: Device, interface: Interface) -> dict[str, Any]:
+Shapes = Mapping[str, Sequence[int]]  # of one example: without the batch
+
+
+def of(device: Device, shapes: Shapes) -> dict[str, Any]:
     """Commands by engine for a device; `BUNDLE` stands for the bundle's folder."""
     found: dict[str, Any] = {}
     for engine, kinds in ENGINES.items():
@@ -28,19 +31,20 @@ def of(device: Device, interface: Interface) -> dict[str, Any]:
             command = f"nasctl build BUNDLE --hw {device.name} --engine {engine}"
             found[engine] = {"nasctl": command, "runtime": kinds[device.kind]}
     if "tensorrt" in found:
-        line = trtexec(Path("model.onnx"), Path("model.engine"), interface)
+        line = trtexec(Path("model.onnx"), Path("model.engine"), shapes)
         found["tensorrt"]["trtexec"] = shlex.join(line)
     return {"device": device.name, "engines": found}
 
 
-def trtexec(model: Path, engine: Path, interface: Interface, *, major: int = 10) -> list[str]:
+def trtexec(model: Path, engine: Path, inputs: Shapes, *, major: int = 10) -> list[str]:
     """The words of the `trtexec` command that builds what `hw_profiles.runtimes.tensorrt` does.
 
     Precision is that of the file: 10.x is asked for strong typing, which 11.x has no flag for, as
     it has none other. Batch 1, TF32 off, layers described in detail, so that their precision can
     be read back.
     """
-    shape = f"{interface.input}:1x{'x'.join(map(str, interface.shape))}"
+    each = (f"{name}:{'x'.join(map(str, (1, *shape)))}" for name, shape in inputs.items())
+    shape = ",".join(each)
     words = ["trtexec", f"--onnx={model}", f"--saveEngine={engine}"]
     if major < 11:
         words.append("--stronglyTyped")

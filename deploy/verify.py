@@ -34,6 +34,22 @@ def parity(
 ) -> float:
     """Largest absolute difference between any output of `net` (in eval mode) and of the file.
 
+    `parity_inputs` for an image network, whose one input it is fed.
+    """
+    feeds = {"images": images.astype(np.float32)}
+    return parity_inputs(net, path, feeds, batch_sizes=batch_sizes)
+
+
+def parity_inputs(
+    net: nn.Module,
+    path: Path,
+    feeds: Mapping[str, np.ndarray],
+    *,
+    batch_sizes: Sequence[int] = (1, 3, 32),
+) -> float:
+    """Largest absolute difference between any output of `net` (in eval mode) and of the file, over
+    `feeds` [N, ...], which are the network's positional inputs in their order.
+
     Each output is held to its own largest value. Several batch sizes, because a file can be right
     at the one it was traced with and at no other.
     """
@@ -41,17 +57,18 @@ def parity(
 
     from nas.outputs import named
 
-    if len(images) == 0:
-        raise ValueError("parity needs at least one image")
+    if not all(len(values) for values in feeds.values()):
+        raise ValueError("parity needs at least one example")
     session = onnxruntime.load(path)
     worst = 0.0
     training = {module: module.training for module in net.modules()}
     net.eval()
     try:
         for size in batch_sizes:
-            batch = np.resize(images, (size, *images.shape[1:]))  # repeats when there are too few
+            # repeats when there are too few
+            batch = [np.resize(each, (size, *each.shape[1:])) for each in feeds.values()]
             with torch.no_grad():
-                expected = named(net(torch.from_numpy(batch)))
+                expected = named(net(*map(torch.from_numpy, batch)))
             found = _outputs(session, batch)
             where = f"{path} at batch {size}"
             if list(found) != list(expected):
@@ -72,7 +89,8 @@ def outputs(
 ) -> dict[str, np.ndarray]:
     """The file's outputs by name for every image, run in batches."""
     session = onnxruntime.load(path, threads=threads)
-    parts = [_outputs(session, images[at : at + batch]) for at in range(0, len(images), batch)]
+    images = images.astype(np.float32)
+    parts = [_outputs(session, [images[at : at + batch]]) for at in range(0, len(images), batch)]
     return {name: np.concatenate([part[name] for part in parts]) for name in session.outputs}
 
 
@@ -96,8 +114,8 @@ def latency(
     return sorted(timings, key=lambda timing: timing.median_ms)[len(timings) // 2]
 
 
-def _outputs(session: Session, batch: np.ndarray) -> dict[str, np.ndarray]:
-    found = onnxruntime.run(session, {next(iter(session.inputs)): batch.astype(np.float32)})
+def _outputs(session: Session, batch: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    found = onnxruntime.run(session, dict(zip(session.inputs, batch, strict=True)))
     return dict(zip(session.outputs, found, strict=True))
 
 

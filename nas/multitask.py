@@ -27,6 +27,7 @@ from nas.elastic import resize
 from nas.errors import NasctlError, UsageError, unknown
 from nas.goals import Goal, Outputs, Targets, boundary, box, classes, own, presence, segmentation
 from nas.judge import device_of
+from nas.outputs import tensors
 from nas.tasks import Task, top1
 
 FORMS = "a folder of parquet files with boxes or label maps, my_pkg.my_mod:task"
@@ -121,12 +122,13 @@ class MultiTask:
 
 
 def answers(outputs: Tensor | Outputs, task: MultiTask) -> Outputs:
-    """What a network returned, by goal: a network of one goal may return its answer alone.
+    """What a network returned, by goal: a network of one goal may return its answer alone, or as
+    the only tensor of whatever structure.
 
     Raises NasctlError naming the goal that has none.
     """
-    if isinstance(outputs, Tensor) and len(task.goals) == 1:
-        return {task.goals[0].name: outputs}
+    if len(task.goals) == 1 and len(found := tensors(outputs)) == 1:
+        return {task.goals[0].name: found[0]}
     there = outputs if isinstance(outputs, Mapping) else {}
     for goal in task.goals:
         if goal.name not in there:

@@ -26,6 +26,7 @@ from nas.errors import NasctlError, UsageError
 from nas.recipe import Recipe
 
 MANIFEST = "run.json"
+LONGEST_LICENCE = 500
 #: what stages keep in order to go on: removed when a run starts over
 STATES = ("training.safetensors", "finetune.safetensors", "study.journal", "scores.jsonl")
 TRAINED = "trained"  # folder of the networks that a search trained alone, likewise
@@ -77,6 +78,7 @@ class Spec(BaseModel):
     supernet: str | None = None  # a finished run whose supernet is searched instead of a new one
     storage: str | None = None
     study_name: str = "nasctl"
+    licence: str = Field("", max_length=LONGEST_LICENCE)  # of the weights
 
     def recipe(self, n_train: int) -> Recipe:
         """For a supernet, on `n_train` images; raises UsageError naming the flag that is wrong."""
@@ -85,8 +87,13 @@ class Spec(BaseModel):
 
     def digest(self, *fields: str) -> str:
         """sha256 of the given fields (all, if none is named)."""
-        chosen = self.model_dump(include=set(fields) or None)
-        return digest(chosen)
+        return digest(self.model_dump(include=set(fields)) if fields else stated(self))
+
+
+def stated(spec: BaseModel) -> dict[str, Any]:
+    """All fields that name a run; those that change no figure only where they are not the usual."""
+    fields = spec.model_dump()
+    return {k: v for k, v in fields.items() if (k, v) not in (("licence", ""), ("train_on", "cpu"))}
 
 
 def digest(value: Any) -> str:

@@ -50,7 +50,8 @@ def small(folder, c=16):
     files.write(network(c), folder / bundling.FLOAT)
     task = digits()
     interface = of_task(task, "digits", None, 8)
+    sample = bundling.sample(interface, task.train.images)
     contents = bundling.Contents(
-        interface, {"none": 0}, {"of": "a test"}, task.train.images, device.load("cpu")
+        interface, {"none": 0}, {"of": "a test"}, sample, device.load("cpu")
     )
     return bundling.seal(folder, contents)

@@ -53,6 +53,14 @@ def test_sizes_that_are_free_take_any_value(tmp_path):
         assert verify.parity(net, path, images) < 1e-5
 
 
+def test_zeros_around_a_pool_count(tmp_path):
+    net, path = nn.Sequential(nn.ConstantPad2d(1, 0.0), nn.MaxPool2d(3, 2)), tmp_path / "m.onnx"
+    files.export(net, path, input_shape=(3, 8, 8))
+    images = -1 - np.random.default_rng(0).random((4, 3, 8, 8), np.float32)
+    assert verify.parity(net, path, images) < 1e-6
+    assert onnxruntime.run(onnxruntime.load(path), {"input": images})[0].max() == 0
+
+
 @pytest.mark.slow
 def test_several_inputs_share_the_dimension_of_one_name(tmp_path):
     net, path = Words().eval(), tmp_path / "words.onnx"

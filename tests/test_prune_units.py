@@ -36,7 +36,7 @@ def pruned_by_half(net, inputs):
     """Every unit without every other place; the steps that did it."""
     history = History()
     for unit in units.find(net, inputs).units:
-        places = range(0, unit.width // unit.parts, 2)
+        places = range(0, unit.places, 2)
         history = history.then(Step(unit.root, units.places(unit, places)))
     return history.replay(net, inputs), history
 
@@ -183,6 +183,44 @@ def test_other_kinds_of_networks_are_pruned_wherever_they_can_be(net, roots):
     assert {unit.root for unit in units.find(net, IMAGES).units} == roots
     pruned, _ = pruned_by_half(net, IMAGES)
     assert [t.shape for t in tensors(pruned(IMAGES))] == [t.shape for t in tensors(net(IMAGES))]
+
+
+class Heads(nn.Module):
+    """Attention whose code knows how wide a head is, and takes as many as there are."""
+
+    def __init__(self, wide=8, heads=3):
+        super().__init__()
+        self.wide, c = wide, wide * heads
+        self.stem, self.head = nn.Linear(4, c), nn.Linear(c, 3)
+        self.query, self.key, self.value, self.out = (nn.Linear(c, c) for _ in range(4))
+
+    def forward(self, x):
+        x = self.stem(x)
+        q, k, v = (
+            layer(x).view(*x.shape[:2], -1, self.wide).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(x + self.out(mixed))
+
+
+def test_heads_of_a_fixed_width_go_whole():
+    net, tokens = settled(Heads()), torch.randn(2, 5, 4)
+    found = {unit.root: unit for unit in units.find(net, tokens).units}
+    (heads,) = [unit for unit in found.values() if unit.block > 1]
+    assert (heads.block, heads.parts, heads.places) == (8, 1, 3)
+    assert {"query", "key", "value", "out"} <= {*heads.members}
+    assert units.places(heads, (2, 0)) == (*range(8), *range(16, 24))
+    pruned = History((Step(heads.root, units.places(heads, (1,))),)).replay(net, tokens)
+    assert (pruned.query.out_features, pruned.out.in_features) == (16, 16)
+    net.out.weight.data[:, 8:16] = 0
+    torch.testing.assert_close(pruned(tokens), net(tokens), atol=1e-5, rtol=0)
+
+
+def test_a_trial_without_whole_heads_by_accident_proves_nothing():
+    net, tokens = settled(Heads(heads=10)), torch.randn(2, 5, 4)  # 30 % are three heads
+    found = {unit.root: unit.block for unit in units.find(net, tokens).units}
+    assert found.pop("stem") == 1 and list(found.values()) == [8]
 
 
 # ---- what cannot be pruned -----------------------------------------------------------------------

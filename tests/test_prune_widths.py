@@ -79,6 +79,12 @@ def test_widths_of_parts_are_rounded_part_by_part():
     assert len(offered(Unit("x", 64, 1, ()), Settings(divisor=1))) == len(GRID)
 
 
+def test_blocks_are_kept_whole():
+    assert offered(Unit("x", 48, 1, (), block=16), Settings(divisor=8)) == (32, 16)
+    assert offered(Unit("x", 48, 1, (), block=12), Settings(divisor=8)) == (24,)
+    assert offered(Unit("x", 96, 2, (), block=16), Settings(divisor=8)) == (64, 32)
+
+
 def test_a_width_as_slow_as_a_wider_one_is_not_offered():
     widths, ms = (56, 48, 40, 32), (1.1, 0.8, 0.85, 0.7)
     assert descending(widths, ms, 1.0) == {48: 0.8, 32: 0.7}

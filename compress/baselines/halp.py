@@ -41,8 +41,7 @@ def _options(job: Job, unit: Unit, scores: Scores, settings: Settings) -> Option
     worth = scores[unit].sort().values.cumsum(0)  # of the first so many to go
     options = {unit.width: (0.0, 0.0)}
     for kept, cost in widths.descending(offered, costs, full).items():
-        gone = (unit.width - kept) // unit.parts
-        options[kept] = (full - cost, float(worth[gone - 1]))
+        options[kept] = (full - cost, float(worth[widths.gone(unit, kept) - 1]))
     return options
 
 

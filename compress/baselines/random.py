@@ -12,7 +12,5 @@ from compress.reach import by_threshold, reach
 def prune(job: Job, settings: Settings = Settings()) -> Steps:
     generator = torch.Generator().manual_seed(settings.seed)
     found = units.find(job.net, job.example_inputs)
-    scores = {
-        unit: torch.rand(unit.width // unit.parts, generator=generator) for unit in found.units
-    }
+    scores = {unit: torch.rand(unit.places, generator=generator) for unit in found.units}
     return reach(job, found, scores, by_threshold(scores, lambda unit: unit.root, settings))

@@ -32,7 +32,7 @@ def taylor(job: Job, found: Sequence[Unit]) -> Scores:
         shares = [o.loss(outputs, targets) / before[o.name] for o in job.objectives]
         (torch.stack(shares).sum() * len(inputs)).backward()
     # what goes together counts together: a place is worth the sum of its channels in all parts
-    return {u: worth * u.parts for u, worth in scored(graph, found, _squares).items()}
+    return {u: worth * u.parts * u.block for u, worth in scored(graph, found, _squares).items()}
 
 
 def _squares(members: Sequence[Member], total: int) -> Tensor:

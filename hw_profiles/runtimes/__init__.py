@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     Feeds = Mapping[str, np.ndarray]
 
+#: property of ONNX files: what free dimensions measure where nothing else is said, as JSON
+SIZES = "free_sizes"
 Shape = Tuple[Union[int, str], ...]  # a string is a free dimension's name
 
 
@@ -42,6 +44,8 @@ class Session:
     inputs: dict[str, Shape]
     outputs: tuple[str, ...]
     dtypes: dict[str, str] = field(default_factory=dict)  # of inputs; float32 where not named
+    #: of free dimensions by name, where the file says what it was made for
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 class Runtime(Protocol):
@@ -135,10 +139,10 @@ def load_module(name: str) -> Runtime:
 
 def random_feeds(session: Session, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Normal noise for every input, small numbers above 0 where it takes integers (0 is often
-    padding); free dimensions are taken as 1."""
+    padding); free dimensions are taken as the file says (`Session.sizes`), else as 1."""
     found = {}
     for name, shape in session.inputs.items():
-        sizes = [size if isinstance(size, int) else 1 for size in shape]
+        sizes = [n if isinstance(n, int) else session.sizes.get(n, 1) for n in shape]
         dtype = session.dtypes.get(name, "float32")
         integers = dtype.startswith(("int", "uint"))
         noise = rng.integers(1, 8, sizes) if integers else rng.standard_normal(sizes)

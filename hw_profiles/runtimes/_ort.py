@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, Mapping, Sequence, Tuple
 
-from hw_profiles.runtimes import Session, short, summary, where
+from hw_profiles.runtimes import SIZES, Session, short, summary, where
 from nas.errors import NasctlError
 
 Providers = Sequence[Tuple[str, Dict[str, str]]]
@@ -90,7 +91,17 @@ def described(inner: Any, found: Any, name: str) -> Session:
         {value.name: tuple(value.shape) for value in found.get_inputs()},
         tuple(value.name for value in found.get_outputs()),
         {value.name: kinds[value.type] for value in found.get_inputs() if value.type in kinds},
+        _sizes(found.get_modelmeta().custom_metadata_map.get(SIZES, "")),
     )
+
+
+def _sizes(said: str) -> dict[str, int]:
+    """Of a file's property SIZES, whoever wrote it: nothing where it is not what we write."""
+    try:
+        found = json.loads(said)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) and all(type(n) is int for n in found.values()) else {}
 
 
 def cannot_run(session: Session, error: BaseException) -> NasctlError:
