@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
+from torch import nn
 
-from cli import building, bundling, console, judging
+from cli import building, bundling, console, judging, several
 from cli.judging import Run
 from deploy import bundle as bundles
 from deploy import chain, interface
@@ -24,6 +26,7 @@ from hw_profiles.device import Device
 from hw_profiles.measure import Plan, Setting
 from nas import checkpoint, file
 from nas.errors import BudgetMissed, NasctlError, UsageError
+from nas.outputs import named as outputs_of
 from nas.run import Run as RunFolder
 
 WEIGHTS = "model.safetensors"
@@ -132,12 +135,17 @@ def _before(
     if not named.is_dir() or not weights.is_file():
         return [], ["supernet = extracted = ONNX: the run's weights are not here"]
     _, meta = checkpoint.read(weights)
+    if several.described(meta, weights):
+        try:
+            net = several.read(weights, data).net
+        except NasctlError as error:
+            if data is not None:
+                raise
+            return [], [f"network = ONNX: {error}"]
+        return [_exported(net, inputs, expected)], []
     if not meta or "network" not in checkpoint.description(meta, weights):
         return [], ["network = ONNX: it was compared when the file was written"]
-    import torch
-
     from cli import child, training
-    from nas.outputs import named as by_name
 
     try:
         opened, genes, net = child.read(weights, data)
@@ -145,16 +153,20 @@ def _before(
         if data is not None:
             raise
         return [], [f"supernet = extracted = ONNX: {error}"]
-    with torch.no_grad():
-        outputs = by_name(net(torch.from_numpy(inputs)))
-    found = {name: tensor.numpy() for name, tensor in outputs.items()}
-    links = [chain.link("network = float file", "fp32", found, expected)]
+    links = [_exported(net, inputs, expected)]
     run = RunFolder(named)
     spec = run.manifest().get("spec", {})
     if spec.get("alone") or spec.get("supernet") or not run.unchanged("train"):
         return links, ["supernet = extracted: there is no supernet in this run, or another by now"]
     _, apart = child.extracted(opened, training.finished_supernet(opened), genes)
     return [Link("supernet = extracted", "fp32", apart), *links], []
+
+
+def _exported(net: nn.Module, inputs: np.ndarray, expected: Outputs) -> Link:
+    with torch.no_grad():
+        outputs = outputs_of(net(torch.from_numpy(inputs)))
+    found = {name: tensor.numpy() for name, tensor in outputs.items()}
+    return chain.link("network = float file", "fp32", found, expected)
 
 
 def _scores(
