@@ -41,7 +41,7 @@ DIGITS = Setting(
     own=0.25,
     tuning=0.0,
     pruned=5,
-    share=0.1,
+    share=0.02,
     hw="jetson-tx2",
 )
 QUICK = ("whole",)
