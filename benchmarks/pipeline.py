@@ -4,6 +4,9 @@
 once per delivered file. What is run is in `pipeline_chain`; every stage is a verb of nasctl. Rows
 go to benchmarks/results/pipeline.rows.jsonl, runs to --folder: the same command goes on there. One
 seed takes about an hour of a core; --chains runs some of them only.
+
+--part stranger (`pipeline_stranger`): delivered files re-measured by a script that imports nothing
+of ours. --part int8 (`pipeline_int8`): do tables of float milliseconds pick the wrong network?
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import contract
+from benchmarks import contract, pipeline_int8, pipeline_stranger
 from benchmarks.pipeline_chain import (
     CHAINS,
     ENDS,
@@ -45,31 +48,40 @@ DIGITS = Setting(
     hw="jetson-tx2",
 )
 QUICK = ("whole",)
+PARTS = ("chain", "stranger", "int8")
 EQUAL = 1.05  # of milliseconds: what is further apart is not compared
 HEADER = ("chain", "seed", "file", "kB", "ms", "p95", "test", "val")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = contract.parser(__doc__)
+    parser.add_argument("--part", choices=PARTS, default=PARTS[0])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--chains", nargs="*", choices=list(CHAINS), default=list(CHAINS))
     parser.add_argument("--folder", type=Path, help="of the runs; kept between calls")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    outcome = contract.Outcome("pipeline")
-    if arguments.quick:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = contract.Rows(Path(folder) / "rows.jsonl")
-            run(outcome, [Experiment(DIGITS, 0, rows, Path(folder))], QUICK)
-        return outcome.finish()
-    if (data := contract.data(DATA)) is None:
-        return outcome.skip(f"NASCTL_DATA/{DATA} is absent")
-    setting = replace(FULL, data=str(data))
-    rows = contract.Rows(contract.RESULTS / "pipeline.rows.jsonl")
-    kept = arguments.folder or Path(tempfile.gettempdir(), "nasctl-benchmark-pipeline")
-    every = [Experiment(setting, seed, rows, kept / str(seed)) for seed in range(arguments.seeds)]
-    run(outcome, every, [name for name in CHAINS if name in arguments.chains])
-    return outcome.finish(arguments.save)
+    part = "" if arguments.part == PARTS[0] else f"_{arguments.part}"
+    outcome = contract.Outcome(f"pipeline{part}")
+    with tempfile.TemporaryDirectory() as passing:
+        kept = arguments.folder or Path(tempfile.gettempdir(), "nasctl-benchmark-pipeline")
+        folder = Path(passing) if arguments.quick else kept
+        folder.mkdir(parents=True, exist_ok=True)
+        place = folder if arguments.quick else contract.RESULTS
+        rows = contract.Rows(place / f"{outcome.benchmark}.rows.jsonl")
+        if arguments.part == "int8":
+            pipeline_int8.run(outcome, rows, quick=arguments.quick)
+        elif arguments.part == "stranger":
+            pipeline_stranger.run(outcome, rows, folder, quick=arguments.quick)
+        elif arguments.quick:
+            run(outcome, [Experiment(DIGITS, 0, rows, folder)], QUICK)
+        elif (data := contract.data(DATA)) is None:
+            return outcome.skip(f"NASCTL_DATA/{DATA} is absent")
+        else:
+            setting, seeds = replace(FULL, data=str(data)), range(arguments.seeds)
+            every = [Experiment(setting, seed, rows, folder / str(seed)) for seed in seeds]
+            run(outcome, every, [name for name in CHAINS if name in arguments.chains])
+        return outcome.finish(arguments.save and not arguments.quick)
 
 
 def run(outcome: contract.Outcome, every: list[Experiment], chains: Sequence[str]) -> None:

@@ -203,14 +203,15 @@ class Experiment:
 ENDS = {"ort": ".ort", "openvino": ".blob"}
 
 
-def typed(words: Sequence[object], run: Path) -> None:
-    """Run a verb as it is typed. A budget or a bound that was missed (3, 4) is told by its files;
-    raises NasctlError where it left none, and for whatever else it ends with."""
-    with contextlib.redirect_stdout(io.StringIO()):
+def typed(words: Sequence[object], run: Path) -> str:
+    """Run a verb as it is typed; what it prints. A budget or a bound that was missed (3, 4) is told
+    by its files; raises NasctlError where it left none, and for whatever else it ends with."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
         code = main.run([str(word) for word in words])
     kept = (run / "bundle" / bundles.MANIFEST).is_file()
     if code and not (code in (3, 4) and kept):
         raise NasctlError(f"nasctl {words[0]} ended with {code}", where=str(run))
+    return said.getvalue()
 
 
 def graph_ms(graphs: Sequence[Sequence[Op]], seed: int) -> list[float]:

@@ -101,17 +101,16 @@ def _built_there(source: Path, made: Path, runtime: str, asked: Asked) -> SideCa
 
 def runtime_of(board: Device, engine: str | None) -> str:
     """The runtime that builds this kind of engine for a device."""
+    fitting = [name for name, kinds in recipes.ENGINES.items() if board.kind in kinds]
     if engine is None:
-        if not hasattr(runtimes.load_module(board.runtime), "build"):
-            raise UsageError(
-                f"{board.runtime} has no engines", where="--engine", allowed=recipes.ENGINES
-            )
+        known = board.runtime in runtimes.names()
+        if not known or not hasattr(runtimes.load_module(board.runtime), "build"):
+            raise UsageError(f"{board.runtime} has no engines", where="--engine", allowed=fitting)
         return board.runtime
     if engine not in recipes.ENGINES:
         raise unknown("engine", engine, recipes.ENGINES, where="--engine")
     kinds = recipes.ENGINES[engine]
     if board.kind not in kinds:
-        fitting = [name for name, kinds in recipes.ENGINES.items() if board.kind in kinds]
         raise UsageError(
             f"no {engine} for a {board.kind}", where="--engine", allowed=", ".join(fitting)
         )

@@ -44,8 +44,8 @@ def request(bundle, runtime="onnxruntime", precision=None):
 @pytest.mark.slow
 def test_the_verb_brings_engine_and_side_car_back(nasctl, board, bundle, workdir, monkeypatch):
     monkeypatch.setattr("hw_profiles.remote.ssh.parse", lambda text: board.target)
-    words = ("build", "b", "--hw", "raspi4", "--on", "ssh://board", "--json")
-    done = nasctl(*words)
+    words = ("build", "b", "--hw", "raspi4", "--engine", "ort", "--on", "ssh://board")
+    done = nasctl(*words, "--json")
     assert done.code == 0, done.err
     car = json.loads(done.out)
     assert car["latency"]["median_ms"] > 0 and car["observed"] == "fp32"

@@ -121,6 +121,7 @@ def test_build_puts_a_measured_engine_into_the_bundle(nasctl, workdir):
         (("--engine", "ortt"), 2, "unknown engine 'ortt'"),
         (("--engine", "tensorrt"), 2, "no tensorrt for a cpu"),
         (("--hw", "raspi4", "--engine", "ort"), 2, "raspi4 is not this machine"),
+        (("--hw", "raspi4"), 2, "tflite has no engines; allowed: ort, openvino, aoti"),
         (("--engine", "ort", "--member", "x.onnx"), 1, "no member 'x.onnx'"),
     ],
 )
