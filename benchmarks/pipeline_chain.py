@@ -102,7 +102,8 @@ class Experiment:
 
     def searched(self, name: str, budget_ms: float) -> Path:
         setting, run = self.setting, self.folder / f"{name}.search"
-        words = ["search", "--together", "--tasks", ",".join(goal.name for goal in self.task.goals)]
+        names = ",".join(goal.name for goal in self.task.goals)
+        words: list[object] = ["search", "--together", "--tasks", names]
         words += ["--data", setting.data, "--size", setting.size, "--width", setting.width]
         words += ["--epochs", setting.search, "--finetune", setting.own, "--hw", setting.hw]
         words += ["--latency", f"{budget_ms:.6g}ms"]
@@ -166,9 +167,17 @@ class Experiment:
         for _ in train(net, task, schedule, resume=run / "training.safetensors"):
             pass
         names = [goal.name for goal in task.goals]
-        fields = {"data": setting.data, "tasks": names, "space": "fbnetv5", "width": space.scale}
         size = task.shape[1]
-        spec = many_tasks_stages.TasksSpec(**fields, size=size, epochs=1, finetune=0, threads=1)
+        spec = many_tasks_stages.TasksSpec(
+            data=setting.data,
+            tasks=names,
+            space="fbnetv5",
+            width=space.scale,
+            size=size,
+            epochs=1,
+            finetune=0,
+            threads=1,
+        )
         said = several.describe(spec, task, space, genes.tolist())
         checkpoint.write_described(run / WEIGHTS, net, said)
         onnx.export(net, run / MODEL, input_shape=task.shape)

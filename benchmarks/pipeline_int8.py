@@ -95,7 +95,7 @@ def measured(name: str, runtime: str, n: int) -> dict[str, Any]:
     networks = [found.ops(found.decode(row)) for row in found.sample(np.random.default_rng(0), n)]
     files = [forms(graph(ops), runtime) for ops in networks]
     with tempfile.TemporaryDirectory() as folder:
-        paths = []
+        paths: list[Path] = []
         for model in (model for each in files for model in each):
             paths.append(Path(folder) / f"{len(paths)}.onnx")
             onnx.save(model, paths[-1])

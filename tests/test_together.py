@@ -116,6 +116,18 @@ def test_a_networks_file_is_read_again_with_its_data_and_no_other(data, monkeypa
         several.read(path, "two_sides:task")
 
 
+def test_verbs_for_one_task_say_what_it_is(nasctl, data):
+    path, _ = written(data)
+    result = nasctl("evaluate", path)
+    assert result.code == 2 and "is of a search for several tasks" in result.err
+    (data / "run").mkdir()
+    spec = {"tasks": ["class", "box"], "together": True}
+    (data / "run" / "run.json").write_text(json.dumps({"spec": spec, "stages": {}}))
+    result = nasctl("extract", "run", "--arch", "smallest")
+    said = "this search has one network for class, box. Its file is in run/bundle"
+    assert result.code == 1 and said in " ".join(result.err.split())
+
+
 def test_pruning_says_what_can_go_in_a_network_of_both(nasctl, data):
     path, _ = written(data)
     result = nasctl("prune", path, *OWN_DATA, *PRUNE, "--dry-run", "--json")

@@ -19,7 +19,7 @@ from nas.errors import NasctlError
 
 MAX_BATCH = 64
 LABELS = "labels.txt"
-TYPES = {
+TYPES: dict[int, str] = {
     TensorProto.FLOAT: "TYPE_FP32",
     TensorProto.FLOAT16: "TYPE_FP16",
     TensorProto.BFLOAT16: "TYPE_BF16",
