@@ -48,6 +48,7 @@ TOLERANCE = 1.02  # of milliseconds, for a file that is taken as equally fast
 DRAWN = 24  # networks among which an equally fast one is looked for
 WIDTHS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)  # of the network on the smaller input
 SAMPLES, FORWARD = 8, 1 / 3  # of a step of the distributions: networks, and of a step's work each
+LR = 0.1  # of trainings alone: what the verbs take
 MODEL, WEIGHTS = "bundle/model.onnx", "model.safetensors"
 
 
@@ -163,7 +164,7 @@ class Experiment:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             net = channels_last(space.build(space.decode(genes)))
-        schedule = Schedule(steps=self.work, batch=setting.batch, lr=0.1, seed=self.seed)
+        schedule = Schedule(steps=self.work, batch=setting.batch, lr=LR, seed=self.seed)
         for _ in train(net, task, schedule, resume=run / "training.safetensors"):
             pass
         names = [goal.name for goal in task.goals]
@@ -174,6 +175,9 @@ class Experiment:
             space="fbnetv5",
             width=space.scale,
             size=size,
+            batch=setting.batch,
+            lr=LR,
+            seed=self.seed,
             epochs=1,
             finetune=0,
             threads=1,

@@ -64,7 +64,7 @@ def test_a_gain_counts_at_equal_milliseconds_and_beyond_doubt(experiment, ms, no
     right = torch.ones(64)
     for name, share in (("whole", 60), ("no search", 30)):
         seen = right * (torch.arange(64) < share)
-        checkpoint.write(evidence_path(experiment, name), {"digit": seen, "odd": seen}, {})
+        checkpoint.write(evidence_path(experiment, name), {"digit": seen, "odd": seen.clone()}, {})
     timing = {"median_ms": 1.0, "noisy": noisy}
     took = {"whole": {**timing, "median_ms": ms}, "no search": timing}
     outcome = contract.Outcome("pipeline")
