@@ -185,7 +185,7 @@ def _common(experiment: Experiment, search: Search, shared: Shared, genes: list[
     def mean(row: Genes) -> float:
         each = [
             validation_loss(
-                multitask_outcome.child(shared, search, name, row), search.task.only([name])
+                multitask_outcome.child(shared, search, (name,), row), search.task.only([name])
             )
             / constant[name]
             for name in search.names

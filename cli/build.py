@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cli import console, options
+from nas.errors import UsageError
 
 
 def command(
@@ -19,6 +20,11 @@ def command(
     member: Annotated[str | None, typer.Option(help="ONNX file. [the delivered one]")] = None,
     precision: Annotated[str | None, typer.Option(help="[as the file is]")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of the processor.")] = 1,
+    on: Annotated[str, typer.Option(help="local, or ssh://[user@]host[:port].")] = "local",
+    layout: Annotated[
+        str | None, typer.Option(help="Instead, as others want it: triton, mobile or openvino.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Of a layout: a new folder.")] = None,
     commands: Annotated[
         bool, typer.Option("--commands", help="Print the command of NVIDIA's trtexec instead.")
     ] = False,
@@ -27,20 +33,29 @@ def command(
     """Build a model's engine, measure it and put both into the bundle.
 
     The engine belongs to this machine and its library versions; its side-car says to which, and
-    what it was observed to compute in. To be run on the machine that the engine is for.
+    what it was observed to compute in. Built where it will run: here, or --on a board over ssh.
     """
     from cli import building, bundling
     from hw_profiles import device
 
+    if (layout is None) != (out is None):
+        raise UsageError("a layout and its folder go together", where="--layout, --out")
     board = device.load(hw)
-    with bundling.opened(model, changes=not commands) as bundle:
+    with bundling.opened(model, changes=not commands and layout is None) as bundle:
         if commands:
             return print(building.trtexec(bundle, member))
-        car = building.build(bundle, board, engine, member, precision, threads)
+        if layout is not None and out is not None:
+            paths = building.laid_out(bundle, member, layout, out)
+            return console.emit_json(paths) if json else console.say("\n".join(paths), "files")
+        asked = building.Asked(board, engine, member, precision, threads, on)
+        car = building.build(bundle, asked)
     if json:
         return console.emit_json(car.model_dump())
     assert car.latency is not None
+    where = "here" if on == "local" else f"at {on}"
     console.say(f"{car.runtime} {car.version}, {car.bytes / 1e6:.2f} MB", "engine")
     console.say(f"{car.observed} (asked for: {car.requested or 'as the file is'})", "computes in")
-    console.say(f"median {console.format_ms(car.latency['median_ms'])}, measured here", "latency")
+    console.say(
+        f"median {console.format_ms(car.latency['median_ms'])}, measured {where}", "latency"
+    )
     return None

@@ -4,59 +4,67 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cli import bundling
+from cli import bundling, measuring
 from deploy import bundle as bundles
 from deploy import engine as engines
-from deploy import recipes, verify
+from deploy import layouts, recipes, verify
 from deploy.bundle import Bundle
 from deploy.engine import SideCar
 from hw_profiles import runtimes
 from hw_profiles.device import Device
-from hw_profiles.measure import Plan, Setting
+from hw_profiles.measure import Plan, Setting, reference_model
+from hw_profiles.remote import build as remote
+from hw_profiles.remote import ssh
 from nas.errors import NasctlError, UsageError, unknown
 
 FOLDER = "engines"
 MEASURING = Plan(rounds=10, time_limit_s=10.0)
+PLACES = "local, ssh://[user@]host[:port]"
 
 
-def build(
-    bundle: Bundle,
-    board: Device,
-    engine: str | None,
-    member: str | None,
-    precision: str | None,
-    threads: int,
-) -> SideCar:
-    """The engine of one of the bundle's ONNX files, in the bundle, measured.
+@dataclass(frozen=True)
+class Asked:
+    """What was typed."""
 
-    Raises UsageError for an engine that the device has none of.
+    board: Device
+    engine: str | None = None
+    member: str | None = None
+    precision: str | None = None
+    threads: int = 1
+    on: str = measuring.LOCAL
+
+
+def build(bundle: Bundle, asked: Asked) -> SideCar:
+    """The engine of one of the bundle's ONNX files, in the bundle, measured where it was built.
+
+    Raises UsageError for an engine that the device has none of, and for another place than the
+    device's.
     """
-    runtime = runtime_of(board, engine)
-    if not board.local and board.kind == "cpu":
+    board = asked.board
+    runtime = runtime_of(board, asked.engine)
+    if asked.on != measuring.LOCAL:
+        if measuring.files(asked.on) is not None:
+            raise UsageError("engines are built over ssh or here", where="--on", allowed=PLACES)
+        measuring.here_or_there(board, asked.on)
+    elif not board.local and board.kind == "cpu":
         raise UsageError(
             f"{board.name} is not this machine",
             where="--hw",
-            next=f"Engines are built where they run: copy the bundle to {board.name}.",
+            next=f"Engines are built where they run: --on ssh://…, or copy the bundle to "
+            f"{board.name}.",
         )
-    source = bundle.path(member or bundle.manifest.model)
+    source = bundle.path(asked.member or bundle.manifest.model)
     module = runtimes.compiled(runtime)
     name = f"{FOLDER}/{source.stem}.{board.name}.{runtime}{module.ENGINE}"
     with tempfile.TemporaryDirectory(dir=bundle.folder.parent) as folder:
         made = Path(folder) / Path(name).name
-        car = engines.build(source, made, runtime=runtime, precision=precision, threads=threads)
-        # float32 weights inside say nothing of what ONNX Runtime's own format computes in
-        timing = verify.latency(
-            made,
-            rng=np.random.default_rng(0),
-            setting=Setting(runtime, None, threads),
-            plan=MEASURING,
-        )
-        car = car.model_copy(update={"latency": asdict(timing)})
+        make = _built_here if asked.on == measuring.LOCAL else _built_there
+        car = make(source, made, runtime, asked)
         engines.write(car, made)
         found: dict[str, tuple[bundles.Role, bytes | Path]] = {
             name: ("engine", made),
@@ -66,19 +74,43 @@ def build(
     return car
 
 
+def _built_here(source: Path, made: Path, runtime: str, asked: Asked) -> SideCar:
+    car = engines.build(
+        source, made, runtime=runtime, precision=asked.precision, threads=asked.threads
+    )
+    # float32 weights inside say nothing of what ONNX Runtime's own format computes in
+    setting = Setting(runtime, None, asked.threads)
+    timing = verify.latency(made, rng=np.random.default_rng(0), setting=setting, plan=MEASURING)
+    return car.model_copy(update={"latency": asdict(timing)})
+
+
+def _built_there(source: Path, made: Path, runtime: str, asked: Asked) -> SideCar:
+    request = remote.Request(
+        source.read_bytes(),
+        reference_model(),
+        runtime,
+        asked.precision,
+        asked.threads,
+        MEASURING,
+    )
+    found = remote.build(ssh.parse(asked.on), request)
+    made.write_bytes(found.content)
+    car = engines.described(found.facts, source, made)
+    return car.model_copy(update={"latency": dict(found.latency)})
+
+
 def runtime_of(board: Device, engine: str | None) -> str:
     """The runtime that builds this kind of engine for a device."""
+    fitting = [name for name, kinds in recipes.ENGINES.items() if board.kind in kinds]
     if engine is None:
-        if not hasattr(runtimes.load_module(board.runtime), "build"):
-            raise UsageError(
-                f"{board.runtime} has no engines", where="--engine", allowed=recipes.ENGINES
-            )
+        known = board.runtime in runtimes.names()
+        if not known or not hasattr(runtimes.load_module(board.runtime), "build"):
+            raise UsageError(f"{board.runtime} has no engines", where="--engine", allowed=fitting)
         return board.runtime
     if engine not in recipes.ENGINES:
         raise unknown("engine", engine, recipes.ENGINES, where="--engine")
     kinds = recipes.ENGINES[engine]
     if board.kind not in kinds:
-        fitting = [name for name, kinds in recipes.ENGINES.items() if board.kind in kinds]
         raise UsageError(
             f"no {engine} for a {board.kind}", where="--engine", allowed=", ".join(fitting)
         )
@@ -94,6 +126,13 @@ def trtexec(bundle: Bundle, member: str | None) -> str:
         words = recipes.trtexec(source, source.with_suffix(".engine"), shapes, major=major)
         lines.append(f"# TensorRT {major}\n{shlex.join(words)}")
     return "\n".join(lines)
+
+
+def laid_out(bundle: Bundle, member: str | None, layout: str, folder: Path) -> list[str]:
+    """The files of a layout of one of the bundle's ONNX files, in a new folder."""
+    source = bundle.path(member or bundle.manifest.model)
+    paths = layouts.written(layout, source, bundling.interface_of(bundle), folder)
+    return [str(path) for path in paths]
 
 
 def named(bundle: Bundle, text: str) -> Path:

@@ -156,6 +156,9 @@ def read(path: Path, data: str | None) -> tuple[Training, Genes, Network]:
     tensors, meta = checkpoint.read(path)
     said = checkpoint.description(meta, path)
     if "network" not in said:
+        if "several" in said:  # see `cli.several`
+            what = f"{path} is of a search for several tasks"
+            raise UsageError(what, where="MODEL", next="nasctl verify judges its folder.")
         raise UsageError(
             f"{path} is a whole supernet", where="MODEL", next="Name its run directory instead."
         )

@@ -77,6 +77,8 @@ def prepare(
     for flag, of in (("--latency", rough.latency_ms), ("--macs", rough.macs)):
         if strange := sorted(of.keys() - set(names)):
             raise unknown("task", strange[0], names, where=flag)
+        if rough.together and of and (len(set(of.values())) > 1 or set(of) != set(names)):
+            raise UsageError("one network has one budget", where=flag, allowed="as 5ms, for all")
     if both := rough.latency_ms.keys() & rough.macs.keys():
         raise UsageError(f"two budgets for {min(both)}", where="--latency, --macs")
     console.say(rough.data, "data")
@@ -126,8 +128,8 @@ def plan(job: Job) -> dict[str, Any]:
     parts = {
         "profile": 45.0 if job.device.local else 0.0,
         "search": step_s * job.schedule.steps,
-        "own training": step_s * job.own_schedule.steps * len(job.spec.tasks),
-        "deliver": 20.0 * len(job.spec.tasks),
+        "own training": step_s * job.own_schedule.steps * len(job.parts),
+        "deliver": 20.0 * len(job.parts),
     }
     for name, seconds in parts.items():
         console.say(console.format_seconds(seconds), name)
@@ -155,10 +157,10 @@ def execute(job: Job, *, force: bool) -> dict[str, Any]:
         search = stages.asked(job, table)
         shared = stages.learned(job, search)
         finalists = stages.chosen(job, search, shared)
-        rows = {}
-        for name in job.spec.tasks:
-            console.say("train alone, export, verify", name)
-            rows[name] = delivery.delivered(job, table, search, shared, finalists[name], name)
+        rows: dict[str, Any] = {}
+        for part, found in zip(job.parts, finalists, strict=True):
+            console.say("train alone, export, verify", part.title)
+            rows |= delivery.delivered(job, table, search, shared, found, part)
         return stages.reported(job, table, search, shared, rows, time.monotonic() - began)
 
 

@@ -23,6 +23,7 @@ from hw_profiles import latency as latencies
 from hw_profiles.device import Device
 from hw_profiles.latency import LatencyTable
 from nas import checkpoint
+from nas import multitask_together as together
 from nas import run as runs
 from nas.data import module
 from nas.errors import UsageError
@@ -32,9 +33,13 @@ from nas.multitask_search import Search, Shared, learn, space_for
 from nas.multitask_training import Schedule
 from nas.run import LONGEST_LICENCE, Run
 from nas.search import GENERATION, Limit, Problem
+from nas.search_spaces.fbnetv5 import Space
 
 STATE, SHARED, FINALISTS = "training.safetensors", "shared.safetensors", "finalists.json"
 TABLE, REPORT = stages.TABLE, "report.json"
+#: in a part's folder
+OWN_STATE, WEIGHTS, BUNDLE = "finetune.safetensors", "model.safetensors", "bundle"
+RESULT, PICK = "result.json", "pick.json"
 PROFILED = 64  # networks timed for a table of this machine, of all tasks together
 
 
@@ -54,12 +59,25 @@ class TasksSpec(BaseModel):
     epochs: float = Field(..., gt=0)  # of the supernet
     finetune: float = Field(..., ge=0)  # of each task's network, alone
     trainer: str | None = None  # what does that instead: my_pkg.my_mod:train
+    together: bool = False  # one network that answers all tasks, instead of one for each
     batch: int = Field(64, ge=2)
     lr: float = Field(0.1, gt=0)
     seed: int = Field(0, ge=0)
     threads: int = Field(..., ge=1)
     train_on: str = "cpu"
     licence: str = Field("", max_length=LONGEST_LICENCE)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network that is delivered: the folder of its files in the run, and what it answers."""
+
+    folder: str
+    tasks: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return ", ".join(self.tasks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +90,7 @@ class Job:
     device: Device
 
     @cached_property
-    def space(self) -> Any:
+    def space(self) -> Space:
         return space_for(self.task, self.spec.width)
 
     @property
@@ -104,15 +122,33 @@ class Job:
         found: Callable[..., object] = module.attribute(named, "--trainer")
         return found
 
-    def own(self, name: str) -> Run:
-        """A task's folder."""
-        return Run(self.run.path(name))
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """One per task, in a folder of its name; of one network for all, the run itself."""
+        names = self.spec.tasks
+        if self.spec.together:
+            return (Part(".", tuple(names)),)
+        return tuple(Part(name, (name,)) for name in names)
+
+    def own(self, part: Part) -> Run:
+        """Where its files are."""
+        return Run(self.run.path(part.folder))
+
+    def answering(self, name: str) -> Space:
+        """The space of the networks that a task's budget is for."""
+        return self.space.only(*(self.spec.tasks if self.spec.together else [name]))
+
+    def budget_ms(self, part: Part) -> float | None:
+        return self.spec.latency_ms.get(part.tasks[0])
 
 
 def forget(job: Job) -> None:
-    """Remove what a search keeps in order to go on."""
+    """Remove what a search keeps in order to go on, and the networks that it delivered."""
     for name in job.spec.tasks:
-        shutil.rmtree(job.own(name).folder, ignore_errors=True)
+        shutil.rmtree(job.run.path(name), ignore_errors=True)
+    shutil.rmtree(job.run.path(BUNDLE), ignore_errors=True)
+    for name in (PICK, WEIGHTS, RESULT):
+        job.run.path(name).unlink(missing_ok=True)
 
 
 def staged(run: Run, stage: str, key: str, files: list[str], work: Callable[[], None]) -> None:
@@ -132,17 +168,17 @@ def latency_table(job: Job) -> LatencyTable:
     if not job.device.local:
         return latencies.table(job.device)
     here = [verify.environment(), job.device.model_dump(mode="json")]
-    key = runs.digest([job.spec.seed, job.task.shape, str(job.space.tasks), job.spec.width, here])
+    what = [job.spec.seed, job.task.shape, str(job.space.tasks), job.spec.width]
+    key = runs.digest([*what, job.spec.together, here])
     staged(job.run, "profile", key, [TABLE], functools.partial(_profile, job))
     return LatencyTable.load(job.run.path(TABLE))
 
 
 def _profile(job: Job) -> None:
     rng = np.random.default_rng((job.spec.seed, 5))
-    each = max(2, PROFILED // len(job.spec.tasks))
-    networks = [
-        ops for name in job.spec.tasks for ops in stages.drawn(job.space.only(name), rng, each)
-    ]
+    each = max(2, PROFILED // len(job.parts))
+    spaces = [job.space.only(*part.tasks) for part in job.parts]
+    networks = [ops for space in spaces for ops in stages.drawn(space, rng, each)]
     table = stages.measured_here(networks, job.device, job.spec.space, rng)
     job.run.write_text(TABLE, table.model_dump_json(indent=1) + "\n")
 
@@ -155,7 +191,7 @@ def asked(job: Job, table: LatencyTable) -> Search:
 
 
 def _problem(job: Job, table: LatencyTable, name: str) -> Problem:
-    own, spec = job.space.only(name), job.spec
+    own, spec = job.answering(name), job.spec
     columns = own.fold(table.columns)
 
     def latency(genes: Any) -> tuple[Any, Any]:
@@ -207,25 +243,29 @@ def follow(steps: Generator[Any, None, None], total: int, title: str) -> None:
                 raise KeyboardInterrupt
 
 
-def chosen(job: Job, search: Search, shared: Shared) -> dict[str, list[Finalist]]:
-    """Each task's networks inside its budget, best first on validation images."""
+def chosen(job: Job, search: Search, shared: Shared) -> list[list[Finalist]]:
+    """Of each part the networks inside its budget, best first on validation images."""
 
     def work() -> None:
-        found = {name: _ranked(search, shared, name) for name in job.spec.tasks}
+        found = {part.folder: _ranked(search, shared, part) for part in job.parts}
         job.run.write_json(FINALISTS, found)
 
-    staged(job.run, "search", search.fingerprint, [FINALISTS], work)
+    key = runs.digest([search.fingerprint, *(part.folder for part in job.parts)])
+    staged(job.run, "search", key, [FINALISTS], work)
     found = job.run.read_json(FINALISTS)
-    return {
-        name: [Finalist(tuple(row["genes"]), row["loss"], row["score"]) for row in found[name]]
-        for name in job.spec.tasks
-    }
+    return [
+        [Finalist(tuple(row["genes"]), row["loss"], row["score"]) for row in found[part.folder]]
+        for part in job.parts
+    ]
 
 
-def _ranked(search: Search, shared: Shared, name: str) -> list[dict[str, Any]]:
+def _ranked(search: Search, shared: Shared, part: Part) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    with console.bar(f"networks of {name}", GENERATION) as update:
-        for finalist in judged(shared, search, name):
+    alone = len(part.tasks) == 1
+    with console.bar(f"networks of {part.title}", GENERATION) as update:
+        for finalist in (
+            judged(shared, search, part.tasks[0]) if alone else together.judged(shared, search)
+        ):
             rows.append(asdict(finalist))
             update(len(rows), f"best loss {min(row['loss'] for row in rows):.4f}")
     return sorted(rows, key=lambda row: float(row["loss"]))
@@ -238,7 +278,7 @@ def step_seconds(job: Job) -> float:
         return np.zeros(len(genes)), np.zeros(len(genes))
 
     problems = {
-        name: Problem(job.space.only(name), anything, lambda genes: (0.0, 0.0))
+        name: Problem(job.answering(name), anything, lambda genes: (0.0, 0.0))
         for name in job.spec.tasks
     }
     search = Search(job.space, job.task, replace(job.schedule, steps=3), problems)

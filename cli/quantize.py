@@ -1,4 +1,5 @@
-"""`nasctl quantize`: INT8 where it is faster and costs no more accuracy than allowed."""
+"""`nasctl quantize`: INT8, or half precision, where it is faster and costs no more accuracy than
+allowed."""
 
 from __future__ import annotations
 
@@ -16,6 +17,9 @@ def command(
         str, typer.Option(help="Bound per task, relative: 1%, or seg=1%,edge=2%.")
     ] = "1%",
     data: Annotated[str | None, typer.Option(help="The model's data. [where they were]")] = None,
+    forms: Annotated[
+        str, typer.Option(help="What is tried: int8, fp16, bf16, or several of them.")
+    ] = "int8",
     hw: Annotated[str, typer.Option(help="Device name or a .toml file.")] = "cpu",
     on: Annotated[str, typer.Option(help="local, or ssh://[user@]host[:port].")] = "local",
     calibration: Annotated[str, typer.Option(help="minmax, entropy or percentile.")] = "minmax",
@@ -33,7 +37,8 @@ def command(
     from hw_profiles import device
 
     board = device.load(hw)
-    asked = quantizing.Asked(board, on, max_drop, calibration, images, seed)
+    named = tuple(dict.fromkeys(name.strip() for name in forms.split(",")))
+    asked = quantizing.Asked(board, on, max_drop, calibration, images, seed, named)
     with bundling.opened(model, changes=True) as bundle:
         content = quantizing.quantize(quantizing.prepare(bundle, asked, data))
         if json:

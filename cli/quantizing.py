@@ -1,4 +1,8 @@
-"""What `nasctl quantize` does: variants for the device's runtime, both guards, the bundle."""
+"""What `nasctl quantize` does: variants for the device's runtime, both guards, the bundle.
+
+INT8 has the accuracy guard (`compress/guard.py`); a half-precision form is what `hw_profiles/half`
+makes of the file, judged whole. All that are inside the bound go before the speed guard.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +30,16 @@ from deploy import bundle as bundles
 from deploy import engine as engines
 from deploy import onnx as files
 from deploy.bundle import Bundle
-from hw_profiles import runtimes
+from hw_profiles import half, runtimes
 from hw_profiles.device import Device
 from hw_profiles.protocol import Timing
 from nas import file, paired
-from nas.errors import NasctlError, UsageError
+from nas.errors import NasctlError, UsageError, unknown
 from nas.run import digest
 
 FLOAT, INT8, REPORT = "model.onnx", "model.int8.onnx", "quantize.json"
+HALVES = {name: f"model.{name}.onnx" for name in half.CODES}
+FORMS = ("int8", *HALVES)
 BATCH = 32
 #: what is tried, by the runtime that the file is for
 DEPTHWISE = "u8 but depthwise"  # convolutions, which stay in float
@@ -55,6 +61,7 @@ class Asked:
     calibration: str
     images: int
     seed: int
+    forms: tuple[str, ...] = ("int8",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +87,9 @@ class Job:
 
 def prepare(bundle: Bundle, asked: Asked, data: str | None) -> Job:
     """Everything validated before any work."""
+    for form in asked.forms:
+        if form not in FORMS:
+            raise unknown("form", form, FORMS, where="--forms")
     if asked.board.runtime not in VARIANTS:
         raise UsageError(f"{asked.board.runtime} computes no INT8", where="--hw", allowed=VARIANTS)
     if asked.on != measuring.LOCAL:
@@ -98,42 +108,56 @@ def quantize(job: Job) -> dict[str, Any]:
     the report. What was measured before a kill is kept beside the bundle."""
     console.say(f"{job.asked.board.name}, {job.asked.board.runtime}", "device")
     found = {name: _guarded(job, name) for name in _variants(job)}
+    refused = {}
+    for name in (form for form in job.asked.forms if form in HALVES):
+        try:
+            found[name] = _halved(job, name)
+        except NasctlError as error:  # what cannot be lowered, or not be run here
+            refused[name] = str(error)
     with tempfile.TemporaryDirectory() as folder:
         paths = {FLOAT: job.bundle.path(FLOAT)}
         for name, each in found.items():
             paths[name] = Path(folder) / f"{len(paths)}.onnx"
             files.write(each.model, paths[name])
         timings = _timed(job, list(paths.values()))
-        content = _report(job, found, paths, timings)
+        content = {**_report(job, found, paths, timings), "refused": refused}
+        content["why"] += [f"{name}: not possible here: {why}" for name, why in refused.items()]
         chosen = content["choice"]
-        delivered = chosen or min(found, key=lambda name: max(found[name].spent, 1.0))
         members: dict[str, tuple[bundles.Role, bytes | Path]] = {
             REPORT: ("report", (json.dumps(content, indent=1) + "\n").encode())
         }
-        if delivered != FLOAT and found[delivered].spent <= 1:
-            members[INT8] = ("model", paths[delivered])
-        delivers = INT8 if chosen and INT8 in members else FLOAT
+        for name in [chosen] if chosen else sorted(found, key=lambda name: found[name].spent):
+            if name != FLOAT and found[name].spent <= 1:
+                members.setdefault(_member(name), ("model", paths[name]))
+        delivers = FLOAT if chosen in (None, FLOAT) else _member(chosen)
         bundles.add(job.bundle, members, model=delivers, drop=_stale(job.bundle, members))
     for left in _records(job.bundle).parent.glob(f"{_records(job.bundle).name}*"):
         left.unlink()
     return content
 
 
+def _member(name: str) -> str:
+    """The file of a variant."""
+    return HALVES.get(name, INT8)
+
+
 def _stale(bundle: Bundle, members: Collection[str]) -> list[str]:
-    """What an earlier INT8 file leaves: itself, if there is none now, and engines built from it."""
-    found = [] if INT8 in members or INT8 not in bundle.manifest.members else [INT8]
+    """What earlier files leave: themselves, where there is none now, and their engines."""
+    made = (INT8, *HALVES.values())
+    found = [name for name in made if name in bundle.manifest.members and name not in members]
     for name in bundle.of("engine"):
-        if engines.read(bundle.folder / name).model == INT8:
+        if engines.read(bundle.folder / name).model in made:
             found += [name, engines.beside(Path(name)).as_posix()]
     return found
 
 
 def _variants(job: Job) -> list[str]:
-    names = VARIANTS[job.asked.board.runtime]
+    names = VARIANTS[job.asked.board.runtime] if "int8" in job.asked.forms else ()
     return [name for name in names if name != DEPTHWISE or int8.depthwise(job.plain)]
 
 
-def _guarded(job: Job, name: str) -> Guarded:
+def _before(job: Job) -> dict[str, float]:
+    """The float file's scores. Raises NasctlError for one that has nothing to lose."""
     before = _scores(job, job.evidence(job.plain, 0))
     for task, score in before.items():
         if not score > 0:
@@ -141,6 +165,21 @@ def _guarded(job: Job, name: str) -> Guarded:
                 f"the float file scores {score:g}: a share of that cannot be kept",
                 where=f"task '{task}'",
             )
+    return before
+
+
+def _halved(job: Job, name: str) -> Guarded:
+    """The half-precision form, with its share of the bound. Raises NasctlError where the model
+    cannot be lowered, or the runtime cannot run what it was lowered to."""
+    before, plain = _before(job), files.read(job.bundle.path(FLOAT))
+    model = half.half(plain, FLOAT, to=name)
+    after = _scores(job, job.evidence(model, 0))
+    spent = judging.spent(before, after, job.bound)
+    return Guarded(model, (), len(plain.graph.node), spent, spent, 1)
+
+
+def _guarded(job: Job, name: str) -> Guarded:
+    before = _before(job)
 
     def spent(model: onnx.ModelProto) -> float:
         after = _scores(job, job.evidence(model, 0))
@@ -202,19 +241,40 @@ def _report(
         rows.append({"name": name, **row, "kept": [asdict(k) for k in each.kept], "told": told})
     for row in rows:
         row["bytes"] = paths[row["name"]].stat().st_size
+        if row["name"] in HALVES:
+            row["observed"] = _observed(job, paths[row["name"]])
     choice, why = None, ["the device was not reached: what is faster is not known"]
     if timings is not None:
         for row, timing in zip(rows, timings, strict=True):
             row["timing"] = asdict(timing)
-        variants = [
-            Variant(row["name"], row["spent"], timing)
-            for row, timing in zip(rows, timings, strict=True)
-        ]
-        picked = guard.fastest(variants)
+        pairs = list(zip(rows, timings, strict=True))
+        other = [pair for pair in pairs if _computes_otherwise(pair[0])]
+        variants = [Variant(row["name"], row["spent"], t) for row, t in pairs]
+        picked = guard.fastest([v for v in variants if v.name not in {r["name"] for r, _ in other}])
         choice, why = picked.name, list(picked.why)
+        for row, timing in other:
+            ratio = timings[0].median_ms / timing.median_ms
+            why.append(
+                f"{row['name']}: computes in {row['observed']} there, at x{ratio:.2f} of "
+                f"{FLOAT}'s speed: refused"
+            )
     asked = {**asdict(job.asked), "board": job.asked.board.name}
     told_on = len(job.judge.halves(job.asked.seed)[1])
     return {**asked, "variants": rows, "choice": choice, "why": why, "told_on": told_on}
+
+
+def _observed(job: Job, path: Path) -> str:
+    """What a file's multiplications are seen to compute in; "?" of a device that is elsewhere."""
+    module = runtimes.load_module(job.asked.board.runtime)
+    if not job.asked.board.local or module.unavailable():
+        return "?"
+    return module.observed_precision(module.load(path))
+
+
+def _computes_otherwise(row: Mapping[str, Any]) -> bool:
+    """A half-precision form whose multiplications are seen to be of another precision."""
+    seen = row.get("observed", "?")
+    return seen != "?" and row["name"] not in {part.split()[0] for part in seen.split(", ")}
 
 
 def _records(bundle: Bundle) -> Path:

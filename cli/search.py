@@ -45,6 +45,9 @@ def command(
         str | None,
         typer.Option(help="One network for each, as class,box (--space fbnetv5)."),
     ] = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="One network for all --tasks, with their heads.")
+    ] = False,
     trainer: Annotated[
         str | None,
         typer.Option(help="Trains each task's network: my_pkg.my_mod:train, of (net, task)."),
@@ -119,7 +122,8 @@ def command(
     }
     from nas import run as runs
 
-    given = runs.given_fields({**flags, "tasks": tasks, "trainer": trainer}, spec)
+    several = {"tasks": tasks, "trainer": trainer, "together": together or None}
+    given = runs.given_fields({**flags, **several}, spec)
     if "tasks" in given:
         from cli import many_tasks
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cli import child
+from cli import child, several
 from cli.training import require_search
 from deploy import interface
 from deploy.interface import Interface
@@ -89,13 +89,18 @@ def _ours(
 ) -> tuple[nn.Module, MultiTask, dict[str, Any], Interface]:
     path = Path(model)
     if path.is_dir():
-        require_search(Run(path).manifest().get("spec", {}), path)
+        recorded = Run(path).manifest().get("spec", {})
+        if not recorded.get("together"):
+            require_search(recorded, path)
         path /= OWN
     if not path.is_file():
         raise UsageError(f"no model '{model}'", where="MODEL", allowed=FORMS)
     for flag, value in (("--weights", weights), ("--size", size)):
         if value is not None:
             raise UsageError("a network of ours knows its own", where=flag, next="Leave it out.")
+    if several.described(checkpoint.read(path)[1], path):
+        read = several.read(path, data)
+        return read.net, read.task, {"model": str(path), "genes": read.genes}, read.interface
     training, genes, net = child.read(path, data)
     resolution = training.space.decode(genes).resolution
     task = multitask.single(training.task, resolution)

@@ -127,6 +127,12 @@ def require_search(recorded: Mapping[str, Any], folder: Path) -> None:
         raise NasctlError(
             "this is a pruning", where=str(folder), next=f"Its file is in {folder / 'bundle'}."
         )
+    if recorded.get("together"):
+        raise NasctlError(
+            f"this search has one network for {', '.join(recorded['tasks'])}",
+            where=str(folder),
+            next=f"Its file is in {folder / 'bundle'}.",
+        )
     if "tasks" in recorded:
         raise NasctlError(
             f"this search has a network for each of {', '.join(recorded['tasks'])}",

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
+from torch import nn
 
-from cli import building, bundling, console, judging
+from cli import building, bundling, console, judging, several
 from cli.bundling import Feeds
 from cli.judging import Run
 from deploy import bundle as bundles
@@ -25,6 +27,7 @@ from hw_profiles.device import Device
 from hw_profiles.measure import Plan, Setting
 from nas import checkpoint, file
 from nas.errors import BudgetMissed, NasctlError, UsageError
+from nas.outputs import named as outputs_of
 from nas.run import Run as RunFolder
 
 WEIGHTS = "model.safetensors"
@@ -127,12 +130,17 @@ def _before(
         theirs = bundling.ARCH in bundle.manifest.members and "model" in _arch(bundle)
         return [], [COMPARED if theirs else "supernet = extracted = ONNX: the run is not here"]
     _, meta = checkpoint.read(weights)
+    if several.described(meta, weights):
+        try:
+            net = several.read(weights, data).net
+        except NasctlError as error:
+            if data is not None:
+                raise
+            return [], [f"network = ONNX: {error}"]
+        return [_exported(net, inputs, expected)], []
     if not meta or "network" not in checkpoint.description(meta, weights):
         return [], [COMPARED]
-    import torch
-
     from cli import child, training
-    from nas.outputs import named as by_name
 
     try:
         opened, genes, net = child.read(weights, data)
@@ -140,10 +148,7 @@ def _before(
         if data is not None:
             raise
         return [], [f"supernet = extracted = ONNX: {error}"]
-    with torch.no_grad():
-        outputs = by_name(net(*map(torch.from_numpy, inputs.values())))
-    found = {name: tensor.numpy() for name, tensor in outputs.items()}
-    links = [chain.link("network = float file", "fp32", found, expected)]
+    links = [_exported(net, inputs, expected)]
     run = RunFolder(named)
     spec = run.manifest().get("spec", {})
     if spec.get("alone") or spec.get("supernet") or not run.unchanged("train"):
@@ -155,6 +160,13 @@ def _before(
 def _arch(bundle: Bundle) -> dict[str, Any]:
     found: dict[str, Any] = deployed.read(bundle.path(bundling.ARCH))
     return found
+
+
+def _exported(net: nn.Module, inputs: Feeds, expected: Outputs) -> Link:
+    with torch.no_grad():
+        outputs = outputs_of(net(*map(torch.from_numpy, inputs.values())))
+    found = {name: tensor.numpy() for name, tensor in outputs.items()}
+    return chain.link("network = float file", "fp32", found, expected)
 
 
 def _scores(

@@ -15,13 +15,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hw_profiles import fingerprint, runtimes
+from hw_profiles import engines, runtimes
+from hw_profiles.engines import Facts, machine
 from hw_profiles.runtimes import Session
 from nas import file
 from nas.errors import NasctlError
-
-#: what of a machine an engine depends on; the rest of a fingerprint is for reading
-DEPENDS = ("processor", "architecture", "board", "l4t", "gpu", "sm", "driver", "cuda")
 
 
 class SideCar(BaseModel):
@@ -56,36 +54,22 @@ def build(
     Raises NasctlError where the runtime is not here or cannot build it, and where the engine
     computes in another precision than asked for.
     """
-    module = runtimes.compiled(runtime)
-    if missing := module.unavailable():
-        raise NasctlError(missing, where=f"runtime {runtime}")
     beside(path).unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    module.build(model, path, threads=threads, precision=precision)
-    # ONNX Runtime's own format cannot be looked into, so it is the same graph that is asked
-    source = model if runtime == "onnxruntime" else path
-    try:
-        session = module.load(source, threads=threads, precision=precision)
-        observed = module.observed_precision(session)
-    except NasctlError:
-        path.unlink(missing_ok=True)
-        raise
-    car = SideCar(
-        runtime=runtime,
-        version=module.version(),
+    car = described(engines.built(model, path, runtime, precision, threads), model, path)
+    write(car, path)
+    return car
+
+
+def described(facts: Facts, model: Path, path: Path) -> SideCar:
+    """The side-car of the engine at `path`, from what was said of it where it was built."""
+    return SideCar(
         sha256=file.sha256(path),
         bytes=path.stat().st_size,
         model=model.name,
         model_sha256=file.sha256(model),
-        requested=precision,
-        observed=observed,
-        threads=threads,
-        inputs={name: list(shape) for name, shape in session.inputs.items()},
-        outputs=list(session.outputs),
-        machine=machine(runtime),
+        **facts,
     )
-    write(car, path)
-    return car
 
 
 def load(path: Path) -> tuple[Session, SideCar]:
@@ -122,19 +106,6 @@ def check(car: SideCar, path: Path) -> None:
             where=str(path),
             next="It is native code: do not load it, build it again.",
         )
-
-
-def machine(runtime: str) -> dict[str, str]:
-    """What an engine of that runtime depends on besides the library."""
-    found = fingerprint.fingerprint(runtime)
-    said = {name: str(found[name]) for name in DEPENDS if found.get(name) not in (None, "?")}
-    if runtime in ("tensorrt", "aoti_cuda"):
-        from hw_profiles.runtimes import _cuda
-
-        gpu = _cuda.gpu()
-        driver = gpu.driver_version
-        said |= {"gpu": gpu.name, "sm": str(gpu.capability), "driver": str(driver)}
-    return said
 
 
 def beside(path: Path) -> Path:

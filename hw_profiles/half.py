@@ -1,47 +1,39 @@
-"""The float16 twin of a float32 ONNX model, for runtimes that take their precision from the file.
+"""The float16 or bfloat16 twin of a float32 ONNX model: lower where it multiplies, float32 where
+that would hurt.
 
-TensorRT 11 has strongly typed networks only and ONNX Runtime never lowers a precision by itself, so
-asking for fp16 there means changing the file. Inputs and outputs stay float32, with a cast after
-and before them: callers feed and read the same arrays, and the casts are part of what is timed, as
-they are with trtexec's default formats.
+Neither ONNX Runtime nor TensorRT 11, whose networks are strongly typed, lowers a precision by
+itself, so asking for one there means changing the file. Inputs and outputs stay float32: callers
+feed and read the same arrays, and the casts are part of what is timed, as they are with trtexec's
+default formats.
+
+What is lowered is listed, everything else stays in float32 between casts: sums over many values
+(means, norms, softmax), whose terms half the bits lose one by one; powers, exponentials and roots,
+which leave float16's range (6e-8 to 65504) at everyday values; Resize, whose scales are float32;
+and every operator that nobody has looked at. docs/methods/quantization.md has what they lost.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from nas.errors import NasctlError
 
-#: operators whose inputs and outputs are all of one type, which may be float16
-KNOWN = (
-    "Add",
-    "AveragePool",
-    "Clip",
-    "Concat",
-    "Constant",
-    "Conv",
-    "Flatten",
-    "Gelu",
-    "Gemm",
-    "GlobalAveragePool",
-    "HardSigmoid",
-    "HardSwish",
-    "Identity",
-    "MatMul",
-    "MaxPool",
-    "Mul",
-    "ReduceMean",
-    "Relu",
-    "Reshape",
-    "Sigmoid",
-    "Softmax",
-    "Sub",
-    "Transpose",
+CODES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+LARGEST = float(np.finfo(np.float16).max)
+BF16_OPSET = 22  # from which convolutions and pooling take bfloat16
+
+#: operators that are lowered: they multiply, or only move, compare or scale what others made
+LOWERED = (
+    *("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul", "Concat", "Constant"),
+    *("Relu", "LeakyRelu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Gelu", "Tanh"),
+    *("MaxPool", "AveragePool", "Flatten", "Reshape", "Transpose", "Identity", "Cast"),
+    *("Squeeze", "Unsqueeze", "Slice", "Gather", "Split", "Pad", "Expand", "Where"),
 )
 
 
@@ -57,64 +49,132 @@ def half_file(model: bytes | Path, where: str) -> bytes:
     return half(proto, where).SerializeToString()
 
 
-def half(model: onnx.ModelProto, where: str) -> onnx.ModelProto:
-    """A copy of `model` that computes in float16 throughout.
+def half(
+    model: onnx.ModelProto, where: str, *, to: str = "fp16", keep: Collection[str] = ()
+) -> onnx.ModelProto:
+    """A copy of `model` that computes in `to` where LOWERED says so, but for the nodes named in
+    `keep`; `where` names the model in messages.
 
-    Raises NasctlError for operators not in KNOWN, for a model that is not float32 and for weights
-    above float16's range. `where` names the model in messages.
+    Raises NasctlError for a model that is not float32 or has control flow, for weights above
+    float16's range and for tensors whose type cannot be told.
     """
     twin = onnx.ModelProto()
     twin.CopyFrom(model)
-    graph = twin.graph
-    strange = sorted({node.op_type for node in graph.node} - set(KNOWN))
-    if strange:
-        raise NasctlError(
-            f"cannot be turned into float16: operator {', '.join(strange)}",
-            where=where,
-            allowed=KNOWN,
-            next="Call .half() on the network and export it again.",
-        )
-    if not any(tensor.data_type == TensorProto.FLOAT for tensor in graph.initializer):
-        raise NasctlError("has no float32 weights to turn into float16", where=where)
-    for tensor in graph.initializer:
-        _halve(tensor, where)
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                _halve(attribute.t, where)
-    graph.ClearField("value_info")  # of the float32 model; runtimes infer it anew
-    _cast_ends(graph)
+    if not any(tensor.data_type == TensorProto.FLOAT for tensor in twin.graph.initializer):
+        raise NasctlError("has no float32 weights to lower", where=where)
+    if to == "bf16" and _opset(twin) < BF16_OPSET:
+        twin = onnx.version_converter.convert_version(twin, BF16_OPSET)
+    _Lowering(twin, where, to, frozenset(keep)).run()
     onnx.checker.check_model(twin)
     return twin
 
 
-def _halve(tensor: TensorProto, where: str) -> None:
-    if tensor.data_type != TensorProto.FLOAT:
-        return
-    values = numpy_helper.to_array(tensor)
-    if np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
-        raise NasctlError(f"weight '{tensor.name}' exceeds float16's range", where=where)
-    tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), tensor.name))
+def kept(model: onnx.ModelProto, keep: Collection[str] = ()) -> list[onnx.NodeProto]:
+    """The nodes of a float32 model that `half` leaves in float32."""
+    kinds = _types(model, "model")
+    return [node for node in model.graph.node if not _lowered(node, kinds, keep)]
 
 
-def _cast_ends(graph: onnx.GraphProto) -> None:
-    """Rename every float32 input and output inside the graph; casts lead to and from the names."""
-    ends = {
-        value.name: f"{value.name}.half"
-        for value in (*graph.input, *graph.output)
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT
-    }
+def _opset(model: onnx.ModelProto) -> int:
+    return max(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
+
+
+def _types(model: onnx.ModelProto, where: str) -> dict[str, int]:
+    """Element types by tensor name."""
+    try:
+        graph = shape_inference.infer_shapes(model).graph
+    except shape_inference.InferenceError as error:
+        said = " ".join(str(error).split())
+        raise NasctlError(f"cannot be lowered ({said})", where=where) from error
+    values = [*graph.input, *graph.value_info, *graph.output]
+    kinds = {value.name: value.type.tensor_type.elem_type for value in values}
+    kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     for node in graph.node:
-        for names in (node.input, node.output):
-            names[:] = [ends.get(name, name) for name in names]
-    first = [
-        _cast(v.name, ends[v.name], TensorProto.FLOAT16) for v in graph.input if v.name in ends
-    ]
-    last = [_cast(ends[v.name], v.name, TensorProto.FLOAT) for v in graph.output if v.name in ends]
-    nodes = [*first, *graph.node, *last]
-    graph.ClearField("node")
-    graph.node.extend(nodes)
+        if any(a.type in (a.GRAPH, a.GRAPHS) for a in node.attribute):
+            raise NasctlError(f"cannot be lowered: control flow ({node.op_type})", where=where)
+        for name in node.output:
+            if name and not kinds.get(name):
+                raise NasctlError(
+                    f"cannot be lowered: nobody knows the type of '{name}' ({node.op_type})",
+                    where=where,
+                    next="Call .half() on the network and export it again.",
+                )
+    return kinds
 
 
-def _cast(source: str, target: str, to: int) -> onnx.NodeProto:
-    return helper.make_node("Cast", [source], [target], name=f"{target}.cast", to=to)
+def _lowered(node: onnx.NodeProto, kinds: dict[str, int], keep: Collection[str]) -> bool:
+    floats = any(kinds.get(name) == TensorProto.FLOAT for name in node.output)
+    return node.op_type in LOWERED and node.name not in keep and floats
+
+
+class _Lowering:
+    """The work on one model. A tensor `t` is `t` in float32 and `t.half` in the lower precision;
+    whichever was not made by its node is cast once, where it is first read."""
+
+    def __init__(self, model: onnx.ModelProto, where: str, to: str, keep: frozenset[str]) -> None:
+        self.graph, self.where, self.code, self.keep = model.graph, where, CODES[to], keep
+        self.kinds = _types(model, where)
+        self.weights = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.there = {value.name for value in self.graph.input} | self.weights.keys()
+        self.nodes: list[onnx.NodeProto] = []
+
+    def run(self) -> None:
+        for node in self.graph.node:
+            low = _lowered(node, self.kinds, self.keep)
+            names = [self.read(name, low) if self.is_float(name) else name for name in node.input]
+            node.input[:] = names
+            if low:
+                node.output[:] = [self.low(n) if self.is_float(n) else n for n in node.output]
+                self.lower_attributes(node)
+            self.there.update(node.output)
+            self.nodes.append(node)
+        for value in self.graph.output:
+            if self.is_float(value.name):
+                self.read(value.name, low=False)
+        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in self.nodes]
+        del self.graph.node[:]
+        self.graph.node.extend(nodes)
+        self.graph.ClearField("value_info")  # of the float32 model; runtimes infer it anew
+        read = {name for node in nodes for name in node.input}
+        kept = [tensor for tensor in self.graph.initializer if tensor.name in read]
+        copies = [TensorProto.FromString(tensor.SerializeToString()) for tensor in kept]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(copies)
+
+    def is_float(self, name: str) -> bool:
+        return self.kinds.get(name) == TensorProto.FLOAT
+
+    def low(self, name: str) -> str:
+        return f"{name}.half"
+
+    def read(self, name: str, low: bool) -> str:
+        """The tensor in that precision, made if it is not there yet."""
+        wanted, other = (self.low(name), name) if low else (name, self.low(name))
+        if wanted in self.there:
+            return wanted
+        if low and name in self.weights:
+            tensor = TensorProto.FromString(self.weights[name].SerializeToString())
+            self.lower(tensor)
+            tensor.name = wanted
+            self.graph.initializer.append(tensor)
+        else:
+            to = self.code if low else TensorProto.FLOAT
+            self.nodes.append(helper.make_node("Cast", [other], [wanted], f"{wanted}.cast", to=to))
+        self.there.add(wanted)
+        return wanted
+
+    def lower_attributes(self, node: onnx.NodeProto) -> None:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                self.lower(attribute.t)
+            elif node.op_type == "Cast" and attribute.name == "to":
+                attribute.i = self.code
+
+    def lower(self, tensor: TensorProto) -> None:
+        if tensor.data_type != TensorProto.FLOAT:
+            return
+        values = numpy_helper.to_array(tensor)
+        if self.code == TensorProto.FLOAT16 and np.abs(values).max(initial=0.0) > LARGEST:
+            raise NasctlError(f"weight '{tensor.name}' exceeds float16's range", where=self.where)
+        dtype = helper.tensor_dtype_to_np_dtype(self.code)
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(dtype), tensor.name))

@@ -7,7 +7,7 @@ caller does with it, the search knows nothing of that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -110,7 +110,7 @@ def judged(shared: Shared, search: Search, name: str, n: int = GENERATION) -> It
     rows = proposed(shared, search, name)[:n]
     own = search.task.only([name])
     for row in rows:
-        net = child(shared, search, name, row)
+        net = child(shared, search, (name,), row)
         seen = evidence(net, own, own.val)[name]
         loss = validation_loss(net, own)
         yield Finalist(tuple(row.tolist()), loss, own.goals[0].score(seen))
@@ -126,10 +126,10 @@ def proposed(shared: Shared, search: Search, name: str) -> Genes:
     return rows
 
 
-def child(shared: Shared, search: Search, name: str, genes: Genes) -> nn.Module:
-    """The task's own network of these gates, with the weights it shares, re-calibrated; in eval
-    mode."""
-    own = search.space.only(name)
+def child(shared: Shared, search: Search, names: Sequence[str], genes: Genes) -> nn.Module:
+    """The network of these gates with the heads of the tasks `names`, with the weights it shares,
+    re-calibrated; in eval mode."""
+    own = search.space.only(*names)
     device = device_of(shared.net)
     small = channels_last(extract(shared.net, own.build(own.decode(genes)).to(device)))
     order = np.random.default_rng(0).permutation(len(search.task.train))[:CALIBRATION]

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from nas.goals import Goal
 
+NOTHING = 1e-12  # of a metric
+
 
 @dataclass(frozen=True)
 class Change:
@@ -44,7 +46,7 @@ def change(
         old, new = (
             sum(goal.score(seen[rows]) for seen in seeds) / len(seeds) for seeds in (before, after)
         )
-        return new / old - 1
+        return (new - old) / max(old, NOTHING)  # images drawn may be all failures
 
     drawn = [relative(torch.from_numpy(rng.integers(n, size=n))) for _ in range(draws)]
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])

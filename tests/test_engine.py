@@ -121,6 +121,7 @@ def test_build_puts_a_measured_engine_into_the_bundle(nasctl, workdir):
         (("--engine", "ortt"), 2, "unknown engine 'ortt'"),
         (("--engine", "tensorrt"), 2, "no tensorrt for a cpu"),
         (("--hw", "raspi4", "--engine", "ort"), 2, "raspi4 is not this machine"),
+        (("--hw", "raspi4"), 2, "tflite has no engines; allowed: ort, openvino, aoti"),
         (("--engine", "ort", "--member", "x.onnx"), 1, "no member 'x.onnx'"),
     ],
 )
@@ -147,3 +148,25 @@ def test_the_small_bundle_is_worth_judging(bundle):
     judge = judging.judge(bundling.interface_of(bundle), None)
     run = judging.runner(bundle.model, "onnxruntime")
     assert judge.scores(run, judge.task.val)["class"] > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine_name", ["ort", "openvino", "aoti"])
+def test_an_engine_is_built_verified_and_timed_by_the_verbs(nasctl, workdir, engine_name):
+    runtime = {"ort": "onnxruntime"}.get(engine_name, engine_name)
+    if missing := runtimes.load_module(runtime).unavailable():
+        pytest.skip(missing)
+    small(workdir / "b")
+    made = nasctl("build", "b", "--engine", engine_name, "--precision", "fp32", "--json")
+    assert made.code == 0, made.err
+    car = json.loads(made.out)
+    (name,) = bundles.read(workdir / "b").of("engine")
+    held = nasctl("verify", "b", "--engine", name, "--json")
+    assert held.code == 0, held.err
+    found = json.loads(held.out)
+    links = {one["name"]: one for one in found["chain"]}
+    assert links["model.onnx = engine"]["holds"]
+    assert links["model.onnx = engine"]["tolerance"] == 1e-4  # by what it was seen to compute in
+    assert found["file"]["runtime"] == runtime == car["runtime"]
+    assert found["metric"]["class"]["delivered"] == found["metric"]["class"]["float"]
+    assert found["measured"]["median_ms"] > 0 and car["latency"]["median_ms"] > 0

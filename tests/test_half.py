@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 from test_runtimes import FEEDS, MODEL
 
-from hw_profiles.half import half, half_file
+from hw_profiles.half import CODES, LOWERED, half, half_file, kept
 from hw_profiles.runtimes import onnxruntime
 from nas.errors import NasctlError
 
@@ -21,15 +21,25 @@ def model_of(nodes, weight, outputs=("y",)):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
 
 
-def test_every_operator_computes_in_float16_between_float32_ends():
-    twin = shape_inference.infer_shapes(half(onnx.load_from_string(MODEL), "m"), strict_mode=True)
-    kinds = {value.name: value.type.tensor_type.elem_type for value in twin.graph.value_info}
-    computed = [node for node in twin.graph.node if node.op_type != "Cast"]
-    # those just before an output are named after it
-    assert {kinds[node.output[0]] for node in computed} == {TensorProto.FLOAT16}
-    ends = [*twin.graph.input, *twin.graph.output]
-    assert {value.type.tensor_type.elem_type for value in ends} == {TensorProto.FLOAT}
-    assert sum(node.op_type == "Cast" for node in twin.graph.node) == len(ends) == 3
+def kinds_of(twin):
+    """Element types by tensor, as the finished file has them."""
+    graph = shape_inference.infer_shapes(twin, strict_mode=True).graph
+    values = (*graph.input, *graph.value_info, *graph.output)
+    found = {value.name: value.type.tensor_type.elem_type for value in values}
+    return found | {tensor.name: tensor.data_type for tensor in graph.initializer}
+
+
+@pytest.mark.parametrize(("to", "code"), CODES.items())
+def test_what_is_lowered_is_listed_and_the_ends_stay_float32(to, code):
+    twin = half(onnx.load_from_string(MODEL), "m", to=to)
+    kinds = kinds_of(twin)
+    for node in twin.graph.node:
+        if node.op_type != "Cast":
+            wanted = code if node.op_type in LOWERED else TensorProto.FLOAT
+            assert kinds[node.output[0]] == wanted, node.op_type
+    assert any(kinds[node.output[0]] == code for node in twin.graph.node if node.op_type == "Conv")
+    for value in (*twin.graph.input, *twin.graph.output):
+        assert value.type.tensor_type.elem_type == TensorProto.FLOAT
 
 
 def test_it_computes_nearly_the_same_and_the_original_is_left_alone():
@@ -63,14 +73,64 @@ def test_what_cannot_be_halved_is_one_line():
     big = model_of(add, np.full((2, 3), 1e6, np.float32))
     with pytest.raises(NasctlError, match="m: weight 'w' exceeds float16's range"):
         half(big, "m")
-    odd = model_of([helper.make_node("Erf", ["x"], ["y"])], np.ones((2, 3), np.float32))
-    with pytest.raises(NasctlError, match=r"m: cannot be turned into float16: operator Erf"):
+    odd = model_of([helper.make_node("Odd", ["x"], ["y"], domain="mine")], np.float32(1))
+    with pytest.raises(NasctlError, match=r"m: cannot be lowered .*domain mine optype Odd"):
         half(odd, "m")
+    odd.opset_import.append(helper.make_opsetid("mine", 1))
+    odd.graph.output[0].type.Clear()
+    with pytest.raises(NasctlError, match="m: cannot be lowered: nobody knows the type of 'y'"):
+        half(odd, "m")
+    branch = helper.make_graph([], "b", [], [])
+    flow = helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)
+    with pytest.raises(NasctlError, match=r"m: cannot be lowered: control flow .If"):
+        half(model_of([flow], np.float32(1)), "m")
     whole = model_of(add, np.ones((2, 3), np.float64))
-    with pytest.raises(NasctlError, match="no float32 weights"):
+    with pytest.raises(NasctlError, match="no float32 weights to lower"):
         half(whole, "m")
     with pytest.raises(NasctlError, match="m: is no ONNX file"):
         half_file(b"no model", "m")
+
+
+def run(model, x):
+    (found,) = onnxruntime.run(onnxruntime.load(model.SerializeToString()), {"x": x})
+    return found
+
+
+def test_a_sum_of_squares_stays_in_float32_and_in_range():
+    nodes = [
+        helper.make_node("Mul", ["x", "w"], ["scaled"]),
+        helper.make_node("ReduceSumSquare", ["scaled"], ["sum"], keepdims=1),
+        helper.make_node("Sqrt", ["sum"], ["norm"]),
+        helper.make_node("Div", ["scaled", "norm"], ["y"]),
+    ]
+    model = model_of(nodes, np.full((2, 3), 10, np.float32))
+    x = np.arange(6, dtype=np.float32).reshape(2, 3) * 40
+    twin = half(model, "m")
+    np.testing.assert_allclose(run(twin, x), run(model, x), rtol=2e-3)
+    assert [node.op_type for node in kept(model)] == ["ReduceSumSquare", "Sqrt", "Div"]
+    kinds = kinds_of(twin)
+    assert kinds["scaled.half"] == TensorProto.FLOAT16 and kinds["sum"] == TensorProto.FLOAT
+    # one cast there for two readers, one into the product and none between what stays
+    assert [n.output[0] for n in twin.graph.node if n.op_type == "Cast"] == ["x.half", "scaled"]
+
+
+def test_a_weight_that_both_read_is_there_in_both():
+    nodes = [
+        helper.make_node("Add", ["x", "w"], ["a"]),
+        helper.make_node("Div", ["a", "w"], ["y"], name="last"),
+    ]
+    model = model_of(nodes, np.full((2, 3), 3, np.float32))
+    twin = half(model, "m")
+    assert {tensor.name for tensor in twin.graph.initializer} == {"w", "w.half"}
+    np.testing.assert_allclose(run(twin, np.ones((2, 3), np.float32)), 4 / 3, rtol=1e-3)
+
+
+def test_nodes_are_kept_by_name():
+    nodes = [helper.make_node("Add", ["x", "w"], ["y"], name="sensitive")]
+    model = model_of(nodes, np.ones((2, 3), np.float32))
+    assert [node.name for node in kept(model, ["sensitive"])] == ["sensitive"]
+    twin = half(model, "m", keep=["sensitive"])
+    assert [node.op_type for node in twin.graph.node] == ["Add"]
 
 
 def test_a_file_in_float16_is_left_as_it_is(tmp_path):

@@ -234,10 +234,10 @@ def test_a_pick_holds_for_its_own_key_only(tmp_path, monkeypatch):
     """The first of two is too slow at first, and then no more."""
     (tmp_path / "box").mkdir()
     job = SimpleNamespace(
-        spec=SimpleNamespace(latency_ms={"box": 2.0}),
+        budget_ms=lambda part: 2.0,
         device=SimpleNamespace(local=True),
         task=SimpleNamespace(shape=(3, 8, 8)),
-        own=lambda name: Run(tmp_path / name),
+        own=lambda part: Run(tmp_path / part.folder),
     )
     two = [Finalist((0, 1), 0.1, 0.9), Finalist((1, 1), 0.2, 0.8)]
     took = iter([3.0, 1.0, 1.0])
@@ -246,7 +246,7 @@ def test_a_pick_holds_for_its_own_key_only(tmp_path, monkeypatch):
     monkeypatch.setattr(delivery, "_timed", lambda *_: SimpleNamespace(median_ms=next(took)))
 
     def picked(finalists, key):
-        return delivery._pick(job, None, None, finalists, "box", key)
+        return delivery._pick(job, None, None, finalists, stages.Part("box", ("box",)), key)
 
     assert picked(two, "a") == two[1] == picked(two, "a")
     (tmp_path / "box" / delivery.OWN_STATE).touch()

@@ -203,7 +203,7 @@ def test_a_tasks_network_does_what_the_supernet_does_for_it():
     shared, _ = ended(asked)
     row = asked.space.sample(np.random.default_rng(0), 1)[0]
     before = copy.deepcopy(shared.state_dict())
-    net = multitask_outcome.child(shared, asked, "box", row)
+    net = multitask_outcome.child(shared, asked, ("box",), row)
     images = asked.task.normalise(asked.task.val.images[:8])
     shared.train(), net.train()
     with torch.no_grad():

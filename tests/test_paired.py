@@ -63,3 +63,10 @@ def test_seeds_are_averaged_on_the_same_images():
 def test_evidence_of_other_images_is_a_mistake_of_ours():
     with pytest.raises(AssertionError, match="other images"):
         change(classes("c", target="y"), [torch.ones(3)], [torch.ones(4)], rng=rng())
+
+
+def test_images_that_none_answered_before_break_nothing():
+    goal = classes("class", target="label", n_classes=2)
+    before, after = torch.tensor([1.0, 0, 0, 0]), torch.tensor([1.0, 0, 0, 0])
+    found = change(goal, [before], [after], rng=np.random.default_rng(0))  # some draws are all 0
+    assert found.value == found.low == found.high == 0

@@ -60,6 +60,44 @@ def test_a_slower_int8_file_stays_out(nasctl, workdir, timed):
     assert found.manifest.model == "model.onnx" and "model.int8.onnx" not in found.manifest.members
 
 
+def test_half_precision_is_refused_where_the_processor_computes_in_float32(nasctl, workdir, timed):
+    """ONNX Runtime has no float16 convolutions for processors: it casts back and forth."""
+    timed(1.0, 0.5)  # even where it were faster
+    small(workdir / "b")
+    code, content, _ = quantized(nasctl, "--max-drop", "3%", "--forms", "fp16")
+    assert code == 0 and content["choice"] == "model.onnx"
+    row = content["variants"][1]
+    assert row["name"] == "fp16" and row["observed"] == "fp32" and row["spent"] <= 1
+    assert content["why"][-1] == (
+        "fp16: computes in fp32 there, at x2.00 of model.onnx's speed: refused"
+    )
+    assert bundles.read(workdir / "b").manifest.members.keys().isdisjoint({"model.fp16.onnx"})
+
+
+def test_what_the_runtime_cannot_run_is_told(nasctl, workdir, timed):
+    timed(1.0, 0.4)
+    small(workdir / "b")
+    code, content, _ = quantized(nasctl, "--max-drop", "3%", "--forms", "int8, bf16")
+    assert code == 0 and content["choice"] == "u8"
+    assert "ONNX Runtime cannot load it" in content["refused"]["bf16"]
+    assert content["why"][-1].startswith("bf16: not possible here: ")
+
+
+def test_all_forms_inside_the_bound_go_to_a_board_that_is_not_here(nasctl, workdir):
+    before = small(workdir / "b").model.stat().st_size
+    code, content, error = quantized(
+        nasctl, "--hw", "jetson", "--max-drop", "9%", "--forms", "fp16,int8"
+    )
+    assert code == 0 and content["choice"] is None, error
+    found = bundles.read(workdir / "b")
+    assert found.manifest.model == "model.onnx"
+    assert {"model.int8.onnx", "model.fp16.onnx"} <= found.manifest.members.keys()
+    assert found.path("model.fp16.onnx").stat().st_size < 0.6 * before
+    assert content["variants"][-1]["observed"] == "?"
+    code, _, _ = quantized(nasctl, "--hw", "jetson", "--max-drop", "9%")
+    assert code == 0 and "model.fp16.onnx" not in bundles.read(workdir / "b").manifest.members
+
+
 def test_a_board_that_is_not_here_gets_the_file_but_no_choice(nasctl, workdir):
     small(workdir / "b")
     code, content, _ = quantized(nasctl, "--hw", "jetson", "--max-drop", "5%")
@@ -94,6 +132,7 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(nasctl, workdir, 
         (("--max-drop", "1"), 2, "--max-drop: '1'; allowed: a share above zero, as 2%"),
         (("--max-drop", "seg=1%"), 2, "unknown task 'seg'"),
         (("--calibration", "max"), 2, "unknown calibration 'max'"),
+        (("--forms", "int8,fp8"), 2, "unknown form 'fp8'; allowed: bf16, fp16, int8"),
         (("--hw", "nowhere"), 2, "unknown device 'nowhere'"),
         (("--on", "ssh://pi@board"), 2, "cpu is this machine"),
         (("--data", "nowhere"), 2, "no such data 'nowhere'"),

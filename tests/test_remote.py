@@ -16,7 +16,7 @@ from hw_profiles.graph import onnx_graph
 from hw_profiles.measure import reference_model
 from hw_profiles.op import Tape
 from hw_profiles.protocol import Plan
-from hw_profiles.remote import over_ssh, runner, ssh
+from hw_profiles.remote import over_ssh, place, runner, ssh
 from hw_profiles.remote.over_ssh import measure_models
 from hw_profiles.remote.parcel import Parcel
 from nas.errors import NasctlError
@@ -269,16 +269,16 @@ def test_a_model_that_does_not_load_is_named(board, tmp_path):
 
 @pytest.mark.slow
 def test_files_that_arrive_damaged_are_not_measured(board, tmp_path, monkeypatch):
-    honest = over_ssh._Job.send
+    honest = place.Place.send
 
-    def damaging(job, files, script, *more):
+    def damaging(there, files, script, *more):
         changed = {
             name: content[:-1] + b"?" if name.startswith("models/") else content
             for name, content in files.items()
         }
-        honest(job, changed, script, *more)
+        honest(there, changed, script, *more)
 
-    monkeypatch.setattr(over_ssh._Job, "send", damaging)
+    monkeypatch.setattr(place.Place, "send", damaging)
     with pytest.raises(NasctlError, match="onnx is not what was sent .checksum mismatch"):
         measure_models(board.target, parcel(), workdir=tmp_path)
 

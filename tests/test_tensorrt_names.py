@@ -21,7 +21,9 @@ from pathlib import Path
 import pretend_tensorrt
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "hw_profiles" / "runtimes" / "tensorrt.py"
+ROOT = Path(__file__).parents[1]
+#: our runtime, and the example that serves an engine
+SOURCES = (ROOT / "hw_profiles/runtimes/tensorrt.py", ROOT / "examples/serve_tensorrt.py")
 VERSIONS = {
     "10.3.0": "tensorrt-cu12-bindings",
     "10.16.1.11": "tensorrt-cu13-bindings",
@@ -41,6 +43,8 @@ IS = {
     "profile": "IOptimizationProfile",
     "tensor": "ITensor",
     "trt.Runtime(_logger())": "Runtime",
+    "trt.Logger": "Logger",
+    "runtime": "Runtime",
     "engine": "ICudaEngine",
     "session.inner.engine": "ICudaEngine",
     "inspector": "EngineInspector",
@@ -58,7 +62,8 @@ ENUMS = (
 IS |= {f"trt.{name}": name for name in ENUMS}
 #: of other libraries and our own
 OTHERS = """_cuda arrays buffers counts feeds first folder functools gpu importlib json known layer
-loaded log model np os path plan self session tempfile value whole WORDS"""
+loaded log model np os path plan self session tempfile value whole WORDS
+answers image images stream sys task time times torch"""
 DUMP = """
 import json, sys
 import tensorrt_bindings as trt
@@ -78,7 +83,11 @@ def root(node):
 
 def used():
     """(class, attribute, number of arguments or None) of every use."""
-    tree = ast.parse(SOURCE.read_text())
+    for source in SOURCES:
+        yield from used_in(ast.parse(source.read_text()))
+
+
+def used_in(tree):
     calls = {node.func: node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute):

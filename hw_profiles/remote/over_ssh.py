@@ -10,45 +10,27 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import itertools
 import math
-import re
 import shutil
-import tarfile
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from hw_profiles import protocol
 from hw_profiles.protocol import Progress, Timing
 from hw_profiles.remote import runner, ssh
 from hw_profiles.remote.parcel import Parcel
+from hw_profiles.remote.place import CHECK, FOLDER, RUN, UNPACK, Place, made
 from hw_profiles.remote.runner import BEGIN, LOG, MANIFEST, RESULTS, Record
 from nas.errors import NasctlError
 
 #: how long to wait before each attempt to find a lost board again; about five minutes
 RETRY_S: Sequence[float] = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60)
-#: what a folder's name on a board must look like before anything in it is touched
-_FOLDER = re.compile(r"/[\w./-]*/nasctl-[A-Za-z0-9]{8,}")
-
-# What runs on the board: $1 is our folder there, $2 its Python. All other words are arguments too,
-# never part of a script.
+# What runs on the board, besides what `place` has
 _HAS = '[ -O "$1" ] || exit 11; [ -f "$1/$3" ] || exit 12'
-_MAKE = (
-    'command -v "$2" >/dev/null || exit 21; '
-    '"$2" -c "import sys; sys.exit(sys.version_info < (3, 8))" || exit 22; '
-    'umask 077 && mktemp -d "${TMPDIR:-/var/tmp}/nasctl-XXXXXXXX"'
-)
-_UNPACK = 'umask 077 && tar -x -f - -C "$1" || exit 31'
-# ONNX Runtime leaves a session file in TMPDIR: so that is our folder, too
-_RUN = (
-    'cd "$1" && TMPDIR=$1 && export TMPDIR && python=$2 && shift 2 && '
-    'exec "$python" -m hw_profiles.remote.runner "$@"'
-)
 _TAIL = 'df -P -k "$1" | tail -n 1; tail -n 20 "$1/$3"'
 _REMOVE = 'cd "$1" && "$2" -m hw_profiles.remote.runner stop; cd / && rm -rf "$1"'
 
@@ -123,30 +105,31 @@ class _Job:
         """On the board; empty when there is none."""
         with contextlib.suppress(FileNotFoundError):
             found = (self.state / "folder").read_text().strip()
-            if _FOLDER.fullmatch(found):
+            if FOLDER.fullmatch(found):
                 return found
         return ""
 
     # ---- on the board ----------------------------------------------------------------------------
 
-    def words(self, script: str, *more: str) -> list[str]:
-        return ["sh", "-c", script, "nasctl", self.folder, self.target.python, *more]
+    @property
+    def place(self) -> Place:
+        return Place(self.target, self.folder)
 
-    def sh(self, script: str, *more: str, stdin: IO[bytes] | None = None) -> ssh.Answer:
-        return ssh.run(self.target, self.words(script, *more), stdin)
+    def failure(self, what: str, next: str = "") -> NasctlError:
+        return self.place.failure(what, next)
 
     def prepare(self) -> None:
         """A folder on the board with all of the parcel in it; the one from before if there is."""
-        found = self.sh(_HAS, MANIFEST).code if self.folder else 11
+        found = self.place.sh(_HAS, MANIFEST).code if self.folder else 11
         if found == 0:
             return
         if found == 11:
-            (self.state / "folder").write_text(self.made())
+            (self.state / "folder").write_text(made(self.target).path)
         # the code first, and a look at what is there for it: models may be large
-        self.send(self.parcel.code, f"{_UNPACK}; {_RUN}", "check", self.parcel.runtime)
+        self.place.send(self.parcel.code, f"{UNPACK}; {RUN}", *CHECK, self.parcel.runtime)
         # the manifest last: where it is, all is
         earlier, manifest = {RESULTS: self.earlier()}, {MANIFEST: self.parcel.manifest}
-        self.send(self.parcel.data | earlier | manifest, _UNPACK)
+        self.place.send(self.parcel.data | earlier | manifest, UNPACK)
 
     def earlier(self) -> bytes:
         """The groups that have been measured before, in the file here as they will be there."""
@@ -157,48 +140,18 @@ class _Job:
         self.results.write_bytes(kept)
         return kept
 
-    def made(self) -> str:
-        answer = self.sh(_MAKE)
-        if answer.code in (21, 22):
-            what = "no" if answer.code == 21 else "too old a"
-            raise self.failure(f"{what} {self.target.python} on the board; it takes 3.8 or later")
-        # the last line: a login shell may print others before
-        folder = (answer.out.decode(errors="replace").splitlines() or [""])[-1]
-        if answer.code or not _FOLDER.fullmatch(folder):
-            raise self.failure(f"cannot make a folder on the board: {answer.complaint or folder}")
-        return folder
-
-    def send(self, files: Mapping[str, bytes], script: str, *more: str) -> None:
-        with tempfile.TemporaryFile() as packed:
-            with tarfile.open(fileobj=packed, mode="w") as archive:
-                for name, content in files.items():
-                    entry = tarfile.TarInfo(name)
-                    entry.size, entry.mode, entry.mtime = len(content), 0o600, time.time()
-                    archive.addfile(entry, io.BytesIO(content))
-            packed.seek(0)
-            answer = self.sh(script, *more, stdin=packed)
-        if "No space left on device" in answer.err:
-            raise self.failure("the board's disk is full", next="Make room in its TMPDIR.")
-        if answer.code == 31:
-            raise self.failure(f"cannot write on the board: {answer.complaint}")
-        if answer.code:
-            raise self.failure(f"the board cannot measure: {answer.complaint}")
-
     def clean(self) -> str:
         """Stop and remove what is on the board; returns the folder where that failed."""
         folder = self.folder
         if not folder:
             return ""
         try:
-            if self.sh(_REMOVE).code:
+            if self.place.sh(_REMOVE).code:
                 return folder
         except NasctlError:  # the connection is gone: the caller is told what is left
             return folder
         (self.state / "folder").unlink()
         return ""
-
-    def failure(self, what: str, next: str = "") -> NasctlError:
-        return NasctlError(what, where=str(self.target), next=next)
 
     # ---- measuring -------------------------------------------------------------------------------
 
@@ -239,7 +192,9 @@ class _Job:
         with self.results.open("a+b") as results:
             results.seek(0)
             done = runner.finished(runner.from_lines(results.read()))
-            words = self.words(_RUN, "run", self.parcel.identity, str(results.tell()))
+            words = self.place.words(
+                RUN, "runner", "run", self.parcel.identity, str(results.tell())
+            )
             with contextlib.closing(ssh.lines(self.target, words)) as said:
                 lines = itertools.islice(itertools.dropwhile(BEGIN.__ne__, said), 1, None)
                 # one that is cut off with the connection comes again
@@ -257,7 +212,7 @@ class _Job:
             return records
         if last.get("kind") == "failed":
             raise self.failure(str(last.get("why")))
-        answer = self.sh(_TAIL, LOG)
+        answer = self.place.sh(_TAIL, LOG)
         disk, *log = answer.out.decode(errors="replace").split("\n")
         said = [line for line in log if line.strip()]
         fatal = [line for line in said if line.startswith("Fatal Python error")]

@@ -70,7 +70,7 @@ class Parcel:
     @cached_property
     def code(self) -> dict[str, bytes]:
         """The runner, the runtime and what of ours they import, by path."""
-        return _code("hw_profiles.remote.runner", f"hw_profiles.runtimes.{self.runtime}")
+        return code("hw_profiles.remote.runner", f"hw_profiles.runtimes.{self.runtime}")
 
     @cached_property
     def data(self) -> dict[str, bytes]:
@@ -94,7 +94,7 @@ class Parcel:
         return f"models/{number:05d}.onnx"
 
 
-def _code(*modules: str) -> dict[str, bytes]:
+def code(*modules: str) -> dict[str, bytes]:
     """These modules and, transitively, what of ours they import anywhere in their text."""
     found: dict[str, bytes] = {}
     waiting = list(modules)

@@ -55,6 +55,18 @@ def build(
     return path
 
 
+def portable(model: Path, path: Path) -> Path:
+    """Write an ONNX file in ONNX Runtime's own format for any processor: what depends on the
+    processor is noted in it and done where it is loaded."""
+    settings = _ort.options(threads=1)
+    settings.graph_optimization_level = _ort.library().GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    settings.add_session_config_entry("session.save_model_format", "ORT")
+    settings.add_session_config_entry("optimization.minimal_build_optimizations", "save")
+    settings.optimized_model_filepath = str(path)
+    _ort.inference_session(model, settings, PROVIDERS)
+    return path
+
+
 def load(model: bytes | Path, *, threads: int = 1, precision: str | None = None) -> Session:
     """A session over a file or serialised model, with a fixed number of threads."""
     offered(precision, PRECISIONS, "ONNX Runtime on CPUs")

@@ -68,6 +68,18 @@ def build(
     return path
 
 
+def representation(model: Path, path: Path) -> Path:
+    """Write the library's own description of an ONNX file, which belongs to no processor: `path`
+    (.xml) and its weights in the .bin beside it."""
+    name, library = where(model), _library()
+    try:
+        # weights stay as they are: halved ones would be another network
+        library.save_model(library.Core().read_model(model), path, compress_to_fp16=False)
+    except RuntimeError as error:
+        raise NasctlError(f"OpenVINO cannot convert it ({short(error)})", where=name) from error
+    return path
+
+
 def load(model: bytes | Path, *, threads: int = 1, precision: str | None = None) -> Session:
     """A session over an ONNX file, an OpenVINO one (.xml with its .bin beside it) or an engine."""
     offered(precision, PRECISIONS, "OpenVINO")

@@ -9,8 +9,8 @@ ResNet-like chain), one down and one up a U-Net or FPN, all of them an HRNet-lik
 
 Heads attach outside (`nas.heads`) and read all four paths, so that every gate that is kept is on a
 route to the answer and any mask is a valid network. `heads` name one or more tasks; `only(task)` is
-the space of the same genes with the head of one: what that task's network has and costs. By default
-a class alone, as in every space.
+the space of the same genes with the head of one: what that task's network has and costs; `only` of
+several is that of a network that answers them all. By default a class alone, as in every space.
 
 The authors' space is known here by its idea only; blocks, widths, gates and heads are ours.
 """
@@ -116,12 +116,15 @@ class Space(SearchSpace):
         self.genes = tuple(Gene(gate.name, (0, 1)) for gate in GATES)
         self.slots = {"stem": (), **{g.name: (g.name,) for g in self.genes}, "heads": ()}
 
-    def only(self, task: str) -> Space:
-        """The same backbones with the head of one task."""
-        if task not in self.tasks:
-            raise unknown("task", task, self.tasks, where="--tasks")
-        found = copy.copy(self)  # without what was compiled for all tasks
-        found.tasks = {task: self.tasks[task]}
+    def only(self, *tasks: str) -> Space:
+        """The same backbones with the heads of these tasks."""
+        for task in tasks:
+            if task not in self.tasks:
+                raise unknown("task", task, self.tasks, where="--tasks")
+        found = copy.copy(self)
+        for compiled in ("costs", "peak_elements"):  # of all heads
+            vars(found).pop(compiled, None)
+        found.tasks = {task: answer for task, answer in self.tasks.items() if task in tasks}
         return found
 
     def decode(self, genes: Genes) -> Arch:

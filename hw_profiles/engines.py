@@ -1,0 +1,63 @@
+"""Building a runtime's own file where it will run, and what there is to say of it.
+
+The same code on this machine (`deploy/engine.py`) and on boards (`hw_profiles/remote/engines.py`):
+it needs Python 3.8 and the runtime, nothing else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hw_profiles import fingerprint, runtimes
+from nas.errors import NasctlError
+
+#: what of a machine an engine depends on; the rest of a fingerprint is for reading
+DEPENDS = ("processor", "architecture", "board", "l4t", "gpu", "sm", "driver", "cuda")
+GPU = ("tensorrt", "aoti_cuda")  # runtimes whose engines belong to a GPU
+
+Facts = dict[str, Any]
+
+
+def built(model: Path, path: Path, runtime: str, precision: str | None, threads: int) -> Facts:
+    """Build the engine of an ONNX file at `path`, whole or not at all; returns which version built
+    it for which machine, what goes in and out and what it computes in, by the side-car's names.
+
+    Raises NasctlError where the runtime is not here or cannot build it, and where the engine
+    computes in another precision than asked for.
+    """
+    module = runtimes.compiled(runtime)
+    if missing := module.unavailable():
+        raise NasctlError(missing, where=f"runtime {runtime}")
+    module.build(model, path, threads=threads, precision=precision)
+    # ONNX Runtime's own format cannot be looked into, so it is the same graph that is asked
+    source = model if runtime == "onnxruntime" else path
+    try:
+        session = module.load(source, threads=threads, precision=precision)
+        observed = module.observed_precision(session)
+    except NasctlError:
+        path.unlink()
+        raise
+    return {
+        "runtime": runtime,
+        "version": module.version(),
+        "requested": precision,
+        "observed": observed,
+        "threads": threads,
+        "inputs": {name: list(shape) for name, shape in session.inputs.items()},
+        "outputs": list(session.outputs),
+        "machine": machine(runtime),
+    }
+
+
+def machine(runtime: str) -> dict[str, str]:
+    """What an engine of that runtime depends on besides the library."""
+    found = fingerprint.fingerprint(runtime)
+    said = {name: str(found[name]) for name in DEPENDS if found.get(name) not in (None, "?")}
+    if runtime in GPU:
+        from hw_profiles.runtimes import _cuda
+
+        gpu = _cuda.gpu()
+        more = {"gpu": gpu.name, "sm": str(gpu.capability), "driver": str(gpu.driver_version)}
+        said.update(more)
+    return said

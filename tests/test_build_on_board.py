@@ -1,0 +1,129 @@
+"""`nasctl build --on`: an engine built on a board; an sshd on loopback plays the board."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+from bundles import small
+
+from deploy import bundle as bundles
+from deploy import engine
+from hw_profiles.measure import reference_model
+from hw_profiles.protocol import Plan
+from hw_profiles.remote import build, engines, place, ssh
+from hw_profiles.remote.build import Request
+from nas.errors import NasctlError
+from tests import sshd
+
+QUICK = Plan(rounds=4, max_rounds=4)
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory):
+    with sshd.board(tmp_path_factory.mktemp("sshd")) as board:
+        yield board
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(board):
+    yield
+    assert board.found == []
+
+
+@pytest.fixture
+def bundle(workdir):
+    return small(workdir / "b")
+
+
+def request(bundle, runtime="onnxruntime", precision=None):
+    return Request(bundle.model.read_bytes(), reference_model(), runtime, precision, 1, QUICK)
+
+
+@pytest.mark.slow
+def test_the_verb_brings_engine_and_side_car_back(nasctl, board, bundle, workdir, monkeypatch):
+    monkeypatch.setattr("hw_profiles.remote.ssh.parse", lambda text: board.target)
+    words = ("build", "b", "--hw", "raspi4", "--engine", "ort", "--on", "ssh://board")
+    done = nasctl(*words, "--json")
+    assert done.code == 0, done.err
+    car = json.loads(done.out)
+    assert car["latency"]["median_ms"] > 0 and car["observed"] == "fp32"
+    found = bundles.read(workdir / "b")
+    (name,) = found.of("engine")
+    assert name == "engines/model.raspi4.onnxruntime.ort"
+    # the board is this machine, so that what came back can be loaded
+    session, said = engine.load(found.path(name))
+    assert session.outputs == ("logits",) and said.model_sha256 == car["model_sha256"]
+    assert said.machine == engine.machine("onnxruntime")
+
+
+def test_what_the_board_cannot_build_is_one_line(board, bundle):
+    with pytest.raises(NasctlError, match="cannot build it: .*asked to compute in int8, but"):
+        build.build(board.target, request(bundle, precision="int8"))
+
+
+def test_what_the_board_lacks_is_told_before_the_model_is_sent(board, bundle, monkeypatch):
+    sent = []
+    honest = place.Place.send
+
+    def noting(there, files, script, *more):
+        sent.extend(files)
+        return honest(there, files, script, *more)
+
+    monkeypatch.setattr(place.Place, "send", noting)
+    with pytest.raises(NasctlError, match="cannot do it: .*TensorRT is not installed"):
+        build.build(board.target, request(bundle, "tensorrt"))
+    assert engines.MODEL not in sent and "hw_profiles/remote/engines.py" in sent
+
+
+def test_a_board_without_python_and_one_that_does_not_answer(board, bundle):
+    with pytest.raises(NasctlError, match="too old a .*python on the board"):
+        build.build(board.with_python("exit 1"), request(bundle))
+    nobody = ssh.parse(f"ssh://127.0.0.1:{sshd.free_port()}")
+    with pytest.raises(ssh.Unreachable, match="no connection"):
+        build.build(nobody, request(bundle))
+
+
+@pytest.mark.slow
+def test_an_engine_that_is_damaged_on_its_way_is_refused(board, bundle, monkeypatch):
+    honest = place.Place.sh
+
+    def damaging(there, script, *more, stdin=None):
+        answer = honest(there, script, *more, stdin=stdin)
+        return ssh.Answer(0, answer.out[:-1], "") if script == build._CAT else answer
+
+    monkeypatch.setattr(place.Place, "sh", damaging)
+    with pytest.raises(NasctlError, match="the engine was damaged on its way"):
+        build.build(board.target, request(bundle))
+
+
+def test_files_that_arrived_damaged_are_not_built(bundle, tmp_path):
+    asked = request(bundle)
+    folder = tmp_path / "there"
+    folder.mkdir()
+    for name, content in (
+        (engines.REQUEST, asked.content()),
+        (engines.MODEL, asked.model[:-1]),
+        (engines.REFERENCE, asked.reference),
+    ):
+        (folder / name).write_bytes(content)
+    identity = hashlib.sha256(asked.content()).hexdigest()
+    with pytest.raises(NasctlError, match="model.onnx is not what was sent"):
+        engines.build(folder, identity)
+    with pytest.raises(NasctlError, match="the request is not what was sent"):
+        engines.build(folder, "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--hw", "cpu", "--on", "ssh://board"), "cpu is this machine"),
+        (("--hw", "raspi4", "--on", "board"), "'board' is not a board's address"),
+        (("--hw", "raspi4", "--on", "files:x"), "engines are built over ssh or here"),
+        (("--hw", "raspi4"), "Engines are built where they run: --on ssh://"),
+    ],
+)
+def test_another_place_than_the_devices_is_refused(nasctl, bundle, arguments, said):
+    outcome = nasctl("build", "b", "--engine", "ort", *arguments)
+    assert outcome.code == 2 and said in " ".join(outcome.err.split())
