@@ -46,7 +46,7 @@ SHARE = 0.5  # of the multiply-adds
 SETTINGS = Settings(bound=100.0, divisor=8, grid=(0.5, 0.75, 0.9))
 BOUND = 0.2  # of the answers' size: how far INT8 may move them on what it is calibrated with
 STEER, CALIBRATE, HELD_OUT = 4, 32, 16  # images
-QUICK = ("vit",)
+QUICK = ("resnet",)
 HEADER = (
     *("network", "k params", "M MACs", "even", "PAGCP", "pruned", "of layers"),
     *("torch = ONNX", "INT8", "INT8 = ONNX", "s"),

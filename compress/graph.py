@@ -62,12 +62,19 @@ class Graph:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             seen = _Followed()
-            self._graph.build_dependency(
-                self.net,
-                example_inputs,
-                forward_fn=lambda net, inputs: _followed(net, inputs, seen),
-                output_transform=_differentiable,
-            )
+            try:
+                self._graph.build_dependency(
+                    self.net,
+                    example_inputs,
+                    forward_fn=lambda net, inputs: _followed(net, inputs, seen),
+                    output_transform=_differentiable,
+                )
+            except TypeError as error:  # a forward that fails is told by `_followed`
+                raise NasctlError(
+                    f"Torch-Pruning cannot tell which channels are joined where ({error})",
+                    where="model",
+                    next="A concatenation of parts whose channels it does not know is one cause.",
+                ) from error
         _place_joins(self._graph, seen.joins)
         self._freeze()
         self._names = {module: name for name, module in self.net.named_modules()}

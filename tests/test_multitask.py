@@ -269,3 +269,12 @@ def test_a_classification_is_judged_by_its_own_loss_and_metric():
     loss = goal.loss({"class": logits}, task.val.targets)
     assert loss.item() == pytest.approx(squared(logits, task.val.targets["label"]).item())
     assert multitask.single(plain, plain.size).goals[0].score(torch.ones(3)) == 1.0
+
+
+def test_the_only_tensor_of_a_structure_answers_the_only_goal():
+    task = multitask.single(tasks.load("digits"), 8)
+    logits = torch.zeros(2, 10)
+    for given in (logits, {"logits": logits, "hidden": None}, (logits,)):
+        assert multitask.answers(given, task)["class"] is logits
+    with pytest.raises(NasctlError, match="no output 'class'"):
+        multitask.answers({"logits": logits, "more": logits}, task)
