@@ -235,15 +235,8 @@ def fitted(samples: dict[str, list[tuple[Ops, float]]]) -> dict[str, LatencyTabl
 
 
 HEADER = [
-    "networks",
-    "predicted by",
-    "n",
-    "MAPE %",
-    "in 5 %",
-    "in 10 %",
-    "worst %",
-    "tau",
-    "tau in band",
+    *("networks", "predicted by", "n", "MAPE %"),
+    *("in 5 %", "in 10 %", "worst %", "tau", "tau in band"),
 ]
 
 

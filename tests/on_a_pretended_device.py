@@ -114,11 +114,14 @@ def compare(verb: str, folder: Path) -> dict[str, object]:
 
 
 def prepare(folder: Path) -> None:
-    from tests.texts import prose, save_teacher
-
     sys.path[:0] = [str(TESTS), str(folder)]
     for name, text in MODULES.items():
         (folder / f"{name}.py").write_text(text)
+
+
+def prepare_text(folder: Path) -> None:
+    from tests.texts import prose, save_teacher
+
     save_teacher(folder / "teacher")
     (folder / "text.txt").write_text(prose(120))
     lines = [f"{line}\t{at % 2}" for at, line in enumerate(prose(48, 1).splitlines())]
@@ -129,6 +132,8 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     prepare(folder)
+    if "distill" in sys.argv:
+        prepare_text(folder)
     os.chdir(folder)
     with pretend_device.pretended(), contextlib.redirect_stdout(sys.stderr):
         found = {verb: compare(verb, folder) for verb in sys.argv[2:]}
