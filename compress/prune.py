@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from compress import losses, units, widths
-from compress.cost import shape_of
+from compress.cost import against, shape_of
 from compress.easing import bargains, worst_first
 from compress.graph import Graph
 from compress.history import History, Step
@@ -274,13 +274,19 @@ class _Round:
         return found
 
     def _at(self, stops: Mapping[Unit, int]) -> float:
-        """The cost with units at these widths."""
+        """The cost with units at these widths, as sure as it has to be against the target."""
         named = {unit.root: width for unit, width in stops.items()}
         return float(
             self.known.of(
-                f"{self.job.cost.unit} at {named}", lambda: self._cost(self._applied(stops)[1])
+                f"{self.job.cost.unit} at {named}", lambda: self._decisive(self._applied(stops)[1])
             )
         )
+
+    def _decisive(self, net: nn.Module) -> float:
+        if not self.decides:
+            return self._cost(net)
+        job, key = self.job, f"{self.job.cost.unit} of {shape_of(net)} against {self.target}"
+        return self.known.of(key, lambda: against(job.cost, self.target, net, job.example_inputs))
 
     def _applied(self, stops: Mapping[Unit, int]) -> tuple[History, nn.Module]:
         """The accepted steps down to these widths, in the order they were taken, on the unpruned

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import losses, widths
+from compress.cost import against
 from compress.graph import Graph, Member
 from compress.history import History
 from compress.job import Job, Progress, Pruned, Row, Settings, Steps
@@ -70,7 +71,8 @@ def reach(job: Job, found: Found, scores: Scores, allocate: Allocate) -> Steps:
             steps = [widths.step(u, orders[u], n) for u, n in kept.items() if n < u.width]
             history = History(tuple(steps))
             net = history.replay(job.net, job.example_inputs)
-            tried[key] = history, net, job.cost.of(net, job.example_inputs)
+            cost = against(job.cost, job.target, net, job.example_inputs)
+            tried[key] = history, net, cost
         return tried[key]
 
     low, high = 0.0, 1.0
