@@ -101,12 +101,13 @@ class Experiment:
 
     # ---- stages, as typed ------------------------------------------------------------------------
 
-    def searched(self, name: str, budget_ms: float) -> Path:
+    def searched(self, name: str, budget_ms: float, more: float = 0.0) -> Path:
+        """`more` epochs of the found network's own training."""
         setting, run = self.setting, self.folder / f"{name}.search"
         names = ",".join(goal.name for goal in self.task.goals)
         words: list[object] = ["search", "--together", "--tasks", names]
         words += ["--data", setting.data, "--size", setting.size, "--width", setting.width]
-        words += ["--epochs", setting.search, "--finetune", setting.own, "--hw", setting.hw]
+        words += ["--epochs", setting.search, "--finetune", setting.own + more, "--hw", setting.hw]
         words += ["--latency", f"{budget_ms:.6g}ms"]
         typed([*words, *self._ours(run)], run)
         return run
@@ -155,8 +156,16 @@ class Experiment:
         moves = len(range(math.ceil(WARM * search), search, EVERY))
         return round(search + FORWARD * (SAMPLES + 1) * moves) + self.steps(self.setting.own)
 
-    def trained(self, name: str, task: MultiTask, space: Space, genes: Genes) -> Path:
-        """A run's folder with such a network, trained from scratch and sealed as a search's is."""
+    @property
+    def recovery(self) -> float:
+        """Epochs that a pruning trains: a quarter of its tuning between two rounds, then all."""
+        return 1.25 * self.setting.tuning
+
+    def trained(
+        self, name: str, task: MultiTask, space: Space, genes: Genes, more: float = 0.0
+    ) -> Path:
+        """A run's folder with such a network, trained from scratch and sealed as a search's is;
+        for `more` epochs where no pruning follows that would train it."""
         run, setting = self.folder / name, self.setting
         if (run / "bundle" / bundles.MANIFEST).is_file():
             return run
@@ -164,7 +173,8 @@ class Experiment:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             net = channels_last(space.build(space.decode(genes)))
-        schedule = Schedule(steps=self.work, batch=setting.batch, lr=LR, seed=self.seed)
+        steps = self.work + (self.steps(more) if more else 0)
+        schedule = Schedule(steps=steps, batch=setting.batch, lr=LR, seed=self.seed)
         for _ in train(net, task, schedule, resume=run / "training.safetensors"):
             pass
         names = [goal.name for goal in task.goals]
@@ -273,7 +283,7 @@ def no_search(e: Experiment) -> Path:
 
 
 def no_pruning(e: Experiment) -> Path:
-    return e.quantized(e.searched("for-less", float_ms(e)))
+    return e.quantized(e.searched("for-less", float_ms(e), more=e.recovery))
 
 
 def no_int8(e: Experiment) -> Path:
@@ -291,7 +301,7 @@ def smaller_input(e: Experiment) -> Path:
     task = multitask.load(e.setting.data, size=e.setting.small)
     space = space_for(task, width)
     small = replace(e, setting=replace(e.setting, size=e.setting.small))
-    return small.quantized(small.trained("small", task, space, space.largest))
+    return small.quantized(small.trained("small", task, space, space.largest, more=e.recovery))
 
 
 CHAINS: dict[str, Callable[[Experiment], Path]] = {

@@ -97,7 +97,7 @@ def prepare(given: dict[str, Any], folder: Path | None) -> Distilling:
 
     board = device.load(given["hw"])
     from cli.distilling import Distilling, DistilSpec
-    from nas.run import Run, digest, validated
+    from nas.run import Run, digest, stated, validated
 
     spec = validated(DistilSpec, {"threads": cores(), **given})
     import torch
@@ -106,7 +106,7 @@ def prepare(given: dict[str, Any], folder: Path | None) -> Distilling:
 
     torch.set_num_threads(spec.threads)
     found = teacher.load(spec.teacher)
-    name = f"distill-{Path(spec.teacher).name}-{digest(spec.model_dump())[:8]}"
+    name = f"distill-{Path(spec.teacher).name}-{digest(stated(spec))[:8]}"
     distilling = Distilling(spec, Run(folder or Path("runs") / name), found, board)
     # whatever is wrong with these is known before any work
     assert distilling.spaces and distilling.lesson and distilling.key and distilling.accelerator

@@ -50,7 +50,8 @@ def delivered(
     Returns a row per task."""
     own = job.own(part)
     own.path(BUNDLE).mkdir(parents=True, exist_ok=True)
-    key = runs.digest([search.fingerprint, job.spec.model_dump(), verify.environment()])
+    asked = job.spec.model_dump(exclude={"train_on"})
+    key = runs.digest([search.fingerprint, asked, verify.environment()])
 
     def work() -> None:
         finalist = _pick(job, search, shared, finalists, part, key)

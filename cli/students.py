@@ -219,7 +219,7 @@ def _opened(folder: Path, hw: str | None) -> Distilling:
     said = run.manifest().get("spec", {})
     if "subspaces" not in said:
         raise NasctlError("no distillation", where=f"--supernet {folder}")
-    spec = DistilSpec(**said)
+    spec = DistilSpec(**{**said, "train_on": "cpu"})  # which was there, not here
     return Distilling(spec, run, teacher.load(spec.teacher), device.load(hw or spec.hw))
 
 

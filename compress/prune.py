@@ -276,11 +276,10 @@ class _Round:
     def _at(self, stops: Mapping[Unit, int]) -> float:
         """The cost with units at these widths, as sure as it has to be against the target."""
         named = {unit.root: width for unit, width in stops.items()}
-        return float(
-            self.known.of(
-                f"{self.job.cost.unit} at {named}", lambda: self._decisive(self._applied(stops)[1])
-            )
-        )
+        key = f"{self.job.cost.unit} at {named}"
+        if self.decides:
+            key += f" against {self.target}"
+        return float(self.known.of(key, lambda: self._decisive(self._applied(stops)[1])))
 
     def _decisive(self, net: nn.Module) -> float:
         if not self.decides:

@@ -93,7 +93,8 @@ class Spec(BaseModel):
 def stated(spec: BaseModel) -> dict[str, Any]:
     """All fields that name a run; those that change no figure only where they are not the usual."""
     fields = spec.model_dump()
-    return {k: v for k, v in fields.items() if (k, v) not in (("licence", ""), ("train_on", "cpu"))}
+    usual = {"licence": "", "train_on": "cpu", "together": False}
+    return {k: v for k, v in fields.items() if k not in usual or v != usual[k]}
 
 
 def digest(value: Any) -> str:
@@ -180,7 +181,7 @@ class Run:
         changed = [
             f"{k} {before[k]!r} there, {now[k]!r} here"
             for k in now.keys() & before.keys()
-            if before[k] != now[k]
+            if before[k] != now[k] and k != "train_on"  # what was begun here goes on there
         ]
         if changed:
             raise UsageError(

@@ -70,6 +70,12 @@ def words(verb: str, folder: Path) -> list[str]:
         "reinforce": [*SEARCH, *CELLS, "--strategy", "reinforce"],
         "tasks": ["search", "--tasks", "class,box", *sides, "--width", "0.25", "--epochs", "1.6",
                   "--finetune", "0.4", "--hw", "jetson-tx2"],
+        "together": ["search", "--tasks", "class,box", "--together", *sides, "--width", "0.25",
+                     "--epochs", "1.6", "--finetune", "0.4", "--hw", "jetson-tx2"],
+        "prune-together": ["prune", str(folder / "together-here"), "--data", "two_sides:task",
+                           "--target", "macs=-10%", "--max-drop", "class=99%,box=99%", "--rounds",
+                           "1", "--epochs", "1", "--divisor", "4", "--threads", "1", "--batch",
+                           "16"],
         "prune": ["prune", "mine:build", "--target", "macs=-30%", "--max-drop", "class=99%,box=99%",
                   "--rounds", "2", "--epochs", "3", "--divisor", "4", *sides],
     }[verb]  # fmt: skip

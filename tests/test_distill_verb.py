@@ -75,6 +75,14 @@ def finished(inputs, tmp_path_factory):
     return run
 
 
+def test_a_run_that_trained_on_another_device_is_searched_on_this_one(finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    said = json.loads((run / "run.json").read_text())
+    said["spec"]["train_on"] = "cuda:7"
+    (run / "run.json").write_text(json.dumps(said))
+    assert students._opened(run, None).accelerator.type == "cpu"
+
+
 def test_a_run_ends_in_a_ranking_and_a_student_of_each_sub_space(finished):
     report = json.loads((finished / "report.json").read_text())
     assert [row["name"] for row in report["students"]] == ["teacher", "tiny", "base"]
@@ -226,6 +234,7 @@ BAD = {
         "[teacher]\nlayers=[2]\nhidden=[32]\nheads=[2]\nhalves=[4]",
         "--subspaces teacher: other files have this name",
     ),
+    "a path": ("['a/b']\nlayers=[2]\nhidden=[32]\nheads=[2]\nhalves=[4]", "cannot name files"),
     "odd": ("[a]\nlayers=[1]\nhidden=[33]\nheads=[2]\nhalves=[3]", "no whole number"),
 }
 

@@ -209,3 +209,13 @@ def test_a_run_of_a_version_with_fewer_fields_goes_on(run):
     said = "strategy 'predictor' there, 'random' here"
     with pytest.raises(UsageError, match=said), run.locked(other):
         pass
+
+
+def test_where_it_was_trained_is_no_other_run(tmp_path):
+    spec = make_spec({"epochs": 1, "threads": 1})
+    there = make_spec({"epochs": 1, "threads": 1, "train_on": "cuda"})
+    with Run(tmp_path).locked(spec):
+        pass
+    with Run(tmp_path).locked(there):  # what was begun on the processor goes on elsewhere
+        assert Run(tmp_path).manifest()["spec"]["train_on"] == "cuda"
+    assert spec.digest() != there.digest()  # but folders are not shared by accident

@@ -43,7 +43,13 @@ def test_a_supernet_is_trained_there_and_is_the_same(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "verbs",
-    [("search", "alone"), ("gumbel", "proxyless", "reinforce"), ("tasks", "prune"), ("distill",)],
+    [
+        ("search", "alone"),
+        ("gumbel", "proxyless", "reinforce"),
+        ("tasks", "prune"),
+        ("together", "prune-together"),
+        ("distill",),
+    ],
 )
 def test_so_does_every_verb_that_trains(tmp_path, verbs):
     assert_alike(compared(tmp_path, *verbs), least=1_000)
