@@ -88,7 +88,7 @@ def _types(model: onnx.ModelProto, where: str) -> dict[str, int]:
         raise NasctlError(f"cannot be lowered ({said})", where=where) from error
     values = [*graph.input, *graph.value_info, *graph.output]
     kinds = {value.name: value.type.tensor_type.elem_type for value in values}
-    kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    kinds.update((tensor.name, tensor.data_type) for tensor in graph.initializer)
     for node in graph.node:
         if any(a.type in (a.GRAPH, a.GRAPHS) for a in node.attribute):
             raise NasctlError(f"cannot be lowered: control flow ({node.op_type})", where=where)
