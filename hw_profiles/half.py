@@ -78,7 +78,11 @@ def half(
 def kept(model: onnx.ModelProto, keep: Collection[str] = ()) -> list[onnx.NodeProto]:
     """The nodes of a float32 model that `half` leaves in float32."""
     kinds = _types(model, "model")
-    return [node for node in model.graph.node if not _lowered(node, kinds, keep)]
+    return [
+        node
+        for node in model.graph.node
+        if _floats(node, kinds) and not _lowered(node, kinds, keep)
+    ]
 
 
 def _refused(error: Exception, where: str) -> NasctlError:
@@ -112,14 +116,18 @@ def _types(model: onnx.ModelProto, where: str) -> dict[str, int]:
     return kinds
 
 
+def _floats(node: onnx.NodeProto, kinds: dict[str, int]) -> bool:
+    return any(kinds.get(name) == TensorProto.FLOAT for name in node.output)
+
+
 def _lowered(node: onnx.NodeProto, kinds: dict[str, int], keep: Collection[str]) -> bool:
-    floats = any(kinds.get(name) == TensorProto.FLOAT for name in node.output)
-    return node.op_type in LOWERED and node.name not in keep and floats
+    return node.op_type in LOWERED and node.name not in keep and _floats(node, kinds)
 
 
 def _bounds(graph: onnx.GraphProto) -> set[str]:
     """Tensors that are read as a Clip's bounds and as nothing else."""
-    bounds, others = set(), {value.name for value in graph.output}
+    bounds: set[str] = set()
+    others = {value.name for value in graph.output}
     for node in graph.node:
         ends = node.input[1:] if node.op_type == "Clip" else []
         bounds.update(ends)
