@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from cli.judging import Judge
 from cli.prune import parse_drops
 from compress import guard
 from compress import quantize as int8
-from compress.guard import Guard, Guarded, Variant
+from compress.guard import Guard, Guarded, Kept, Variant
 from compress.quantize import Feeds, Scheme
 from compress.record import Record
 from deploy import bundle as bundles
@@ -90,15 +91,16 @@ def prepare(bundle: Bundle, asked: Asked, data: str | None) -> Job:
     for form in asked.forms:
         if form not in FORMS:
             raise unknown("form", form, FORMS, where="--forms")
-    if asked.board.runtime not in VARIANTS:
+    if "int8" in asked.forms and asked.board.runtime not in VARIANTS:
         raise UsageError(f"{asked.board.runtime} computes no INT8", where="--hw", allowed=VARIANTS)
+    library = runtimes.load_module(asked.board.runtime)
     if asked.on != measuring.LOCAL:
         measuring.here_or_there(asked.board, asked.on)
     Scheme(calibration=asked.calibration)  # raises for one that does not exist
     judge = judging.judge(bundling.interface_of(bundle), data)
     bound = parse_drops(asked.max_drop, [goal.name for goal in judge.task.goals])
     plain = int8.prepared(files.read(bundle.path(FLOAT)))
-    here = not runtimes.load_module(asked.board.runtime).unavailable()
+    here = not library.unavailable()
     runtime = asked.board.runtime if asked.board.local and here else ELSEWHERE
     return Job(bundle, asked, judge, bound, plain, runtime)
 
@@ -108,10 +110,11 @@ def quantize(job: Job) -> dict[str, Any]:
     the report. What was measured before a kill is kept beside the bundle."""
     console.say(f"{job.asked.board.name}, {job.asked.board.runtime}", "device")
     found = {name: _guarded(job, name) for name in _variants(job)}
-    refused = {}
-    for name in (form for form in job.asked.forms if form in HALVES):
+    refused, halves = {}, [form for form in job.asked.forms if form in HALVES]
+    before = _before(job) if halves else {}
+    for name in halves:
         try:
-            found[name] = _halved(job, name)
+            found[name] = _halved(job, name, before)
         except NasctlError as error:  # what cannot be lowered, or not be run here
             refused[name] = str(error)
     with tempfile.TemporaryDirectory() as folder:
@@ -168,14 +171,18 @@ def _before(job: Job) -> dict[str, float]:
     return before
 
 
-def _halved(job: Job, name: str) -> Guarded:
-    """The half-precision form, with its share of the bound. Raises NasctlError where the model
-    cannot be lowered, or the runtime cannot run what it was lowered to."""
-    before, plain = _before(job), files.read(job.bundle.path(FLOAT))
+def _halved(job: Job, name: str, before: Mapping[str, float]) -> Guarded:
+    """The half-precision form, with its share of the bound and what stays float32.
+
+    Raises NasctlError where the model cannot be lowered, or the runtime cannot run what it was
+    lowered to.
+    """
+    plain = files.read(job.bundle.path(FLOAT))
     model = half.half(plain, FLOAT, to=name)
     after = _scores(job, job.evidence(model, 0))
     spent = judging.spent(before, after, job.bound)
-    return Guarded(model, (), len(plain.graph.node), spent, spent, 1)
+    kept = tuple(Kept(node.name, node.op_type, None) for node in half.kept(plain))
+    return Guarded(model, kept, len(plain.graph.node), spent, spent, 1)
 
 
 def _guarded(job: Job, name: str) -> Guarded:
@@ -298,11 +305,16 @@ def say_outcome(content: Mapping[str, Any], folder: Path) -> None:
         table.add_row(row["name"], speed, f"{row['bytes'] / 1e3:.4g}", kept, ", ".join(changes))
     console.show(table)
     for row in content["variants"]:
-        for each in row.get("kept", ()):
+        kept = row.get("kept", ())
+        for each in (one for one in kept if one["error"] is not None):
             console.say(
                 f"{row['name']}: {each['node']} ({each['kind']}) stays in float: alone in INT8 it "
                 f"changes the outputs by {each['error']:.1%}"
             )
+        kinds = Counter(each["kind"] for each in kept if each["error"] is None)
+        if kinds:
+            listed = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+            console.say(f"{row['name']}: stay in float32: {listed}")
     for line in content["why"]:
         console.say(line)
     console.say(str(folder / bundles.read(folder).manifest.model), "delivers")

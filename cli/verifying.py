@@ -16,13 +16,15 @@ from torch import nn
 from cli import building, bundling, console, judging, several
 from cli.bundling import Feeds
 from cli.judging import Run
+from cli.quantizing import HALVES
 from deploy import bundle as bundles
 from deploy import chain
 from deploy import engine as engines
+from deploy import onnx as files
 from deploy import verify as deployed
 from deploy.bundle import Bundle
 from deploy.chain import Link, Outputs
-from hw_profiles import processes, runtimes
+from hw_profiles import half, processes, runtimes
 from hw_profiles.device import Device
 from hw_profiles.measure import Plan, Setting
 from nas import checkpoint, file
@@ -72,8 +74,12 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
     expected = judging.runner(plain, PLAIN)(inputs)
     links, notes = _before(bundle, named, asked.data, inputs, expected)
     delivered = Delivered(bundle.model, PLAIN, None, 1)
-    if bundle.model != plain:
-        links.append(_link("float file = delivered file", delivered, inputs, expected))
+    why = _unloadable(delivered)
+    if why:
+        notes.append(f"float file = delivered file: {why}")
+    elif bundle.model != plain:
+        lower = _lower(delivered.path)
+        links.append(_link("float file = delivered file", delivered, inputs, expected, lower))
     if asked.engine is not None:
         path = building.named(bundle, asked.engine)
         _, car = engines.load(path)  # which checks that it belongs here
@@ -85,12 +91,20 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
             )
         loads = None if car.runtime == PLAIN else car.requested
         source = Delivered(bundle.path(car.model), PLAIN, None, 1)
-        expected = source.runner()(inputs)
         delivered = Delivered(path, car.runtime, loads, car.threads)
-        links.append(_link(f"{car.model} = engine", delivered, inputs, expected, car.observed))
-    scores, missing = _scores(bundle, delivered, asked)
-    measured = _measured(delivered, asked, inputs)
-    if measured is None:
+        name = f"{car.model} = engine"
+        if unread := _unloadable(source):
+            notes.append(f"{name}: {unread}")
+        else:
+            expected = source.runner()(inputs)
+            links.append(_link(name, delivered, inputs, expected, car.observed))
+        why = ""
+    if why:
+        scores, missing, measured = None, [f"metric, latency and memory: {why}"], None
+    else:
+        scores, missing = _scores(bundle, delivered, asked)
+        measured = _measured(delivered, asked, inputs)
+    if measured is None and not why:
         missing.append(f"latency and memory: {asked.board.name} is not this machine")
     budget_ms, elsewhere = _budget(bundle, asked)
     return {
@@ -106,6 +120,26 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
         "not_measured": [*notes, *missing, *elsewhere],
         "environment": deployed.environment(),
     }
+
+
+def _lower(path: Path) -> str | None:
+    """The half precision that an ONNX file says it computes in, by the types of its weights: ONNX
+    Runtime on processors casts, and is seen to compute in float32. None of any other file."""
+    if path.name not in HALVES.values():
+        return None
+    kinds = {tensor.data_type for tensor in files.read(path).graph.initializer}
+    return next((name for name, code in half.CODES.items() if code in kinds), None)
+
+
+def _unloadable(file: Delivered) -> str:
+    """Why a half-precision file cannot be run here, as bfloat16 in ONNX Runtime; else empty."""
+    if _lower(file.path) is None:
+        return ""
+    try:
+        file.runner()
+    except NasctlError as error:
+        return str(error)
+    return ""
 
 
 def _link(

@@ -35,11 +35,12 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A node that stays in float, and by how much it alone in INT8 changes the outputs."""
+    """A node that stays in float, and by how much it alone in INT8 changes the outputs; None where
+    that was not measured, because such nodes always stay."""
 
     node: str
     kind: str
-    error: float  # root of the squared change over the squared outputs, the worst output
+    error: float | None  # root of the squared change over the squared outputs, the worst output
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ it needs Python 3.8 and the runtime, nothing else.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict
 
 from hw_profiles import fingerprint, runtimes
 from nas.errors import NasctlError
@@ -16,7 +16,7 @@ from nas.errors import NasctlError
 DEPENDS = ("processor", "architecture", "board", "l4t", "gpu", "sm", "driver", "cuda")
 GPU = ("tensorrt", "aoti_cuda")  # runtimes whose engines belong to a GPU
 
-Facts = dict[str, Any]
+Facts = Dict[str, Any]
 
 
 def built(model: Path, path: Path, runtime: str, precision: str | None, threads: int) -> Facts:

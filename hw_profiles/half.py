@@ -63,16 +63,31 @@ def half(
     if not any(tensor.data_type == TensorProto.FLOAT for tensor in twin.graph.initializer):
         raise NasctlError("has no float32 weights to lower", where=where)
     if to == "bf16" and _opset(twin) < BF16_OPSET:
-        twin = onnx.version_converter.convert_version(twin, BF16_OPSET)
+        try:
+            twin = onnx.version_converter.convert_version(twin, BF16_OPSET)
+        except (onnx.version_converter.ConvertError, RuntimeError) as error:
+            raise _refused(error, where) from error
     _Lowering(twin, where, to, frozenset(keep)).run()
-    onnx.checker.check_model(twin)
+    try:
+        onnx.checker.check_model(twin)
+    except onnx.checker.ValidationError as error:
+        raise _refused(error, where) from error
     return twin
 
 
 def kept(model: onnx.ModelProto, keep: Collection[str] = ()) -> list[onnx.NodeProto]:
     """The nodes of a float32 model that `half` leaves in float32."""
     kinds = _types(model, "model")
-    return [node for node in model.graph.node if not _lowered(node, kinds, keep)]
+    return [
+        node
+        for node in model.graph.node
+        if _floats(node, kinds) and not _lowered(node, kinds, keep)
+    ]
+
+
+def _refused(error: Exception, where: str) -> NasctlError:
+    """What onnx says, in one line."""
+    return NasctlError(f"cannot be lowered ({' '.join(str(error).split())})", where=where)
 
 
 def _opset(model: onnx.ModelProto) -> int:
@@ -84,11 +99,10 @@ def _types(model: onnx.ModelProto, where: str) -> dict[str, int]:
     try:
         graph = shape_inference.infer_shapes(model).graph
     except shape_inference.InferenceError as error:
-        said = " ".join(str(error).split())
-        raise NasctlError(f"cannot be lowered ({said})", where=where) from error
+        raise _refused(error, where) from error
     values = [*graph.input, *graph.value_info, *graph.output]
     kinds = {value.name: value.type.tensor_type.elem_type for value in values}
-    kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    kinds.update((tensor.name, tensor.data_type) for tensor in graph.initializer)
     for node in graph.node:
         if any(a.type in (a.GRAPH, a.GRAPHS) for a in node.attribute):
             raise NasctlError(f"cannot be lowered: control flow ({node.op_type})", where=where)
@@ -102,9 +116,23 @@ def _types(model: onnx.ModelProto, where: str) -> dict[str, int]:
     return kinds
 
 
+def _floats(node: onnx.NodeProto, kinds: dict[str, int]) -> bool:
+    return any(kinds.get(name) == TensorProto.FLOAT for name in node.output)
+
+
 def _lowered(node: onnx.NodeProto, kinds: dict[str, int], keep: Collection[str]) -> bool:
-    floats = any(kinds.get(name) == TensorProto.FLOAT for name in node.output)
-    return node.op_type in LOWERED and node.name not in keep and floats
+    return node.op_type in LOWERED and node.name not in keep and _floats(node, kinds)
+
+
+def _bounds(graph: onnx.GraphProto) -> set[str]:
+    """Tensors that are read as a Clip's bounds and as nothing else."""
+    bounds: set[str] = set()
+    others = {value.name for value in graph.output}
+    for node in graph.node:
+        ends = node.input[1:] if node.op_type == "Clip" else []
+        bounds.update(ends)
+        others.update(node.input[: len(node.input) - len(ends)])
+    return bounds - others
 
 
 class _Lowering:
@@ -115,6 +143,7 @@ class _Lowering:
         self.graph, self.where, self.code, self.keep = model.graph, where, CODES[to], keep
         self.kinds = _types(model, where)
         self.weights = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.bounds = _bounds(self.graph)
         self.there = {value.name for value in self.graph.input} | self.weights.keys()
         self.nodes: list[onnx.NodeProto] = []
 
@@ -124,8 +153,9 @@ class _Lowering:
             names = [self.read(name, low) if self.is_float(name) else name for name in node.input]
             node.input[:] = names
             if low:
+                name = node.output[0]
                 node.output[:] = [self.low(n) if self.is_float(n) else n for n in node.output]
-                self.lower_attributes(node)
+                self.lower_attributes(node, name)
             self.there.update(node.output)
             self.nodes.append(node)
         for value in self.graph.output:
@@ -154,7 +184,7 @@ class _Lowering:
             return wanted
         if low and name in self.weights:
             tensor = TensorProto.FromString(self.weights[name].SerializeToString())
-            self.lower(tensor)
+            self.lower(tensor, name)
             tensor.name = wanted
             self.graph.initializer.append(tensor)
         else:
@@ -163,17 +193,20 @@ class _Lowering:
         self.there.add(wanted)
         return wanted
 
-    def lower_attributes(self, node: onnx.NodeProto) -> None:
+    def lower_attributes(self, node: onnx.NodeProto, name: str) -> None:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.TENSOR:
-                self.lower(attribute.t)
+                self.lower(attribute.t, name)
             elif node.op_type == "Cast" and attribute.name == "to":
                 attribute.i = self.code
 
-    def lower(self, tensor: TensorProto) -> None:
+    def lower(self, tensor: TensorProto, name: str) -> None:
+        """In place; the tensor is the constant of that name."""
         if tensor.data_type != TensorProto.FLOAT:
             return
         values = numpy_helper.to_array(tensor)
+        if self.code == TensorProto.FLOAT16 and name in self.bounds:
+            values = np.clip(values, -LARGEST, LARGEST)  # no number is beyond these
         if self.code == TensorProto.FLOAT16 and np.abs(values).max(initial=0.0) > LARGEST:
             raise NasctlError(f"weight '{tensor.name}' exceeds float16's range", where=self.where)
         dtype = helper.tensor_dtype_to_np_dtype(self.code)

@@ -98,6 +98,48 @@ def test_an_engine_that_is_damaged_on_its_way_is_refused(board, bundle, monkeypa
         build.build(board.target, request(bundle))
 
 
+class Pretended:
+    """A board that says what a test states; its scripts are known by their text."""
+
+    def __init__(self, monkeypatch, **answers):
+        self.answers = {getattr(build, name): answer for name, answer in answers.items()}
+        monkeypatch.setattr(
+            place, "made", lambda target: place.Place(target, "/tmp/nasctl-12345678")
+        )
+        monkeypatch.setattr(place.Place, "send", lambda *_: None)
+        monkeypatch.setattr(place.Place, "sh", self.sh)
+
+    def sh(self, script, *more, stdin=None):
+        answer = self.answers.get(script, b"")
+        if isinstance(answer, NasctlError):
+            raise answer
+        return ssh.Answer(0, answer, "")
+
+
+def built_record(engine):
+    record = {"sha256": hashlib.sha256(engine).hexdigest(), "bytes": len(engine)}
+    return build.runner.to_line({"kind": "engine", **record, "facts": {}, "latency": {}})
+
+
+@pytest.mark.parametrize("banner", [b"", b"Welcome!\n"])
+def test_a_login_shell_may_print_before_the_engine(bundle, monkeypatch, banner):
+    run = banner + build.runner.BEGIN + built_record(b"engine")
+    Pretended(monkeypatch, RUN=run, _CAT=banner + b"engine")
+    assert build.build(ssh.Target("board"), request(bundle)).content == b"engine"
+
+
+@pytest.mark.parametrize("lost", ["RUN", "_CAT", None])
+def test_a_folder_that_stays_on_the_board_is_named(bundle, monkeypatch, lost):
+    gone = ssh.Unreachable("no connection", where="ssh://board")
+    said = {"RUN": build.runner.BEGIN + built_record(b"engine"), "_CAT": b"engine"}
+    Pretended(monkeypatch, **{**said, "_REMOVE": gone, **({lost: gone} if lost else {})})
+    with pytest.raises(
+        NasctlError, match="/tmp/nasctl-12345678, with the model, is still"
+    ) as error:
+        build.build(ssh.Target("board"), request(bundle))
+    assert isinstance(error.value, ssh.Unreachable) is (lost is not None)
+
+
 def test_files_that_arrived_damaged_are_not_built(bundle, tmp_path):
     asked = request(bundle)
     folder = tmp_path / "there"

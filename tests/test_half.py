@@ -6,6 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 from test_runtimes import FEEDS, MODEL
 
+from deploy import onnx as files
 from hw_profiles.half import CODES, LOWERED, half, half_file, kept
 from hw_profiles.runtimes import onnxruntime
 from nas.errors import NasctlError
@@ -89,6 +90,61 @@ def test_what_cannot_be_halved_is_one_line():
         half(whole, "m")
     with pytest.raises(NasctlError, match="m: is no ONNX file"):
         half_file(b"no model", "m")
+
+
+def test_what_the_libraries_refuse_is_one_line():
+    taken = [
+        helper.make_node("Add", ["x", "w"], ["a"]),
+        helper.make_node("Exp", ["a"], ["x.half"]),
+        helper.make_node("Relu", ["x.half"], ["y"]),
+    ]
+    with pytest.raises(NasctlError, match=r"^m: cannot be lowered \(.*'x.half'.*\)$"):
+        half(model_of(taken, np.ones((2, 3), np.float32)), "m")
+    odd = model_of([helper.make_node("Odd", ["x"], ["y"])], np.float32(1))
+    with pytest.raises(NasctlError, match=r"^m: cannot be lowered \(.*no registered schema.*\)$"):
+        half(odd, "m", to="bf16")
+
+
+@pytest.mark.parametrize("constant", ["initializer", "node"])
+def test_a_clip_to_all_finite_numbers_is_one_to_all_of_float16(constant):
+    """As files with a Pad before a MaxPool have it, from `deploy.onnx.export`."""
+    lowest = numpy_helper.from_array(np.array(np.finfo(np.float32).min), "lowest")
+    nodes = [
+        helper.make_node("Add", ["x", "w"], ["a"]),
+        helper.make_node("Clip", ["a", "lowest"], ["y"]),
+    ]
+    if constant == "node":
+        nodes.insert(0, helper.make_node("Constant", [], ["lowest"], value=lowest))
+    model = model_of(nodes, np.full((2, 3), -7, np.float32))
+    if constant == "initializer":
+        model.graph.initializer.append(lowest)
+    for to in CODES:
+        twin = half(model, "m", to=to)
+        assert "Clip" in [node.op_type for node in twin.graph.node]
+    np.testing.assert_array_equal(run(half(model, "m"), np.ones((2, 3), np.float32)), -6)
+    model.graph.node.append(helper.make_node("Mul", ["y", "lowest"], ["z"]))  # no bound only
+    model.graph.output[0].name = "z"
+    with pytest.raises(NasctlError, match="weight 'lowest' exceeds float16's range"):
+        half(model, "m")
+
+
+def test_a_network_with_a_pad_before_a_pool_is_lowered():
+    nodes = [
+        helper.make_node("Add", ["x", "w"], ["a"]),
+        helper.make_node("Unsqueeze", ["a", "axis"], ["map"]),
+        helper.make_node("Pad", ["map", "pads"], ["padded"]),
+        helper.make_node("MaxPool", ["padded"], ["pooled"], kernel_shape=[3]),
+        helper.make_node("Squeeze", ["pooled", "axis"], ["y"]),
+    ]
+    model = model_of(nodes, np.full((2, 3), -2, np.float32))
+    for name, values in (("axis", [0]), ("pads", [0, 0, 1, 0, 0, 1])):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(values), name))
+    files._part_pads(model)
+    assert "Clip" in [node.op_type for node in model.graph.node]
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    twin = half(model, "m")
+    assert kinds_of(twin)["pooled.half"] == TensorProto.FLOAT16
+    np.testing.assert_array_equal(run(twin, x), [[0, 0, 0], [2, 3, 3]])
 
 
 def run(model, x):

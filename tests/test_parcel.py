@@ -21,12 +21,14 @@ from hw_profiles.measure import reference_model
 from hw_profiles.op import Tape
 from hw_profiles.protocol import Plan
 from hw_profiles.remote import over_ssh, runner, ssh
-from hw_profiles.remote.parcel import Parcel
-from hw_profiles.runtimes import Session
+from hw_profiles.remote.parcel import Parcel, code
+from hw_profiles.runtimes import Session, names
 from nas.errors import NasctlError, UsageError
 
 QUICK = Plan(rounds=2, max_rounds=2)
-KEYWORDS = {"slots", "kw_only", "strict"}  # of dataclass and zip, later than Python 3.8
+#: later than Python 3.8: parameters of dataclass and zip, and what modules and strings have
+KEYWORDS = {"slots", "kw_only", "strict"}
+ATTRIBUTES = {"functools.cache", "removeprefix", "removesuffix"}
 
 
 def network(channels):
@@ -122,29 +124,54 @@ def newer_than_3_8(code):
     for node in ast.walk(Evaluated().visit(tree)):
         if isinstance(node, ast.keyword) and node.arg in KEYWORDS:
             yield node.arg
+        if isinstance(node, ast.Attribute):
+            yield from {node.attr, ast.unparse(node)} & ATTRIBUTES
+        if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.BitOr):
+            yield "|="  # of dicts, perhaps
         values = ast.walk(node.value) if isinstance(node, ast.Assign) else ()
         for value in values:
             if isinstance(value, ast.Subscript) and isinstance(value.value, ast.Name):
                 yield from {value.value.id} & {*abc, "dict", "list", "set", "tuple", "type"}
 
 
-def test_the_code_that_is_sent_uses_nothing_newer_than_python_3_8(three):
-    assert {name: [*newer_than_3_8(code)] for name, code in three.code.items()} == {
-        name: [] for name in three.code
+@pytest.mark.parametrize("runtime", names())
+def test_the_code_that_is_sent_uses_nothing_newer_than_python_3_8(runtime):
+    files = code("hw_profiles.remote.engines", f"hw_profiles.runtimes.{runtime}")
+    assert "hw_profiles/remote/runner.py" in files
+    assert {name: [*newer_than_3_8(text)] for name, text in files.items()} == {
+        name: [] for name in files
     }
-    sample = "from collections.abc import Callable\nA = Callable[[], list[int]]\nf(slots=True)"
-    assert sorted(newer_than_3_8(sample)) == ["Callable", "list", "slots"]
+
+
+def test_what_is_newer_than_python_3_8_is_noticed():
+    sample = (
+        "from collections.abc import Callable\nA = Callable[[], list[int]]\nf(slots=True)\n"
+        "a |= {1: 2}\nfunctools.cache(s.removeprefix('a'))"
+    )
+    assert sorted(newer_than_3_8(sample)) == [
+        *("Callable", "functools.cache", "list", "removeprefix", "slots", "|=")
+    ]
     with pytest.raises(SyntaxError):
         [*newer_than_3_8("with (open(x) as y, open(z) as w): pass\nmatch x:\n  case _: pass")]
 
 
-def test_the_code_that_is_sent_imports_in_python_3_8(three, tmp_path):
+def test_the_code_that_is_sent_imports_in_python_3_8(tmp_path):
+    """With stand-ins for libraries; what imports torch as it starts is left out, because our torch
+    has none for 3.8."""
     python = python_3_8()
     if python is None:
         pytest.skip("no Python 3.8 on this machine")
-    unpacked(three, tmp_path)
-    modules = [name[:-3].replace("/", ".") for name in three.code if "__init__" not in name]
-    program = "; ".join(f"import {name}" for name in modules)
+    files = code("hw_profiles.remote.engines", *(f"hw_profiles.runtimes.{one}" for one in names()))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(text)
+    modules = [name[:-3].replace("/", ".") for name in files if "__init__" not in name]
+    modules = [name for name in modules if not name.endswith(("._torch_graph", "._aoti"))]
+    libraries = ("numpy", "onnx", "google", "google.protobuf", "google.protobuf.message")
+    program = (
+        "import sys; from unittest.mock import MagicMock;"
+        f"sys.modules.update((name, MagicMock()) for name in {libraries});"
+    ) + "; ".join(f"import {name}" for name in modules)
     subprocess.run([python, "-c", program], cwd=tmp_path, check=True)
 
 

@@ -67,6 +67,7 @@ def test_half_precision_is_refused_where_the_processor_computes_in_float32(nasct
     code, content, _ = quantized(nasctl, "--max-drop", "3%", "--forms", "fp16")
     assert code == 0 and content["choice"] == "model.onnx"
     row = content["variants"][1]
+    assert [one["kind"] for one in row["kept"]] == ["GlobalAveragePool"] and row["nodes"] > 4
     assert row["name"] == "fp16" and row["observed"] == "fp32" and row["spent"] <= 1
     assert content["why"][-1] == (
         "fp16: computes in fp32 there, at x2.00 of model.onnx's speed: refused"
@@ -81,6 +82,21 @@ def test_what_the_runtime_cannot_run_is_told(nasctl, workdir, timed):
     assert code == 0 and content["choice"] == "u8"
     assert "ONNX Runtime cannot load it" in content["refused"]["bf16"]
     assert content["why"][-1].startswith("bf16: not possible here: ")
+
+
+def test_what_half_precision_leaves_in_float_is_told(nasctl, workdir, timed):
+    timed(1.0, 0.5)
+    small(workdir / "b")
+    said = nasctl("quantize", "b", "--max-drop", "3%", "--forms", "fp16")
+    assert "fp16: stay in float32: GlobalAveragePool 1" in said.err
+    assert "1 of 9" in said.out
+
+
+def test_a_float_file_that_knows_nothing_is_not_the_fault_of_a_form(nasctl, workdir, monkeypatch):
+    small(workdir / "b")
+    monkeypatch.setattr("cli.quantizing._scores", lambda *_: {"class": 0.0})
+    code, content, error = quantized(nasctl, "--forms", "fp16")
+    assert code == 1 and "the float file scores 0" in error and not content
 
 
 def test_all_forms_inside_the_bound_go_to_a_board_that_is_not_here(nasctl, workdir):
@@ -133,6 +149,8 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(nasctl, workdir, 
         (("--max-drop", "seg=1%"), 2, "unknown task 'seg'"),
         (("--calibration", "max"), 2, "unknown calibration 'max'"),
         (("--forms", "int8,fp8"), 2, "unknown form 'fp8'; allowed: bf16, fp16, int8"),
+        (("--hw", "raspi4"), 2, "--hw: tflite computes no INT8"),
+        (("--hw", "raspi4", "--forms", "fp16"), 2, "unknown runtime 'tflite'"),
         (("--hw", "nowhere"), 2, "unknown device 'nowhere'"),
         (("--on", "ssh://pi@board"), 2, "cpu is this machine"),
         (("--data", "nowhere"), 2, "no such data 'nowhere'"),

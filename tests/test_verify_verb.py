@@ -9,6 +9,7 @@ from bundles import network, small
 from deploy import bundle as bundles
 from deploy import chain
 from deploy import onnx as files
+from hw_profiles.half import half
 from hw_profiles.protocol import Timing
 from nas.errors import ParityFailed
 
@@ -71,6 +72,35 @@ def test_another_network_under_the_delivered_name_has_exit_code_5(nasctl, workdi
     code, content, error = verified(nasctl, "b")
     assert code == 5 and "float file = delivered file: outputs differ" in error
     assert [one["holds"] for one in content["chain"]] == [False]
+
+
+def halved(folder, to):
+    """A bundle that delivers its half-precision form."""
+    made, name = small(folder), f"model.{to}.onnx"
+    files.write(half(files.read(made.model), "m", to=to), folder.with_name(name))
+    bundles.add(made, {name: ("model", folder.with_name(name))}, model=name)
+    return name
+
+
+@pytest.mark.usefixtures("stated")
+def test_a_half_precision_file_is_held_to_its_own_types(nasctl, workdir):
+    name = halved(workdir / "b", "fp16")
+    code, content, error = verified(nasctl, "b")
+    assert code == 0, error
+    (one,) = content["chain"]
+    assert one["precision"] == "fp16" and chain.TOLERANCE["fp32"] < one["error"] <= 1e-2
+    assert content["file"]["path"] == name and content["metric"] and content["measured"]
+
+
+@pytest.mark.usefixtures("stated")
+def test_a_file_that_cannot_be_run_here_is_not_measured(nasctl, workdir):
+    halved(workdir / "b", "bf16")
+    code, content, error = verified(nasctl, "b")
+    assert code == 0, error
+    assert content["chain"] == [] and content["metric"] is None and content["measured"] is None
+    for what in ("float file = delivered file: ", "metric, latency and memory: "):
+        (note,) = (one for one in content["not_measured"] if one.startswith(what))
+        assert "ONNX Runtime cannot load it" in note
 
 
 def test_a_changed_bundle_is_refused_before_anything_is_run(nasctl, workdir):

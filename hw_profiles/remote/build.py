@@ -1,12 +1,12 @@
 """Building an engine on a board over ssh: the ONNX file goes there, the engine comes back.
 
 What runs there is `hw_profiles/remote/engines.py`, in a fresh private folder, of which nothing is
-left afterwards. A lost connection ends it: the same command builds it again.
+left afterwards. A lost connection ends it: the error names the folder, and the same command builds
+it again in another.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -56,20 +56,44 @@ class Built:
 
 def build(target: ssh.Target, request: Request) -> Built:
     """Raises NasctlError with what the board lacks or said, ssh.Unreachable where the connection
-    is lost."""
+    is lost; both name the folder that is still there where it cannot be removed."""
     there = place.made(target)
     try:
-        sources = code("hw_profiles.remote.engines", f"hw_profiles.runtimes.{request.runtime}")
-        # the code first, and a look at what is there for it: models may be large
-        there.send(sources, f"{UNPACK}; {RUN}", *CHECK, request.runtime)
-        content = request.content()
-        models = {MODEL: request.model, REFERENCE: request.reference}
-        there.send({**models, REQUEST: content}, UNPACK)
-        suffix = runtimes.compiled(request.runtime).ENGINE
-        return _fetched(there, hashlib.sha256(content).hexdigest(), suffix)
-    finally:
-        with contextlib.suppress(NasctlError):  # the connection is gone, which was told already
-            there.sh(_REMOVE)
+        built = _built(there, request)
+    except NasctlError as error:
+        if _removed(there):
+            raise
+        what = f"{error.what}; {there.path}, with the model, is still on the board"
+        raise type(error)(
+            what, where=error.where, allowed=error.allowed, next=error.next
+        ) from error
+    except BaseException:  # whoever interrupts it
+        _removed(there)
+        raise
+    if not _removed(there):
+        raise there.failure(
+            f"the engine is built, but {there.path}, with the model, is still on the board",
+            next="Remove it and run the command again.",
+        )
+    return built
+
+
+def _removed(there: Place) -> bool:
+    try:
+        return not there.sh(_REMOVE).code
+    except NasctlError:
+        return False
+
+
+def _built(there: Place, request: Request) -> Built:
+    sources = code("hw_profiles.remote.engines", f"hw_profiles.runtimes.{request.runtime}")
+    # the code first, and a look at what is there for it: models may be large
+    there.send(sources, f"{UNPACK}; {RUN}", *CHECK, request.runtime)
+    content = request.content()
+    models = {MODEL: request.model, REFERENCE: request.reference}
+    there.send({**models, REQUEST: content}, UNPACK)
+    suffix = runtimes.compiled(request.runtime).ENGINE
+    return _fetched(there, hashlib.sha256(content).hexdigest(), suffix)
 
 
 def _fetched(there: Place, identity: str, suffix: str) -> Built:
@@ -80,7 +104,8 @@ def _fetched(there: Place, identity: str, suffix: str) -> Built:
     if len(records) != 1 or records[0]["kind"] != "engine":
         raise there.failure("what it says of the engine is damaged", next="Run it again.")
     (record,) = records
-    fetched = there.sh(_CAT, engines.ENGINE + suffix).out
+    # the last bytes: a login shell may print others before
+    fetched = there.sh(_CAT, engines.ENGINE + suffix).out[-record["bytes"] :]
     if hashlib.sha256(fetched).hexdigest() != record["sha256"]:
         raise there.failure("the engine was damaged on its way", next="Run the command again.")
     return Built(fetched, record["facts"], record["latency"])

@@ -29,7 +29,7 @@ SUFFIX = ".pt2"
 NOTE = "nasctl"  # our entry in the package's metadata
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Package:
     """A loaded package and what it was built for."""
 

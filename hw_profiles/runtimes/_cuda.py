@@ -10,9 +10,8 @@ import contextlib
 import ctypes
 import functools
 import weakref
-from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_uint64, c_void_p
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Callable
 
 from nas.errors import NasctlError
 
@@ -68,7 +67,7 @@ def unavailable() -> str:
     return ""
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def gpu() -> Gpu:
     """The first visible GPU, opened once per process. Raises NasctlError when there is none."""
     if missing := unavailable():

@@ -7,9 +7,8 @@ runtime is compared on it. Not a general importer: an operator outside OPERATORS
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable, Mapping
 
 import onnx
 import torch
@@ -168,8 +167,8 @@ class Graph(nn.Module):
         self.multiplied = [self.buffer_of[name] for name in multiplied if name in self.buffer_of]
 
     def forward(self, *xs: Tensor) -> tuple[Tensor, ...]:
-        values: dict[str, Any] = {**self.lists, **dict(zip(self.inputs, xs, strict=True))}
-        values |= {name: getattr(self, buffer) for name, buffer in self.buffer_of.items()}
+        values: dict[str, Any] = {**self.lists, **dict(zip(self.inputs, xs))}
+        values.update((name, getattr(self, buffer)) for name, buffer in self.buffer_of.items())
         for operator, attributes, reads, out in self.steps:
             values[out] = operator(attributes, *(values[name] for name in reads if name))
         return tuple(values[name] for name in self.outputs)

@@ -36,7 +36,7 @@ NO_GRAPH = -1
 NO_FALLBACK = {"session.disable_cpu_ep_fallback": "1"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Loaded:
     session: Any  # onnxruntime.InferenceSession
     model: bytes | Path
@@ -88,7 +88,7 @@ def run(session: Session, feeds: Feeds) -> list[np.ndarray]:
     return list(binding.copy_outputs_to_cpu())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Replay:
     """One inference on bound buffers; keeps them, because a graph knows them by address."""
 
@@ -108,7 +108,7 @@ def timed(session: Session, feeds: Feeds) -> Callable[[], float]:
     binding, inputs = _bound(session, feeds)
     _enqueue(session, binding, NO_GRAPH)
     outputs = binding.get_outputs()
-    for name, value in zip(session.outputs, outputs, strict=True):
+    for name, value in zip(session.outputs, outputs):
         binding.bind_ortvalue_output(name, value)  # from now on where the graph will write
     replay = Replay(session, binding, next(session.inner.graphs), (*inputs, *outputs))
     for _ in range(WARM_UP):

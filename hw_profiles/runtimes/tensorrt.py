@@ -45,7 +45,7 @@ WORDS = {
 MULTIPLY = ("conv", "gemm", "matmul", "matrix")  # in the names of multiplying layers' types
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Loaded:
     """An engine, the context that runs it, and a buffer on the GPU for each of its tensors."""
 
@@ -59,7 +59,7 @@ class Loaded:
             raise NasctlError(f"TensorRT cannot run it ({_said()})")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Replay:
     """One replay of a captured graph; keeps what the graph knows by address."""
 
@@ -286,7 +286,7 @@ def _library() -> Any:
     return tensorrt
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _logger() -> Any:
     """One for the process, as TensorRT wants; keeps errors for our messages and prints nothing."""
     trt = _library()

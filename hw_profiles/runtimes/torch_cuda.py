@@ -70,7 +70,7 @@ def run(session: Session, feeds: Feeds) -> list[np.ndarray]:
         return [out.float().cpu().numpy() for out in session.inner(*inputs)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Replay:
     """One replay of a captured graph; keeps what the graph knows by address."""
 
