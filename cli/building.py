@@ -131,7 +131,8 @@ def trtexec(bundle: Bundle, member: str | None) -> str:
 def laid_out(bundle: Bundle, member: str | None, layout: str, folder: Path) -> list[str]:
     """The files of a layout of one of the bundle's ONNX files, in a new folder."""
     source = bundle.path(member or bundle.manifest.model)
-    paths = layouts.written(layout, source, bundling.interface_of(bundle), folder)
+    interface = bundling.interface_of(bundle) if bundle.of("task") else None  # exported without
+    paths = layouts.written(layout, source, interface, folder)
     return [str(path) for path in paths]
 
 
