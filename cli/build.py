@@ -13,14 +13,16 @@ from nas.errors import UsageError
 
 def command(
     model: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle, or a run's folder.")],
-    hw: Annotated[str, typer.Option(help="Device name or a .toml file; this machine.")] = "cpu",
+    hw: Annotated[str | None, typer.Option(help="Device name or a .toml file. [cpu]")] = None,
     engine: Annotated[
         str | None, typer.Option(help="ort, openvino, aoti or tensorrt. [the device's runtime]")
     ] = None,
     member: Annotated[str | None, typer.Option(help="ONNX file. [the delivered one]")] = None,
     precision: Annotated[str | None, typer.Option(help="[as the file is]")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Of the processor.")] = 1,
-    on: Annotated[str, typer.Option(help="local, or ssh://[user@]host[:port].")] = "local",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the processor. [1]")] = None,
+    on: Annotated[
+        str | None, typer.Option(help="local, or ssh://[user@]host[:port]. [local]")
+    ] = None,
     layout: Annotated[
         str | None, typer.Option(help="Instead, as others want it: triton, mobile or openvino.")
     ] = None,
@@ -38,16 +40,23 @@ def command(
     from cli import building, bundling
     from hw_profiles import device
 
+    of_engine: dict[str, object] = {"--hw": hw, "--engine": engine, "--precision": precision}
+    of_engine |= {"--threads": threads, "--on": on}
+    if commands:
+        words = {"--layout": layout, "--out": out, **of_engine}
+        options.refuse(words, "changes nothing of trtexec's command (--commands)")
     if (layout is None) != (out is None):
         raise UsageError("a layout and its folder go together", where="--layout, --out")
-    board = device.load(hw)
+    if layout is not None:
+        options.refuse(of_engine, "is about an engine, a layout is none")
+    board, on = device.load(hw or "cpu"), on or "local"
     with bundling.opened(model, changes=not commands and layout is None) as bundle:
         if commands:
             return print(building.trtexec(bundle, member))
         if layout is not None and out is not None:
             paths = building.laid_out(bundle, member, layout, out)
             return console.emit_json(paths) if json else console.say("\n".join(paths), "files")
-        asked = building.Asked(board, engine, member, precision, threads, on)
+        asked = building.Asked(board, engine, member, precision, threads or 1, on)
         car = building.build(bundle, asked)
     if json:
         return console.emit_json(car.model_dump())

@@ -13,6 +13,7 @@ from cli import bundling, measuring
 from deploy import bundle as bundles
 from deploy import engine as engines
 from deploy import layouts, recipes, verify
+from deploy import onnx as files
 from deploy.bundle import Bundle
 from deploy.engine import SideCar
 from hw_profiles import runtimes
@@ -59,6 +60,7 @@ def build(bundle: Bundle, asked: Asked) -> SideCar:
             f"{board.name}.",
         )
     source = bundle.path(asked.member or bundle.manifest.model)
+    _check_free(source, runtime)
     module = runtimes.compiled(runtime)
     name = f"{FOLDER}/{source.stem}.{board.name}.{runtime}{module.ENGINE}"
     with tempfile.TemporaryDirectory(dir=bundle.folder.parent) as folder:
@@ -74,6 +76,22 @@ def build(bundle: Bundle, asked: Asked) -> SideCar:
     return car
 
 
+def _check_free(source: Path, runtime: str) -> None:
+    """Refuse what would be built, or timed, at 1 wherever a dimension besides the batch is free:
+    ONNX Runtime alone reads the sizes that a file states."""
+    free = [
+        f"{name} {list(shape)}"
+        for name, shape in files.inputs(source).items()
+        if any(isinstance(size, str) for size in shape[1:])
+    ]
+    if free and runtime != "onnxruntime":
+        raise NasctlError(
+            f"{runtime} takes 1 for a size that is free: {', '.join(free)}",
+            where=str(source),
+            next="Build it for ONNX Runtime (--engine ort), or export it at fixed sizes.",
+        )
+
+
 def _built_here(source: Path, made: Path, runtime: str, asked: Asked) -> SideCar:
     car = engines.build(
         source, made, runtime=runtime, precision=asked.precision, threads=asked.threads
@@ -85,6 +103,12 @@ def _built_here(source: Path, made: Path, runtime: str, asked: Asked) -> SideCar
 
 
 def _built_there(source: Path, made: Path, runtime: str, asked: Asked) -> SideCar:
+    if held := files.beside(source):
+        raise NasctlError(
+            f"its weights are in {held[0].name}, and one file alone goes to a board",
+            where=str(source),
+            next="Copy the bundle to the board, and build it there.",
+        )
     request = remote.Request(
         source.read_bytes(),
         reference_model(),
@@ -120,7 +144,7 @@ def runtime_of(board: Device, engine: str | None) -> str:
 def trtexec(bundle: Bundle, member: str | None) -> str:
     """The command lines that build the engine with TensorRT's own tool, of 10 and of 11."""
     source = bundle.path(member or bundle.manifest.model)
-    shapes = {name: values.shape[1:] for name, values in bundling.sample_of(bundle).items()}
+    shapes = bundling.free_shapes(source, bundling.sample_of(bundle))
     lines = []
     for major in (10, 11):
         words = recipes.trtexec(source, source.with_suffix(".engine"), shapes, major=major)
@@ -131,7 +155,8 @@ def trtexec(bundle: Bundle, member: str | None) -> str:
 def laid_out(bundle: Bundle, member: str | None, layout: str, folder: Path) -> list[str]:
     """The files of a layout of one of the bundle's ONNX files, in a new folder."""
     source = bundle.path(member or bundle.manifest.model)
-    paths = layouts.written(layout, source, bundling.interface_of(bundle), folder)
+    interface = bundling.interface_of(bundle) if bundle.of("task") else None  # exported without
+    paths = layouts.written(layout, source, interface, folder)
     return [str(path) for path in paths]
 
 

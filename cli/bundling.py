@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deploy import bundle, interface, recipes
+from deploy import bundle, interface, onnx, recipes
 from deploy.bundle import Bundle, Role
 from deploy.interface import Interface
 from hw_profiles.device import Device
@@ -46,7 +46,7 @@ class Contents:
 def seal(folder: Path, contents: Contents) -> Bundle:
     """The bundle of a folder that holds the float file."""
     sample = interface.sample(contents.sample)
-    shapes = {name: values.shape[1:] for name, values in contents.sample.items()}
+    shapes = free_shapes(folder / FLOAT, contents.sample)
     parts: dict[str, tuple[Role, bytes]] = {
         ARCH: ("arch", _json(contents.arch)),
         recipes.NAME: ("recipes", _json(recipes.of(contents.device, shapes))),
@@ -61,6 +61,8 @@ def seal(folder: Path, contents: Contents) -> Bundle:
         file.write(folder / name, content)
     roles: dict[str, Role] = {FLOAT: "model", **(contents.also or {})}
     roles |= {name: role for name, (role, _) in parts.items()}
+    for name in [name for name, role in roles.items() if role == "model"]:
+        roles |= {path.name: "weights" for path in onnx.beside(folder / name)}
     return bundle.seal(
         folder,
         roles,
@@ -69,6 +71,12 @@ def seal(folder: Path, contents: Contents) -> Bundle:
         latency_table=contents.latency_table,
         licence=contents.licence,
     )
+
+
+def free_shapes(model: Path, sample: Feeds) -> recipes.Shapes:
+    """Of the file's inputs that have a free dimension: one example's, as it is in the sample."""
+    free = {name for name, sizes in onnx.inputs(model).items() if {*map(type, sizes)} - {int}}
+    return {name: values.shape[1:] for name, values in sample.items() if name in free}
 
 
 def sample(of: Interface, images: torch.Tensor) -> Feeds:

@@ -124,6 +124,7 @@ def describe(training: Training, genes: Genes) -> dict[str, Any]:
         "input": {"resolution": arch.resolution, "mean": task.mean, "std": task.std},
         "supernet": None if training.spec.alone else file.sha256(training.supernet_path),
         "written_by": f"nasctl {metadata.version('nasctl')}",
+        **onnx.licensed(training.spec.licence),
     }
 
 
@@ -163,6 +164,7 @@ def read(path: Path, data: str | None) -> tuple[Training, Genes, Network]:
             f"{path} is a whole supernet", where="MODEL", next="Name its run directory instead."
         )
     fields = {"space": said["space"], "width": said["width"], "size": said["task"]["size"]}
+    fields["licence"] = said.get("licence", "")  # of older files: in none
     given = {"epochs": 1, "threads": 1, "data": data or said["task"]["data"]}
     spec = runs.make_spec({**fields, **given})
     task = tasks.load(spec.data, size=spec.size)

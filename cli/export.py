@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,9 +60,9 @@ def command(
     }
     own |= {"--input": inputs, "--hw": hw, "--licence": licence}
     if not module.is_reference(model):
-        _refuse(own, "is for a model of your own")
+        options.refuse(own, "is for a model of your own")
         return _of_run(Path(model), out, latency, slot, json)
-    _refuse(of_run, "is about a run's networks")
+    options.refuse(of_run, "is about a run's networks")
     stated = options.parse_licence(licence)
     from cli import exporting
     from hw_profiles import device
@@ -72,14 +71,6 @@ def command(
     board = device.load(hw or "cpu")
     asked = exporting.Asked(model, weights, data, size, wanted, inputs or [], stated, board)
     return _own(asked, out, json)
-
-
-def _refuse(flags: Mapping[str, object], why: str) -> None:
-    from nas.errors import UsageError
-
-    for flag, value in flags.items():
-        if value is not None:
-            raise UsageError(why, where=flag, next="Leave it out.")
 
 
 def _of_run(run: Path, out: Path, latency: str | None, slot: int | None, json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,15 @@ Licence = Annotated[
     str | None,
     typer.Option(help="Of the weights, SPDX identifier or text: goes into file and bundle."),
 ]
+
+
+def refuse(flags: Mapping[str, object], why: str) -> None:
+    """Raises UsageError naming the first flag that was given."""
+    from nas.errors import UsageError
+
+    for flag, value in flags.items():
+        if value is not None:
+            raise UsageError(why, where=flag, next="Leave it out.")
 
 
 def parse_licence(text: str | None) -> str:

@@ -91,7 +91,7 @@ def command(
         "seed": seed,
         "threads": threads,
         "train_on": train_on,
-        "licence": options.parse_licence(licence),
+        "licence": options.parse_licence(licence) or None,
         **parse_target(target),
     }
     given = {name: value for name, value in flags.items() if value is not None}
@@ -189,6 +189,7 @@ def prepare(
     found = subject.load(rough.model, weights, rough.data, rough.size, wanted)
     names = [goal.name for goal in found.task.goals]
     defaults = {"divisor": alignment.tile(board)[0], "threads": cores(), "tasks": names}
+    defaults["licence"] = found.licence  # a pruned network's weights are still those of the whole
     spec = validated(PruneSpec, {**defaults, **given, "max_drop": parse_drops(max_drop, names)})
     torch.set_num_threads(spec.threads)
     name = f"prune-{Path(rough.model.split(':')[-1]).stem}-{digest(stated(spec))[:8]}"

@@ -213,11 +213,13 @@ def _scores(job: Job, evidence: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _calibration(job: Job) -> list[Feeds]:
-    """Training images drawn at random, as the file is fed."""
+    """Training images drawn at random, as the file is fed: one at a time where its batch is 1."""
     train = job.judge.task.train
     generator = torch.Generator().manual_seed(job.asked.seed)
     rows = torch.randperm(len(train), generator=generator)[: job.asked.images]
-    return [feeds for feeds, _ in job.judge.batches(train.at(rows), BATCH)]
+    inputs = files.inputs(job.bundle.path(FLOAT))
+    batch = 1 if any(sizes[:1] == (1,) for sizes in inputs.values()) else BATCH
+    return [feeds for feeds, _ in job.judge.batches(train.at(rows), batch)]
 
 
 def _timed(job: Job, paths: Sequence[Path]) -> list[Timing] | None:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from cli.many_tasks_stages import TasksSpec
-from deploy import interface
+from deploy import interface, onnx
 from deploy.interface import Interface
 from nas import checkpoint, multitask
 from nas.data import module
@@ -34,6 +34,7 @@ class Read:
     task: MultiTask
     genes: list[int]
     interface: Interface
+    licence: str  # of its weights, as stated when they were searched; "" where nobody did
 
 
 def describe(
@@ -43,7 +44,7 @@ def describe(
     said = checkpoint.describe(spec.space, spec.width, space, task.fingerprint)
     names = [goal.name for goal in task.goals]
     more = {"data": spec.data, "size": spec.size, "tasks": names, "genes": list(genes)}
-    return {**said, SEVERAL: more}
+    return {**said, SEVERAL: more, **onnx.licensed(spec.licence)}
 
 
 def described(meta: Mapping[str, str], path: Path) -> dict[str, Any] | None:
@@ -79,7 +80,8 @@ def read(path: Path, data: str | None) -> Read:
         raise NasctlError(differs, where=str(path), next="Train it again, or name its own --data.")
     net = channels_last(space.build(space.decode(np.array(more["genes"]))))
     checkpoint.fill(net, tensors, path)
-    return Read(net.eval(), task, more["genes"], interface_of(task, reference, more["size"]))
+    found = interface_of(task, reference, more["size"])
+    return Read(net.eval(), task, more["genes"], found, said.get("licence", ""))
 
 
 def interface_of(task: MultiTask, data: str, size: int | None) -> Interface:

@@ -34,6 +34,7 @@ class Subject:
     task: MultiTask
     origin: dict[str, Any]  # what builds the unpruned network again
     interface: Interface  # of its file
+    licence: str = ""  # of its weights, where their file states one
 
     @property
     def example(self) -> Tensor:
@@ -51,14 +52,15 @@ def load(
     """
     if module.is_reference(model):
         net, task, origin, found = _users(model, weights, data, size)
+        licence = ""
     else:
-        net, task, origin, found = _ours(model, weights, data, size)
+        net, task, origin, found, licence = _ours(model, weights, data, size)
     if tasks:
         task = task.only(tasks)
     outputs = _check_answers(net, task, model)
     goals = tuple(goal.name for goal in task.goals)
     found = found.model_copy(update={"goals": goals, "outputs": tuple(outputs)})
-    return Subject(net, task, origin, found)
+    return Subject(net, task, origin, found, licence)
 
 
 def _users(
@@ -86,7 +88,7 @@ def built(model: str, weights: Path | None) -> tuple[nn.Module, dict[str, Any]]:
 
 def _ours(
     model: str, weights: Path | None, data: str | None, size: int | None
-) -> tuple[nn.Module, MultiTask, dict[str, Any], Interface]:
+) -> tuple[nn.Module, MultiTask, dict[str, Any], Interface, str]:
     path = Path(model)
     if path.is_dir():
         recorded = Run(path).manifest().get("spec", {})
@@ -100,14 +102,15 @@ def _ours(
             raise UsageError("a network of ours knows its own", where=flag, next="Leave it out.")
     if several.described(checkpoint.read(path)[1], path):
         read = several.read(path, data)
-        return read.net, read.task, {"model": str(path), "genes": read.genes}, read.interface
+        origin = {"model": str(path), "genes": read.genes}
+        return read.net, read.task, origin, read.interface, read.licence
     training, genes, net = child.read(path, data)
     resolution = training.space.decode(genes).resolution
     task = multitask.single(training.task, resolution)
     spec, (mean, std) = training.spec, task.moments
     found = interface.of_task(training.task, spec.data, spec.size, resolution)
     found = found.model_copy(update={"mean": mean, "std": std})  # of the resized images
-    return net, task, {"model": str(path), "genes": genes.tolist()}, found
+    return net, task, {"model": str(path), "genes": genes.tolist()}, found, spec.licence
 
 
 @torch.no_grad()

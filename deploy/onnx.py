@@ -157,20 +157,14 @@ def read(path: Path) -> onnx.ModelProto:
     ordinary files in its own folder: such a file could ask for any other on this machine.
     """
     import onnx
-    from google.protobuf.message import DecodeError
     from onnx.external_data_helper import load_external_data_for_model
 
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise NasctlError(f"cannot read: {error.strerror}", where=str(path)) from error
-    except DecodeError as error:
-        raise NasctlError("is no ONNX file, or a damaged one", where=str(path)) from error
+    model = _opened(path)
     if not model.graph.node:
         raise NasctlError("holds no network", where=str(path))
-    for beside in externals(model, path):
-        if beside.is_symlink() or not beside.is_file():
-            raise NasctlError(f"its weights are to be in {beside.name}", where=str(path))
+    for held in externals(model, path):
+        if held.is_symlink() or not held.is_file():
+            raise NasctlError(f"its weights are to be in {held.name}", where=str(path))
     try:
         load_external_data_for_model(model, str(path.parent))
         onnx.checker.check_model(model)
@@ -199,6 +193,41 @@ def externals(model: onnx.ModelProto, path: Path) -> list[Path]:
     return [path.parent / name for name in sorted(found)]
 
 
+def beside(path: Path) -> list[Path]:
+    """The files that hold weights of the model in `path`, which may be none; reads no weights.
+
+    Raises NasctlError for what is no ONNX file and for weights that are elsewhere.
+    """
+    return externals(_opened(path), path)
+
+
+def inputs(path: Path) -> dict[str, tuple[int | str, ...]]:
+    """What goes into the model in `path`: sizes by name, a free one as a string."""
+    graph = _opened(path).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    return {
+        value.name: tuple(
+            size.dim_value if size.HasField("dim_value") else size.dim_param
+            for size in value.type.tensor_type.shape.dim
+        )
+        for value in graph.input
+        if value.name not in weights
+    }
+
+
+def _opened(path: Path) -> onnx.ModelProto:
+    """Without the weights that are in other files."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise NasctlError(f"cannot read: {error.strerror}", where=str(path)) from error
+    except DecodeError as error:
+        raise NasctlError("is no ONNX file, or a damaged one", where=str(path)) from error
+
+
 def _move_weights(model: onnx.ModelProto, path: Path) -> None:
     """Put large weights into one file beside `path`, named after its content: the model's file,
     which is written last, then never points to weights of another version."""
@@ -208,12 +237,12 @@ def _move_weights(model: onnx.ModelProto, path: Path) -> None:
     digest = hashlib.sha256()
     for tensor in large:
         digest.update(tensor.raw_data)
-    beside = path.with_name(f"{path.stem}.{digest.hexdigest()[:12]}.data")
-    file.write(beside, b"".join(tensor.raw_data for tensor in large))
+    held = path.with_name(f"{path.stem}.{digest.hexdigest()[:12]}.data")
+    file.write(held, b"".join(tensor.raw_data for tensor in large))
     offset = 0
     for tensor in large:
         length = len(tensor.raw_data)
-        set_external_data(tensor, beside.name, offset, length)
+        set_external_data(tensor, held.name, offset, length)
         tensor.ClearField("raw_data")
         tensor.data_location = tensor.EXTERNAL
         offset += length

@@ -20,7 +20,8 @@ ENGINES = {
 }
 
 
-Shapes = Mapping[str, Sequence[int]]  # of one example: without the batch
+#: of inputs with a free dimension, of one example: without the batch
+Shapes = Mapping[str, Sequence[int]]
 
 
 def of(device: Device, shapes: Shapes) -> dict[str, Any]:
@@ -36,18 +37,18 @@ def of(device: Device, shapes: Shapes) -> dict[str, Any]:
     return {"device": device.name, "engines": found}
 
 
-def trtexec(model: Path, engine: Path, inputs: Shapes, *, major: int = 10) -> list[str]:
+def trtexec(model: Path, engine: Path, free: Shapes, *, major: int = 10) -> list[str]:
     """The words of the `trtexec` command that builds what `hw_profiles.runtimes.tensorrt` does.
 
     Precision is that of the file: 10.x is asked for strong typing, which 11.x has no flag for, as
     it has none other. Batch 1, TF32 off, layers described in detail, so that their precision can
-    be read back.
+    be read back. Shapes are stated of `free` inputs only: the tool refuses them for others.
     """
-    each = (f"{name}:{'x'.join(map(str, (1, *shape)))}" for name, shape in inputs.items())
+    each = (f"{name}:{'x'.join(map(str, (1, *shape)))}" for name, shape in free.items())
     shape = ",".join(each)
     words = ["trtexec", f"--onnx={model}", f"--saveEngine={engine}"]
     if major < 11:
         words.append("--stronglyTyped")
-    shapes = [f"--{which}Shapes={shape}" for which in ("min", "opt", "max")]
+    shapes = [f"--{which}Shapes={shape}" for which in ("min", "opt", "max") if free]
     more = ["--noTF32", "--memPoolSize=workspace:1024M", "--profilingVerbosity=detailed"]
     return [*words, *shapes, *more, "--skipInference"]

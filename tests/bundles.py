@@ -45,13 +45,22 @@ def network(c=16) -> ModelProto:
     return model
 
 
-def small(folder, c=16):
-    """A sealed bundle."""
-    files.write(network(c), folder / bundling.FLOAT)
+def small(folder, c=16, *, sizes=("batch", 1, 8, 8), data=True):
+    """A sealed bundle; its file's input has those sizes, and it may be as exported without data."""
+    model = network(c)
+    first = (model.graph.output[0].type.tensor_type.shape.dim[0], sizes[0])
+    taken = model.graph.input[0].type.tensor_type.shape.dim
+    for dim, size in (first, *zip(taken, sizes, strict=True)):
+        setattr(dim, "dim_param" if isinstance(size, str) else "dim_value", size)
+    files.write(model, folder / bundling.FLOAT)
     task = digits()
     interface = of_task(task, "digits", None, 8)
     sample = bundling.sample(interface, task.train.images)
     contents = bundling.Contents(
-        interface, {"none": 0}, {"of": "a test"}, sample, device.load("cpu")
+        interface if data else None,
+        {"none": 0},
+        {"of": "a test"},
+        sample,
+        device.load("cpu"),
     )
     return bundling.seal(folder, contents)

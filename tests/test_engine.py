@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from bundles import digits, small
 
-from cli import judging
+from cli import bundling, judging
 from deploy import bundle as bundles
-from deploy import engine
-from hw_profiles import runtimes
+from deploy import engine, recipes
+from hw_profiles import device, runtimes
 from hw_profiles.runtimes import onnxruntime
 from nas.errors import NasctlError
 
@@ -140,6 +140,39 @@ def test_the_command_of_trtexec_for_both_versions(nasctl, workdir):
         assert "--onnx=" in line and "model.onnx" in line
         assert "--optShapes=input:1x1x8x8" in line and "--noTF32" in line
         assert not {"--fp16", "--int8", "--best", "--calib"} & set(line.split())
+
+
+def test_trtexec_is_told_no_shapes_of_what_is_fixed(nasctl, workdir):
+    fixed = small(workdir / "b", sizes=(1, 1, 8, 8))
+    assert "Shapes" not in nasctl("build", "b", "--commands").out
+    shapes = bundling.free_shapes(fixed.model, bundling.sample_of(fixed))
+    assert recipes.of(device.load("jetson"), shapes)["engines"]["tensorrt"]["trtexec"] == (
+        "trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped --noTF32 "
+        "--memPoolSize=workspace:1024M --profilingVerbosity=detailed --skipInference"
+    )
+
+
+def test_a_free_size_is_for_onnx_runtime_alone(nasctl, workdir):
+    small(workdir / "b", sizes=("batch", 1, "height", 8), data=False)
+    outcome = nasctl("build", "b", "--engine", "openvino")
+    assert outcome.code == 1 and len(outcome.err.strip().splitlines()) == 1
+    assert (
+        "openvino takes 1 for a size that is free: input ['batch', 1, 'height', 8]" in outcome.err
+    )
+    assert not bundles.read(workdir / "b").of("engine")
+    assert "--optShapes=input:1x1x8x8" in nasctl("build", "b", "--commands").out
+
+
+def test_weights_that_no_file_can_hold_are_members_too(nasctl, workdir, monkeypatch):
+    monkeypatch.setattr("deploy.onnx.INLINE", 1000)
+    made = small(workdir / "b")
+    (weights,) = bundles.read(made.folder).of("weights")
+    assert made.path(weights).stat().st_size > 1000
+    assert onnxruntime.load(made.model).outputs == ("logits",)
+    there = ("--hw", "raspi4", "--engine", "ort", "--on", "ssh://board")
+    refused = nasctl("build", "b", *there)
+    assert refused.code == 1 and len(refused.err.strip().splitlines()) == 1
+    assert f"its weights are in {weights}" in refused.err and "Copy the bundle" in refused.err
 
 
 def test_the_small_bundle_is_worth_judging(bundle):

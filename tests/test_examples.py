@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bundles import digits, small
+from onnx import TensorProto, helper, numpy_helper
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "serve_bundle.py"
 
@@ -49,16 +50,41 @@ def test_they_import_nothing_of_ours(name, libraries):
     assert imported == {"json", "sys", "time"} | libraries
 
 
-def test_a_file_is_timed_without_our_code(tmp_path):
-    small(tmp_path / "b")
-    script = EXAMPLE.with_name("measure_latency.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "b" / "model.onnx"), "20"],
+def timed(model):
+    return subprocess.run(
+        [sys.executable, str(EXAMPLE.with_name("measure_latency.py")), str(model), "20"],
         capture_output=True,
         text=True,
-        check=True,
-        cwd=tmp_path,
+        cwd=model.parent,
         env={"PATH": "", "PYTHONSAFEPATH": "1"},
     )
+
+
+def test_a_file_is_timed_without_our_code(tmp_path):
+    done = timed(small(tmp_path / "b").model)
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert 0 < found["median_ms"] <= found["p95_ms"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "code", "said"),
+    [
+        (TensorProto.INT64, {"length": 7}, 0, "median_ms"),
+        (TensorProto.INT64, {}, 1, "Reshape"),  # at 1: what the file states was read above
+        (TensorProto.STRING, {"length": 7}, 1, "input ids is a tensor(string); taken are tensor("),
+    ],
+)
+def test_it_is_timed_in_its_types_and_at_its_sizes(tmp_path, kind, sizes, code, said):
+    """A file that runs at a length of 7 only."""
+    ids = helper.make_tensor_value_info("ids", kind, ["batch", "length"])
+    rows = helper.make_tensor_value_info("rows", kind, [1, 7])
+    shape = numpy_helper.from_array(np.array([1, 7]), "shape")
+    node = helper.make_node("Reshape", ["ids", "shape"], ["rows"])
+    opset = [helper.make_opsetid("", 18)]
+    graph = helper.make_graph([node], "g", [ids], [rows], [shape])
+    model = helper.make_model(graph, opset_imports=opset, ir_version=9)
+    helper.set_model_props(model, {"free_sizes": json.dumps(sizes)})
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    done = timed(tmp_path / "m.onnx")
+    assert done.returncode == code and said in done.stdout + done.stderr

@@ -90,6 +90,25 @@ def test_openvinos_representation_computes_what_the_model_computes(nasctl, bundl
 
 
 @pytest.mark.parametrize(
+    ("layout", "files"),
+    [
+        ("triton", ["model/config.pbtxt", "model/1/model.onnx"]),
+        ("mobile", ["model.ort"]),
+        ("openvino", ["model.xml", "model.bin"]),
+    ],
+)
+def test_what_was_exported_without_data_is_laid_out_too(nasctl, workdir, layout, files):
+    if layout == "openvino" and (missing := runtimes.load_module(layout).unavailable()):
+        pytest.skip(missing)
+    small(workdir / "b", data=False)
+    done = nasctl("build", "b", "--layout", layout, "--out", "new", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == [f"new/{name}" for name in files]
+    found = [path for path in (workdir / "new").rglob("*") if path.is_file()]
+    assert sorted(found) == sorted(workdir / "new" / name for name in files)
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (("--layout", "tritn", "--out", "new"), 2, "unknown layout 'tritn'"),
@@ -97,6 +116,13 @@ def test_openvinos_representation_computes_what_the_model_computes(nasctl, bundl
         (("--out", "new"), 2, "a layout and its folder go together"),
         (("--layout", "triton", "--out", "b"), 1, "b: exists already"),
         (("--layout", "triton", "--out", "new", "--member", "x.onnx"), 1, "no member 'x.onnx'"),
+        (("--layout", "triton", "--out", "new", "--hw", "cpu"), 2, "--hw: is about an engine"),
+        (("--layout", "triton", "--out", "new", "--engine", "ort"), 2, "--engine: is about"),
+        (("--layout", "triton", "--out", "new", "--precision", "fp16"), 2, "--precision: is"),
+        (("--layout", "triton", "--out", "new", "--threads", "1"), 2, "--threads: is about"),
+        (("--layout", "triton", "--out", "new", "--on", "ssh://board"), 2, "--on: is about"),
+        (("--commands", "--layout", "triton", "--out", "new"), 2, "--layout: changes nothing"),
+        (("--commands", "--precision", "fp16"), 2, "--precision: changes nothing"),
     ],
 )
 def test_what_cannot_be_laid_out_leaves_nothing(nasctl, bundle, workdir, arguments, code, said):

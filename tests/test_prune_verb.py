@@ -17,14 +17,16 @@ import onnx as onnx_file
 import pytest
 import torch
 
-from cli import main, measuring, prune
+from cli import child, main, measuring, prune
+from cli.training import Training, space_for
 from compress.history import History
 from deploy import bundle as bundles
 from deploy import interface, onnx
 from hw_profiles import device
 from hw_profiles.protocol import Timing
 from hw_profiles.runtimes import onnxruntime
-from nas import checkpoint, multitask_training
+from nas import checkpoint, multitask_training, tasks
+from nas import run as runs
 from nas.errors import UsageError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -325,6 +327,20 @@ def test_models_that_cannot_be_pruned(mine, nasctl, model, fragments):
     assert "Traceback" not in outcome.err
     for fragment in fragments:
         assert fragment in outcome.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("typed", "goes_on"), [([], "MIT"), (["--licence", "BSD"], "BSD")])
+def test_the_licence_of_a_search_goes_on_unless_another_is_stated(nasctl, workdir, typed, goes_on):
+    fields = {"space": "resnet", "width": 0.25, "epochs": 1, "threads": 1, "licence": "MIT"}
+    spec, task = runs.make_spec({**fields, "alone": True}), tasks.load("digits")
+    searched = Training(spec, runs.Run(workdir), task, space_for(spec, task))
+    genes = searched.space.smallest
+    net = searched.space.build(searched.space.decode(genes))
+    path = workdir / "model.safetensors"
+    checkpoint.write_described(path, net, child.describe(searched, genes))
+    outcome = nasctl("prune", path, "--target", "macs=-10%", "--dry-run", "--json", *typed)
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["spec"]["licence"] == goes_on
 
 
 def test_drops_as_typed():

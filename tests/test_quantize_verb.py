@@ -50,6 +50,16 @@ def test_a_faster_int8_file_is_delivered_with_the_reasons(nasctl, workdir, timed
     assert not list(workdir.glob(".b.quantize*"))
 
 
+def test_a_file_of_one_example_at_a_time_is_calibrated_so(nasctl, workdir, timed):
+    timed(1.0, 0.4)
+    small(workdir / "b", sizes=(1, 1, 8, 8))
+    code, content, error = quantized(nasctl, "--max-drop", "3%")
+    assert code == 0, error
+    assert content["choice"] == "u8" and content["variants"][1]["spent"] <= 1
+    session = onnxruntime.load(bundles.read(workdir / "b").model)
+    assert session.inputs == {"input": (1, 1, 8, 8)}
+
+
 def test_a_slower_int8_file_stays_out(nasctl, workdir, timed):
     timed(1.0, 1.4)
     small(workdir / "b")

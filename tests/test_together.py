@@ -87,12 +87,12 @@ def test_it_is_of_several_tasks(nasctl, workdir):
     assert result.code == 2 and "--together" in result.err
 
 
-def written(folder):
+def written(folder, licence=""):
     """The weights of a small network of both tasks, as a search writes them."""
     task = sides()
     space, genes = space_for(task, 0.25), [0] * 28
     fields = {"data": "two_sides:task", "tasks": ["class", "box"], "space": "fbnetv5"}
-    more = {"width": 0.25, "epochs": 1, "finetune": 0, "threads": 1}
+    more = {"width": 0.25, "epochs": 1, "finetune": 0, "threads": 1, "licence": licence}
     spec = stages.TasksSpec(**fields, **more)
     net = space.build(space.decode(np.array(genes)))
     path = folder / "model.safetensors"
@@ -129,11 +129,12 @@ def test_verbs_for_one_task_say_what_it_is(nasctl, data):
 
 
 def test_pruning_says_what_can_go_in_a_network_of_both(nasctl, data):
-    path, _ = written(data)
+    path, _ = written(data, licence="MIT")
     result = nasctl("prune", path, *OWN_DATA, *PRUNE, "--dry-run", "--json")
     assert result.code == 0, result.err
     found = json.loads(result.out)
     assert found["units"] and set(found["spec"]["max_drop"]) == {"class", "box"}
+    assert found["spec"]["licence"] == "MIT"  # as the search stated it
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Layouts: a bundle's model as other systems want to find it, one file per layout.
 
 Each gives `write(model, interface, folder) -> paths`: the files it made of an ONNX file in an
-existing, empty folder. A layout is a copy for somebody else; the bundle stays what is verified.
+existing, empty folder; the interface is None where the model was exported without data. A layout
+is a copy for somebody else; the bundle stays what is verified.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from nas.errors import NasctlError, unknown
 
 
 class Layout(Protocol):
-    def write(self, model: Path, interface: Interface, folder: Path) -> Sequence[Path]: ...
+    def write(self, model: Path, interface: Interface | None, folder: Path) -> Sequence[Path]: ...
 
 
 def names() -> list[str]:
@@ -34,7 +35,7 @@ def load(name: str) -> Layout:
     return cast(Layout, importlib.import_module(f"deploy.layouts.{name}"))
 
 
-def written(name: str, model: Path, interface: Interface, folder: Path) -> list[Path]:
+def written(name: str, model: Path, interface: Interface | None, folder: Path) -> list[Path]:
     """A layout of `model` in a new `folder`, whole or not at all; returns its files."""
     if folder.exists():
         raise NasctlError("exists already", where=str(folder), next="Name a new folder.")

@@ -15,8 +15,10 @@ from deploy.interface import NAME, Interface
 from hw_profiles.runtimes import onnxruntime
 
 
-def write(model: Path, interface: Interface, folder: Path) -> Sequence[Path]:
-    """`model.ort` and, as whoever feeds it needs it, `task.json`."""
+def write(model: Path, interface: Interface | None, folder: Path) -> Sequence[Path]:
+    """`model.ort` and, as whoever feeds it needs it, `task.json`, where there is an interface."""
     made = onnxruntime.portable(model, folder / "model.ort")
+    if interface is None:
+        return [made]
     (folder / NAME).write_bytes(interface.to_json())
     return [made, folder / NAME]

@@ -11,8 +11,11 @@ from deploy.interface import NAME, Interface
 from hw_profiles.runtimes import openvino
 
 
-def write(model: Path, interface: Interface, folder: Path) -> Sequence[Path]:
-    """Both files, in the model's own precision, and `task.json`."""
+def write(model: Path, interface: Interface | None, folder: Path) -> Sequence[Path]:
+    """Both files, in the model's own precision, and `task.json`, where there is an interface."""
     made = openvino.representation(model, folder / "model.xml")
+    found = [made, made.with_suffix(".bin")]
+    if interface is None:
+        return found
     (folder / NAME).write_bytes(interface.to_json())
-    return [made, made.with_suffix(".bin"), folder / NAME]
+    return [*found, folder / NAME]

@@ -30,17 +30,18 @@ TYPES: dict[int, str] = {
 }
 
 
-def write(model: Path, interface: Interface, folder: Path) -> Sequence[Path]:
+def write(model: Path, interface: Interface | None, folder: Path) -> Sequence[Path]:
     """The repository of a model of one version, under the name of its file."""
     place = folder / model.name.removesuffix(".onnx").replace(".", "_")
     (place / "1").mkdir(parents=True)
     proto = files.read(model)
     files.write(proto, place / "1" / "model.onnx")
     made = [place / "config.pbtxt", place / "1" / "model.onnx"]
-    if interface.classes:
-        (place / LABELS).write_text("".join(f"{name}\n" for name in interface.classes))
+    classes = interface.classes if interface else ()
+    if classes:
+        (place / LABELS).write_text("".join(f"{name}\n" for name in classes))
         made.append(place / LABELS)
-    made[0].write_text(config(proto, place.name, labelled=bool(interface.classes)))
+    made[0].write_text(config(proto, place.name, labelled=bool(classes)))
     return made
 
 
