@@ -26,14 +26,10 @@ def command(
     slot: Annotated[
         int | None, typer.Option(help="Or this network: its number in report.json's front.")
     ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="The .safetensors of a network that build() makes.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Of a model of your own: a folder or my_pkg.my_mod:task.")
-    ] = None,
+    weights: options.Weights = None,
+    data: options.OwnData = None,
     size: options.Size = None,
-    tasks: Annotated[str | None, typer.Option(help="Some of the data's tasks. [all]")] = None,
+    tasks: options.Tasks = None,
     inputs: Annotated[
         list[str] | None,
         typer.Option("--input", help="Without data, each input: image:batch,3,height=64,width=64."),

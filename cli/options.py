@@ -22,6 +22,13 @@ Seed = Annotated[int | None, typer.Option(help="Of everything random. [0]")]
 TrainOn = Annotated[
     str | None, typer.Option(help="Where networks are trained: cpu, cuda, cuda:1. [cpu]")
 ]
+Weights = Annotated[
+    Path | None, typer.Option(help="The .safetensors of a network that build() makes.")
+]
+OwnData = Annotated[
+    str | None, typer.Option(help="Of a model of your own: a folder or my_pkg.my_mod:task.")
+]
+Tasks = Annotated[str | None, typer.Option(help="Some of the data's tasks. [all]")]
 Spec = Annotated[Path | None, typer.Option(help="TOML file of these options.")]
 Run = Annotated[Path | None, typer.Option(help="Run directory. [runs/...]")]
 Quick = Annotated[bool, typer.Option("--quick", help="A fifth of the training: a try-out.")]

@@ -27,14 +27,10 @@ def command(
         str, typer.Argument(help="my_pkg.my_mod:build, a run of ours or its .safetensors.")
     ],
     target: Annotated[str, typer.Option(help=f"As {_TARGET_FORMS}.")],
-    weights: Annotated[
-        Path | None, typer.Option(help="The .safetensors of a network that build() makes.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Of a model of your own: a folder or my_pkg.my_mod:task.")
-    ] = None,
+    weights: options.Weights = None,
+    data: options.OwnData = None,
     size: options.Size = None,
-    tasks: Annotated[str | None, typer.Option(help="Some of the data's tasks. [all]")] = None,
+    tasks: options.Tasks = None,
     max_drop: Annotated[
         str, typer.Option(help="Of each task's metric, relative: 2%, or seg=1%,edge=2%.")
     ] = DEFAULT_DROP,

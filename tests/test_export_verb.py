@@ -11,7 +11,6 @@ import pytest
 
 from cli import bundling, exporting
 from deploy import bundle as bundles
-from hw_profiles.protocol import Timing
 from hw_profiles.runtimes import onnxruntime, random_feeds
 from nas.errors import UsageError
 from tests.test_prune_verb import MODULE
@@ -42,14 +41,6 @@ def mine(workdir, monkeypatch):
     monkeypatch.syspath_prepend(str(workdir))
     (workdir / "mine.py").write_text(MODULE + MORE)
     sys.modules.pop("mine", None)
-
-
-@pytest.fixture
-def stated(monkeypatch):
-    """Figures instead of measurements, which take seconds."""
-    timing = Timing(0.05, 0.001, 0.06, 0.06, 0.07, 9)
-    monkeypatch.setattr("deploy.verify.latency", lambda *_, **__: timing)
-    monkeypatch.setattr("cli.verifying.memory", lambda *_: 3_000_000)
 
 
 def exported(nasctl, *arguments):

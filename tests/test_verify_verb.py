@@ -10,16 +10,7 @@ from deploy import bundle as bundles
 from deploy import chain
 from deploy import onnx as files
 from hw_profiles.half import half
-from hw_profiles.protocol import Timing
 from nas.errors import ParityFailed
-
-
-@pytest.fixture
-def stated(monkeypatch):
-    """Figures instead of measurements, which take seconds: 50 us and 3 MB."""
-    timing = Timing(0.05, 0.001, 0.06, 0.06, 0.07, 9)
-    monkeypatch.setattr("deploy.verify.latency", lambda *_, **__: timing)
-    monkeypatch.setattr("cli.verifying.memory", lambda *_: 3_000_000)
 
 
 def verified(nasctl, *arguments):
