@@ -207,7 +207,6 @@ def say_outcome(content: dict[str, Any], folder: Path) -> None:
 
     table = Table("", "sizes", "relation loss", "MMACs", "M params", "ms", "accuracy", box=None)
     for row in content["students"]:
-        ms, accuracy = row["latency_ms"], row["accuracy"]
         arch = row["arch"]
         sizes = f"{len(arch['layers'])} x {arch['hidden']}, {arch['heads']} heads, {arch['mlp']}"
         table.add_row(
@@ -216,10 +215,20 @@ def say_outcome(content: dict[str, Any], folder: Path) -> None:
             f"{row['loss']:.4f}" if row["loss"] is not None else "",
             f"{row['macs'] / 1e6:.3g}",
             f"{row['params'] / 1e6:.3g}",
-            f"{ms:.3g}" if ms else "not measured",
-            f"{accuracy:.2%}" if accuracy is not None else "no task",
+            *_measured(row),
         )
+        if row["files"]:
+            table.add_row("", "in INT8", "", "", "", *_measured(row["files"]["int8"]))
     console.show(table)
     for line in content["notes"]:
         console.say(line, "note")
     console.say(str(folder / "students"), "files")
+
+
+def _measured(of: dict[str, Any]) -> tuple[str, str]:
+    """Milliseconds and accuracy of a student or of a file."""
+    ms, accuracy = of["latency_ms"], of["accuracy"]
+    return (
+        f"{ms:.3g}" if ms else "not measured",
+        f"{accuracy:.2%}" if accuracy is not None else "no task",
+    )

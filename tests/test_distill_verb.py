@@ -145,6 +145,54 @@ def test_a_search_takes_the_best_student_inside_the_budget(finished, tmp_path, n
     assert code == 0 and json.loads(out)["students"][1]["loss"] <= cheaper["loss"]
 
 
+def test_a_budget_that_the_delivered_file_misses_has_exit_code_4(
+    finished, tmp_path, nasctl, monkeypatch
+):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    sessions = iter([0.01, 1000.0])  # the drafts are fast, what is delivered is not
+
+    def timings(paths):
+        ms = next(sessions)
+        return [Timing(ms, 0.0, ms, ms, ms, 9) for _ in paths]
+
+    monkeypatch.setattr(students.measuring, "timer", lambda *_: timings)
+    search = ["search", "--space", "bert", "--supernet", str(run), "--latency", "9ms", "--json"]
+    code, out, err = nasctl(*search)
+    assert code == 4 and "took 1 s, the budget is 9 ms" in err
+    assert json.loads(out) == json.loads((run / "search.json").read_text())
+
+
+def given_of(inputs):
+    given = {"teacher": str(inputs / "teacher"), "text": [str(inputs / "text.txt")], "hw": "cpu"}
+    given |= {"subspaces": ["tiny"], "sequence": 12, "threads": 1, "tuning_epochs": 1}
+    return given | {"finetune": str(inputs / "train.tsv"), "test": str(inputs / "test.tsv")}
+
+
+def test_every_delivered_file_is_itself_timed_and_judged(inputs, tmp_path, monkeypatch):
+    job = distill.prepare(given_of(inputs), tmp_path)
+    (tmp_path / "students").mkdir()
+    space = job.spaces["tiny"]
+    net = space.build(space.decode(space.smallest)).eval()
+    judged = iter([0.75, 0.5])
+    precisions = []
+
+    def timings(paths):
+        for path in paths:
+            session = onnxruntime.load(path)
+            assert session.inputs == {"input": (1, 12)}
+            precisions.append(onnxruntime.observed_precision(session))
+        return [Timing(ms, 0.0, ms, ms, ms, 9) for ms in (3, 2)]
+
+    monkeypatch.setattr(students.measuring, "timer", lambda *_: timings)
+    monkeypatch.setattr(students, "_accuracy", lambda path, task: next(judged))
+    found = students._files(job, {"chosen": net}, job.task)["chosen"]
+    assert ["int8" in precision for precision in precisions] == [False, True]
+    figures = [
+        (found[k]["path"], found[k]["latency_ms"], found[k]["accuracy"]) for k in students.KINDS
+    ]
+    assert figures == [("chosen.onnx", 3, 0.75), ("chosen.int8.onnx", 2, 0.5)]
+
+
 def interrupted(description, total):
     def update(done, note):
         raise KeyboardInterrupt
@@ -153,21 +201,18 @@ def interrupted(description, total):
 
 
 def test_a_stopped_fine_tuning_is_in_no_other_students_way(inputs, tmp_path, monkeypatch):
-    given = {"teacher": str(inputs / "teacher"), "text": [str(inputs / "text.txt")], "hw": "cpu"}
-    given |= {"subspaces": ["tiny"], "sequence": 12, "threads": 1, "tuning_epochs": 1}
-    given |= {"finetune": str(inputs / "train.tsv"), "test": str(inputs / "test.tsv")}
-    job = distill.prepare(given, tmp_path)
+    job = distill.prepare(given_of(inputs), tmp_path)
     space = job.spaces["tiny"]
     one, other = (space.build(space.decode(genes)) for genes in (space.smallest, space.largest))
 
     def stopped(net):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(students.console, "bar", interrupted)
-            students._tuned(job, "chosen", {"chosen": net}, job.task)
+            students._tune(job, "chosen", {"chosen": net}, job.task)
         return list(tmp_path.glob("*.state"))
 
     assert len(stopped(one)) == 1
-    assert students._tuned(job, "chosen", {"chosen": other}, job.task) is not None
+    students._tune(job, "chosen", {"chosen": other}, job.task)
     assert not list(tmp_path.glob("*.state"))
     assert len(stopped(one)) == 1
     distilling.forget(job)
