@@ -127,6 +127,8 @@ def plan(distilling: Distilling) -> dict[str, Any]:
             f"at {distilling.spec.sequence} tokens",
             name,
         )
+    for note in distilling.notes:
+        console.say(note, "note")
     return content
 
 

@@ -3,6 +3,7 @@ sub-space, rank its members. Each goes on where it was interrupted."""
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import tomllib
@@ -23,6 +24,7 @@ from compress import adamw, finetune, inherit, members
 from compress.adamw import Plan
 from compress.distill import Course, distill
 from compress.finetune import Labelled
+from compress.lessons import relations
 from compress.lessons.relations import Relations
 from compress.members import Member
 from compress.teacher import Teacher
@@ -78,6 +80,7 @@ class Task(NamedTuple):
     train: Labelled
     test: Labelled
     classes: int
+    shared: int  # test sentences that are among the training sentences too
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +121,33 @@ class Distilling:
 
     @cached_property
     def lesson(self) -> Relations:
-        heads = self.spec.relation_heads or self.teacher.net.arch.heads
+        heads, net = self.spec.relation_heads or self.teacher.net.arch.heads, self.teacher.net
+        relations.require(heads, net.arch.heads * net.frame.head, self._widths)
         return Relations(heads, self.spec.loss)  # type: ignore[arg-type]
+
+    @property
+    def _widths(self) -> list[int]:
+        """Channels that queries, keys and values have in the students."""
+        genes = [gene for space in self.spaces.values() for gene in space.genes]
+        heads = {number for gene in genes if gene.name == "heads" for number in gene.options}
+        return sorted(number * self.teacher.net.frame.head for number in heads)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be known of the inputs, though nothing is wrong with it."""
+        notes, heads = [], self.lesson.heads
+        if cut := [(width % heads, width) for width in self._widths if width % heads]:
+            most, width = max(cut)
+            notes.append(
+                f"{heads} relation heads leave out up to {most} of {width} channels of a student, "
+                f"as in AutoDistil's code; divisors of {math.gcd(*self._widths)} leave out none"
+            )
+        if self.task and self.task.shared:
+            notes.append(
+                f"{self.task.shared} of {len(self.task.test.labels)} test sentences are among "
+                "the training sentences too"
+            )
+        return notes
 
     @cached_property
     def task(self) -> Task | None:
@@ -133,7 +161,14 @@ class Distilling:
             labels = torch.tensor(sentences.numbers(part, known, path))
             tokens = finetune.encoded(self.teacher, part.texts, spec.sequence)
             parts.append(Labelled(tokens, labels))
-        return Task(parts[0], parts[1], len(known))
+        shared = sentences.shared(test, train)
+        if shared == len(test):
+            raise UsageError(
+                "every sentence is among the training sentences",
+                where=f"--test {spec.test}",
+                next="Accuracy on them says nothing: name others.",
+            )
+        return Task(parts[0], parts[1], len(known), shared)
 
     @cached_property
     def text_key(self) -> str:
@@ -170,6 +205,8 @@ def _own(path: Path) -> list[tuple[str, Grid]]:
     """Grids of a TOML file: a table each, with layers, hidden, heads and halves."""
     try:
         tables = tomllib.loads(path.read_text())
+        if not tables:
+            raise ValueError("no tables")
         return [
             (name, Grid(**{key: tuple(options) for key, options in table.items()}))
             for name, table in tables.items()

@@ -119,7 +119,7 @@ def _notes(distilling: Distilling, task: Task | None) -> list[str]:
         notes.append(f"latency on {distilling.device.name}: not measured, multiply-adds only")
     if task is None:
         notes.append("no --finetune: there are weights of encoders, no ONNX file")
-    return notes
+    return [*notes, *distilling.notes]
 
 
 def _costs(distilling: Distilling, arch: Arch) -> list[op.Op]:

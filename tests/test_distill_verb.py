@@ -280,6 +280,11 @@ BAD = {
         "--subspaces teacher: other files have this name",
     ),
     "a path": ("['a/b']\nlayers=[2]\nhidden=[32]\nheads=[2]\nhalves=[4]", "cannot name files"),
+    "nothing": ("", "cannot read sub-spaces"),
+    "a fraction": (
+        "[a]\nlayers=[2.5]\nhidden=[32]\nheads=[2]\nhalves=[4]",
+        "ascending whole numbers above zero",
+    ),
     "odd": ("[a]\nlayers=[1]\nhidden=[33]\nheads=[2]\nhalves=[3]", "no whole number"),
 }
 
@@ -300,7 +305,8 @@ def test_bad_sub_spaces_are_one_line(name, inputs, tmp_path, nasctl):
         (["--subspaces", "tiny,tiny"], "--subspaces tiny: there are two of it"),
         (["--loss", "l2"], "allowed: kl, mse, scores"),
         (["--sequence", "33"], "33 tokens, but positions for 32"),
-        (["--relation-heads", "99"], "99 relation heads of"),
+        (["--relation-heads", "7", "--dry-run"], "of 64 channels (the narrowest student has 48)"),
+        (["--relation-heads", "64"], "allowed: 1, 2, 4, 8, 16, 32"),
         (["--batch", "9999"], "a step takes 9999"),
         (["--text", "absent.txt"], "no such file"),
         (["--finetune", "a.tsv"], "one without the other"),
@@ -313,6 +319,29 @@ def test_bad_input_is_one_line(flags, message, inputs, tmp_path, nasctl):
     code, _, err = nasctl(*words(inputs, tmp_path / "run", *flags))
     assert code in (1, 2) and message in err
     assert err.splitlines()[-1].startswith("nasctl: ")
+
+
+def test_channels_that_relation_heads_leave_out_are_said(inputs, tmp_path, nasctl):
+    flags = ["--relation-heads", "32", "--dry-run"]
+    code, _, err = nasctl(*words(inputs, tmp_path / "run", *flags))
+    assert code == 0
+    assert "32 relation heads leave out up to 16 of 48 channels" in " ".join(err.split())
+
+
+def test_judging_on_what_was_trained_on_is_refused_and_a_part_of_it_is_said(
+    inputs, tmp_path, nasctl
+):
+    rows = (inputs / "train.tsv").read_text().splitlines()
+    (tmp_path / "same.csv").write_text("sentence,label\n" + rows[1].replace("\t", ",") + "\n")
+    fresh = "a dull film and not so good dog\t0"
+    (tmp_path / "mixed.tsv").write_text("\n".join([*rows[:4], fresh]) + "\n")
+    for name, exit_code, said in (
+        ("same.csv", 2, "same.csv: every sentence is among the training sentences"),
+        ("mixed.tsv", 0, "3 of 4 test sentences are among the training sentences too"),
+    ):
+        task = ["--finetune", str(inputs / "train.tsv"), "--test", str(tmp_path / name)]
+        code, _, err = nasctl(*words(inputs, tmp_path / "run", *task, "--dry-run"))
+        assert code == exit_code and said in " ".join(err.split())
 
 
 def test_a_label_that_training_lacks_is_one_line(inputs, tmp_path, nasctl):
