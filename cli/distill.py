@@ -44,7 +44,7 @@ def command(
     run: options.Run = None,
     force: options.Force = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what the sub-spaces are, and stop.")
+        bool, typer.Option("--dry-run", help="Say what would be done and for how long, and stop.")
     ] = False,
     json: options.Json = False,
 ) -> None:
@@ -115,7 +115,8 @@ def prepare(given: dict[str, Any], folder: Path | None) -> Distilling:
 
 
 def plan(distilling: Distilling) -> dict[str, Any]:
-    """The teacher and its sub-spaces, without doing anything."""
+    """The teacher, its sub-spaces and for how long, without doing anything but a few steps."""
+    from cli import distil_plan
     from cli.distilling import described
 
     content = described(distilling)
@@ -129,6 +130,10 @@ def plan(distilling: Distilling) -> dict[str, Any]:
         )
     for note in distilling.notes:
         console.say(note, "note")
+    took = distil_plan.seconds(distilling)
+    distil_plan.say(took, tuned=distilling.task is not None)
+    content["estimated_seconds"] = {name: round(value, 1) for name, value in took.items()}
+    content["estimated_total_seconds"] = round(sum(took.values()), 1)
     return content
 
 

@@ -267,7 +267,11 @@ def test_a_dry_run_names_the_sub_spaces_and_writes_nothing(inputs, tmp_path, nas
     own.write_text("[mine]\nlayers = [2]\nhidden = [32, 48]\nheads = [2, 3]\nhalves = [4]\n")
     more = ["--dry-run", "--json", "--subspaces", f"small,{own}"]
     code, out, err = nasctl(*words(inputs, tmp_path / "run", *more))
-    found = json.loads(out)["subspaces"]
+    content = json.loads(out)
+    found, took = content["subspaces"], content["estimated_seconds"]
+    stages = [f"{what} {name}" for name in ("small", "mine") for what in ("training", "ranking")]
+    assert list(took) == ["text", *stages] and min(took.values()) >= 0
+    assert 0 < content["estimated_total_seconds"] < 600 and "in all" in err
     assert code == 0 and found["mine"]["students"] == 4 and "small" in found and "MMACs" in err
     assert not (tmp_path / "run").exists()
 

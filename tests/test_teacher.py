@@ -151,6 +151,16 @@ def test_packing_loses_nothing_but_the_end(tmp_path, found):
     assert set(rows[:, 0]) == {2} and set(rows[:, -1]) == {3}
 
 
+def test_a_sample_of_the_text_is_a_share_of_it(tmp_path, found, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text(prose(50))
+    whole = sum(map(len, found.encode(path.read_text().splitlines())))
+    assert text.sampled([path], found.encode) == (whole, 1.0)
+    monkeypatch.setattr(text, "LINES", 10)
+    tokens, share = text.sampled([path], found.encode)
+    assert 0.1 < share < 0.3 and abs(tokens / share / whole - 1) < 0.1
+
+
 def test_packing_is_the_same_however_lines_are_grouped(tmp_path, found, monkeypatch):
     (tmp_path / "a.txt").write_text(prose(40))
     (tmp_path / "b.txt").write_text(prose(20, seed=1))

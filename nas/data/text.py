@@ -79,6 +79,18 @@ def sequences(path: Path, length: int) -> NDArray[np.int32]:
     return np.memmap(path, "<i4", "r").reshape(-1, length)
 
 
+def sampled(paths: Sequence[Path], encode: Encode) -> tuple[int, float]:
+    """Tokens of the first lines of every file, and the share of all bytes that these are (1 where
+    there is nothing else). Raises NasctlError as `pack` does."""
+    tokens, read = 0, 0
+    for path in paths:
+        some = list(islice(_lines(path), LINES))
+        read += sum(len(line.encode()) for line in some)
+        tokens += sum(map(len, encode([line for line in some if line.strip()])))
+    whole = sum(path.stat().st_size for path in paths)
+    return tokens, read / whole if whole else 1.0
+
+
 def _tokens(paths: Sequence[Path], encode: Encode) -> Iterator[list[int]]:
     for path in paths:
         lines = _lines(path)
