@@ -126,13 +126,27 @@ def interface_of(found: Bundle) -> Interface:
 
 
 def sample_of(found: Bundle) -> dict[str, np.ndarray]:
-    """The inputs that a bundle carries, by name [N, ...], of its data or made up."""
+    """The inputs that a bundle carries, by name [N, ...], of its data or made up. Raises
+    NasctlError for a bundle without any, and for what is none of its model's."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     names = [*found.of("calibration"), *found.of("inputs")]
     if not names:
         raise NasctlError("has no inputs to run it on", where=str(found.folder))
-    return load_file(found.path(names[0]))
+    path, wanted = found.path(names[0]), onnx.inputs(found.path(FLOAT))
+    try:
+        values = load_file(path)
+    except (SafetensorError, KeyError) as error:  # a KeyError: of a type that numpy lacks
+        raise NasctlError(f"no inputs to run it on ({error})", where=str(path)) from error
+    if values.keys() != wanted.keys() or not all(
+        array.size and array.ndim == len(wanted[name]) for name, array in values.items()
+    ):
+        given = ", ".join(f"{name} {list(array.shape)}" for name, array in values.items())
+        raise NasctlError(
+            f"holds {given or 'nothing'}, its model takes {', '.join(wanted)}", where=str(path)
+        )
+    return values
 
 
 def _json(value: Any) -> bytes:

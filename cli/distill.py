@@ -44,7 +44,7 @@ def command(
     run: options.Run = None,
     force: options.Force = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what the sub-spaces are, and stop.")
+        bool, typer.Option("--dry-run", help="Say what would be done and for how long, and stop.")
     ] = False,
     json: options.Json = False,
 ) -> None:
@@ -115,7 +115,8 @@ def prepare(given: dict[str, Any], folder: Path | None) -> Distilling:
 
 
 def plan(distilling: Distilling) -> dict[str, Any]:
-    """The teacher and its sub-spaces, without doing anything."""
+    """The teacher, its sub-spaces and for how long, without doing anything but a few steps."""
+    from cli import distil_plan
     from cli.distilling import described
 
     content = described(distilling)
@@ -127,6 +128,12 @@ def plan(distilling: Distilling) -> dict[str, Any]:
             f"at {distilling.spec.sequence} tokens",
             name,
         )
+    for note in distilling.notes:
+        console.say(note, "note")
+    took = distil_plan.seconds(distilling)
+    distil_plan.say(took, tuned=distilling.task is not None)
+    content["estimated_seconds"] = {name: round(value, 1) for name, value in took.items()}
+    content["estimated_total_seconds"] = round(sum(took.values()), 1)
     return content
 
 
@@ -207,7 +214,6 @@ def say_outcome(content: dict[str, Any], folder: Path) -> None:
 
     table = Table("", "sizes", "relation loss", "MMACs", "M params", "ms", "accuracy", box=None)
     for row in content["students"]:
-        ms, accuracy = row["latency_ms"], row["accuracy"]
         arch = row["arch"]
         sizes = f"{len(arch['layers'])} x {arch['hidden']}, {arch['heads']} heads, {arch['mlp']}"
         table.add_row(
@@ -216,10 +222,20 @@ def say_outcome(content: dict[str, Any], folder: Path) -> None:
             f"{row['loss']:.4f}" if row["loss"] is not None else "",
             f"{row['macs'] / 1e6:.3g}",
             f"{row['params'] / 1e6:.3g}",
-            f"{ms:.3g}" if ms else "not measured",
-            f"{accuracy:.2%}" if accuracy is not None else "no task",
+            *_measured(row),
         )
+        if row["files"]:
+            table.add_row("", "in INT8", "", "", "", *_measured(row["files"]["int8"]))
     console.show(table)
     for line in content["notes"]:
         console.say(line, "note")
     console.say(str(folder / "students"), "files")
+
+
+def _measured(of: dict[str, Any]) -> tuple[str, str]:
+    """Milliseconds and accuracy of a student or of a file."""
+    ms, accuracy = of["latency_ms"], of["accuracy"]
+    return (
+        f"{ms:.3g}" if ms else "not measured",
+        f"{accuracy:.2%}" if accuracy is not None else "no task",
+    )

@@ -3,10 +3,11 @@ sub-space, rank its members. Each goes on where it was interrupted."""
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,13 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from cli import accelerator, console
 from cli.training import follow
 from compress import adamw, finetune, inherit, members
-from compress.adamw import Plan
+from compress.adamw import Plan, Step
 from compress.distill import Course, distill
 from compress.finetune import Labelled
+from compress.lessons import relations
 from compress.lessons.relations import Relations
 from compress.members import Member
 from compress.teacher import Teacher
@@ -78,6 +81,7 @@ class Task(NamedTuple):
     train: Labelled
     test: Labelled
     classes: int
+    shared: int  # test sentences that are among the training sentences too
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +122,36 @@ class Distilling:
 
     @cached_property
     def lesson(self) -> Relations:
-        heads = self.spec.relation_heads or self.teacher.net.arch.heads
+        heads, net = self.spec.relation_heads or self.teacher.net.arch.heads, self.teacher.net
+        relations.require(heads, net.arch.heads * net.frame.head, self._widths)
         return Relations(heads, self.spec.loss)  # type: ignore[arg-type]
+
+    @property
+    def _widths(self) -> list[int]:
+        """Channels that queries, keys and values have in the students."""
+        genes = [gene for space in self.spaces.values() for gene in space.genes]
+        heads = {number for gene in genes if gene.name == "heads" for number in gene.options}
+        return sorted(number * self.teacher.net.frame.head for number in heads)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be known of the inputs, though nothing is wrong with it."""
+        notes, heads = [], self.lesson.heads
+        if cut := [(width % heads / width, width) for width in self._widths if width % heads]:
+            _, width = max(cut)
+            none = math.gcd(
+                self.teacher.net.arch.heads * self.teacher.net.frame.head, *self._widths
+            )
+            notes.append(
+                f"{heads} relation heads leave out up to {width % heads} of {width} channels of a "
+                f"student, as in AutoDistil's code; divisors of {none} leave out none"
+            )
+        if self.task and self.task.shared:
+            notes.append(
+                f"{self.task.shared} of {len(self.task.test.labels)} test sentences are among "
+                "the training sentences too"
+            )
+        return notes
 
     @cached_property
     def task(self) -> Task | None:
@@ -133,7 +165,14 @@ class Distilling:
             labels = torch.tensor(sentences.numbers(part, known, path))
             tokens = finetune.encoded(self.teacher, part.texts, spec.sequence)
             parts.append(Labelled(tokens, labels))
-        return Task(parts[0], parts[1], len(known))
+        shared = sentences.shared(test, train)
+        if shared == len(test):
+            raise UsageError(
+                "every sentence is among the training sentences",
+                where=f"--test {spec.test}",
+                next="Accuracy on them says nothing: name others.",
+            )
+        return Task(parts[0], parts[1], len(known), shared)
 
     @cached_property
     def text_key(self) -> str:
@@ -170,6 +209,8 @@ def _own(path: Path) -> list[tuple[str, Grid]]:
     """Grids of a TOML file: a table each, with layers, hidden, heads and halves."""
     try:
         tables = tomllib.loads(path.read_text())
+        if not tables:
+            raise ValueError("no tables")
         return [
             (name, Grid(**{key: tuple(options) for key, options in table.items()}))
             for name, table in tables.items()
@@ -234,7 +275,7 @@ def packed(distilling: Distilling) -> int:
         text.pack(paths, spec.sequence, teacher.encode, teacher.wrapping, run.path(TEXT))
         run.finish("text", key, 0.0, [TEXT])
     n = len(text.sequences(run.path(TEXT), spec.sequence))
-    if n - _held_out(n) < spec.batch:
+    if n - held_out(n) < spec.batch:
         raise NasctlError(
             f"{n} sequences of {spec.sequence} tokens in all, a step takes {spec.batch}",
             where="--batch",
@@ -243,7 +284,8 @@ def packed(distilling: Distilling) -> int:
     return n
 
 
-def _held_out(n: int) -> int:
+def held_out(n: int) -> int:
+    """Of `n` sequences, those at the end of the text that no step sees."""
     return max(1, min(MOST_HELD_OUT, round(HELD_OUT * n)))
 
 
@@ -260,13 +302,44 @@ def untrained(distilling: Distilling) -> list[str]:
 def trained(distilling: Distilling, name: str, n: int) -> None:
     """Train a sub-space's supernet into the run. In a process group every process calls this; the
     first writes."""
-    spec, run, space = distilling.spec, distilling.run, distilling.spaces[name]
+    spec, run = distilling.spec, distilling.run
     first, key = parallel.workers().first, _training_key(distilling, name)
-    trains = n - _held_out(n)
+    trains = n - held_out(n)
     rows, chosen = _rows(distilling), adamw.shuffled(trains, spec.batch, spec.seed)
-    steps = max(1, round(spec.epochs * trains / spec.batch))
     if first:
         run.path(f"{name}.members.jsonl").unlink(missing_ok=True)  # of other weights
+    state, most = run.path(f"{name}.state"), steps(distilling, n)
+
+    def batches(step: int) -> Tensor:
+        return torch.from_numpy(rows[chosen(step)]).long()
+
+    net, going = training(distilling, name, batches, most, resume=state)
+    with closing(going):
+        follow(going, most, name)
+    if not first:
+        return
+    weights = f"{name}.safetensors"
+    checkpoint.write(run.path(weights), net.state_dict(), {})
+    run.finish(f"train {name}", key, 0.0, [weights])
+    state.unlink(missing_ok=True)
+
+
+def steps(distilling: Distilling, n: int) -> int:
+    """Of the training on `n` sequences, some of which are held out."""
+    spec = distilling.spec
+    return max(1, round(spec.epochs * (n - held_out(n)) / spec.batch))
+
+
+def training(
+    distilling: Distilling,
+    name: str,
+    batches: Callable[[int], Tensor],
+    most: int,
+    *,
+    resume: Path | None = None,
+) -> tuple[Bert, Generator[Step, None, None]]:
+    """A sub-space's supernet, as it begins, and its training of `most` steps."""
+    spec, space = distilling.spec, distilling.spaces[name]
     net = inherit.inherit(_largest(space), distilling.teacher.net)
     for parameter in net.head.parameters():  # untrained: what it was made with is no one's seed
         torch.nn.init.zeros_(parameter)
@@ -274,21 +347,12 @@ def trained(distilling: Distilling, name: str, n: int) -> None:
     course = Course(
         distilling.teacher.net.to(distilling.accelerator).look,
         distilling.lesson,
-        lambda step: torch.from_numpy(rows[chosen(step)]).long(),
-        key,
+        batches,
+        _training_key(distilling, name),
         spec.bf16,
     )
-    archs = sandwich(space, Recipe(steps=steps, seed=spec.seed))
-    state = run.path(f"{name}.state")
-    going = distill(net, archs, course, Plan(steps, spec.lr), resume=state)
-    with closing(going):
-        follow(going, steps, name)
-    if not first:
-        return
-    weights = f"{name}.safetensors"
-    checkpoint.write(run.path(weights), net.state_dict(), {})
-    run.finish(f"train {name}", key, 0.0, [weights])
-    state.unlink(missing_ok=True)
+    archs = sandwich(space, Recipe(steps=most, seed=spec.seed))
+    return net, distill(net, archs, course, Plan(most, spec.lr), resume=resume)
 
 
 def _training_key(distilling: Distilling, name: str) -> str:
@@ -316,7 +380,7 @@ def ranked(distilling: Distilling, name: str, n: int) -> list[Member]:
     """Every member of a sub-space, by its slice of the supernet on held-out text."""
     space, run = distilling.spaces[name], distilling.run
     kept = run.path(f"{name}.members.jsonl")
-    rows = torch.from_numpy(np.array(_rows(distilling)[n - _held_out(n) :])).long()
+    rows = torch.from_numpy(np.array(_rows(distilling)[n - held_out(n) :])).long()
     batches = rows.to(distilling.accelerator).split(RANKED_AT_ONCE)
     wanted = members.taught(distilling.teacher.net.to(distilling.accelerator).look, batches)
     every = members.every(space)

@@ -139,12 +139,8 @@ def command(
     names = str(given.get("hw", "cpu")).split(",")
     if given.get("space") == "bert":
         _refuse({"--run": run, "--quick": quick, "--force": force, "--dry-run": dry_run})
-        report = _student(given, latencies)
-        if not json:
-            from cli import distill
-
-            distill.say_outcome(report, Path(given["supernet"]))
-    elif len(names) > 1:
+        return _student(given, latencies, json=json)
+    if len(names) > 1:
         from cli import boards
 
         jobs = boards.prepare(given, names, latencies, run, quick=quick)
@@ -169,12 +165,17 @@ def _refuse(flags: Mapping[str, object]) -> None:
             raise UsageError("means nothing for --space bert", where=flag, next="Leave it out.")
 
 
-def _student(given: dict[str, Any], latencies: list[float | None]) -> dict[str, Any]:
+def _student(given: dict[str, Any], latencies: list[float | None], *, json: bool) -> None:
     if len(latencies) > 1:
         raise UsageError(f"{len(latencies)} budgets for one student", where="--latency")
-    from cli import students
+    from cli import distill, students
 
-    return students.search({**given, **({"latency_ms": latencies[0]} if latencies else {})})
+    content = students.search({**given, **({"latency_ms": latencies[0]} if latencies else {})})
+    if json:
+        console.emit_json(content)
+    else:
+        distill.say_outcome(content, Path(given["supernet"]))
+    students.require(content)
 
 
 def prepare(

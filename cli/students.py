@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import glob
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cli import console, measuring
 from cli.distilling import (
@@ -39,12 +39,15 @@ from hw_profiles import device, op
 from nas import checkpoint, file, pareto
 from nas import run as runs
 from nas.elastic import extract
-from nas.errors import NasctlError, UsageError
+from nas.errors import BudgetMissed, NasctlError, UsageError
 from nas.run import Run
 from nas.search_spaces.bert import Arch, Bert
 from nas.space import arch_to_dict
 
 MOST_TIMED = 24
+KINDS = {"onnx": ".onnx", "int8": ".int8.onnx"}  # of a delivered student's files
+
+Write = Callable[[Path], None]  # of a file to a path
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def knee(distilling: Distilling, name: str, listed: Sequence[Member]) -> Student
 
 
 def delivered(distilling: Distilling, students: Sequence[Student]) -> dict[str, Any]:
-    """Extract the students, fine-tune them if there is a task, write their files, time them."""
+    """Extract the students, fine-tune them if there is a task, write their files, time and judge
+    these; without a task drafts are timed, as there are no files."""
     folder = distilling.run.path(STUDENTS)
     folder.mkdir(exist_ok=True)
     task = distilling.task
@@ -76,12 +80,14 @@ def delivered(distilling: Distilling, students: Sequence[Student]) -> dict[str, 
         nets[student.name] = extract(
             supernet(distilling, student.space), space.build(student.arch)
         ).eval()
-    accuracies = {name: _tuned(distilling, name, nets, task) for name in nets}
+    if task:
+        for name in nets:
+            _tune(distilling, name, nets, task)
     for student in students:
         path = folder / f"{student.name}.safetensors"
         checkpoint.write(path, nets[student.name].state_dict(), {})
-    written = _files(distilling, nets) if task else {}
-    latencies = _latencies(distilling, nets)
+    written = _files(distilling, nets, task) if task else {}
+    drafted = {} if task else _milliseconds(distilling, _drafts(distilling, nets))
     known = {student.name: student.member.loss for student in students}
     rows = [
         {
@@ -90,8 +96,8 @@ def delivered(distilling: Distilling, students: Sequence[Student]) -> dict[str, 
             "loss": known.get(name),
             "macs": op.macs(_costs(distilling, net.arch)),
             "params": sum(parameter.numel() for parameter in net.parameters()),
-            "latency_ms": latencies.get(name),
-            "accuracy": accuracies[name],
+            "latency_ms": written[name]["onnx"]["latency_ms"] if task else drafted.get(name),
+            "accuracy": written[name]["onnx"]["accuracy"] if task else None,
             "files": written.get(name, {}),
         }
         for name, net in nets.items()
@@ -113,28 +119,20 @@ def _notes(distilling: Distilling, task: Task | None) -> list[str]:
         notes.append(f"latency on {distilling.device.name}: not measured, multiply-adds only")
     if task is None:
         notes.append("no --finetune: there are weights of encoders, no ONNX file")
-    return notes
+    return [*notes, *distilling.notes]
 
 
 def _costs(distilling: Distilling, arch: Arch) -> list[op.Op]:
     return next(iter(distilling.spaces.values())).ops(arch)
 
 
-def _tuned(
-    distilling: Distilling,
-    name: str,
-    nets: dict[str, Bert],
-    task: Task | None,
-) -> float | None:
-    """Fine-tune `nets[name]` (replaced); its accuracy on the test sentences."""
-    if task is None:
-        return None
-    train, test, classes = task
-    spec = distilling.spec
+def _tune(distilling: Distilling, name: str, nets: dict[str, Bert], task: Task) -> None:
+    """Fine-tune `nets[name]`, which is replaced."""
+    train, spec = task.train, distilling.spec
     batch = min(32, len(train.labels))
     steps = max(1, round(spec.tuning_epochs * len(train.labels) / batch))
     how = Finetuning(Plan(steps, spec.tuning_lr), batch, seed=spec.seed)
-    net = finetune.with_classes(nets[name], classes, spec.seed).to(distilling.accelerator)
+    net = finetune.with_classes(nets[name], task.classes, spec.seed).to(distilling.accelerator)
     # of this student only: another budget's may have been stopped under the same name
     inputs = runs.digest([checkpoint.digest(net), train.digest, str(how)])
     state = distilling.run.path(f"{name}.{inputs[:12]}{TUNING}")
@@ -144,44 +142,58 @@ def _tuned(
             update(step.step, f"loss {step.losses[0]:.3f}")
     for done in distilling.run.folder.glob(f"{glob.escape(name)}.*{TUNING}"):
         done.unlink()
-    right: Tensor = finetune.predictions(net, test.tokens) == test.labels
-    nets[name] = net.cpu()  # where its file is compared with it
-    return float(right.float().mean())
+    nets[name] = net.cpu().eval()  # where its file is compared with it
 
 
-def _files(distilling: Distilling, nets: dict[str, Bert]) -> dict[str, dict[str, Any]]:
-    """ONNX files of fine-tuned networks, checked, and in 8 bits."""
-    found = {}
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def _files(distilling: Distilling, nets: Mapping[str, Bert], task: Task) -> dict[str, Any]:
+    """ONNX files of fine-tuned networks, checked, and in 8 bits; each judged and timed itself."""
+    found: dict[str, Any] = {}
+    copies: dict[str, Write] = {}
     for name, net in nets.items():
-        plain, small = (
-            distilling.run.path(f"{STUDENTS}/{name}{kind}") for kind in (".onnx", ".int8.onnx")
-        )
+        plain, small = paths = [
+            distilling.run.path(f"{STUDENTS}/{name}{ending}") for ending in KINDS.values()
+        ]
         files_of.export(net, plain)
         generator = torch.Generator().manual_seed(0)
         shape = (3, distilling.spec.sequence)
         tokens = torch.randint(1, net.frame.vocabulary, shape, generator=generator)
-        difference = files_of.parity(plain, net, tokens)
+        found[name] = {"differs_by": files_of.parity(plain, net, tokens)}
         files_of.quantized(plain, small)
-        found[name] = {
-            "onnx": file.record(plain),
-            "int8": file.record(small),
-            "differs_by": difference,
-        }
+        for kind, path in zip(KINDS, paths, strict=True):
+            found[name][kind] = {**file.record(path), "accuracy": _accuracy(path, task)}
+            copies[path.name] = partial(files_of.of_length, path, distilling.spec.sequence)
+    took = _milliseconds(distilling, copies)
+    for kinds in found.values():
+        for kind in KINDS:
+            kinds[kind]["latency_ms"] = took.get(kinds[kind]["path"])
     return found
 
 
-def _latencies(distilling: Distilling, nets: dict[str, Bert]) -> dict[str, float]:
-    """Median milliseconds of one text of the run's length, in turn; nothing for other machines."""
+def _accuracy(path: Path, task: Task) -> float:
+    """Of the file, on the test sentences."""
+    found = files_of.predictions(path, task.test.tokens.numpy())
+    return float((found == task.test.labels.numpy()).mean())
+
+
+def _drafts(distilling: Distilling, nets: Mapping[str, Bert]) -> dict[str, Write]:
+    example = torch.ones(1, distilling.spec.sequence, dtype=torch.int64)
+    return {name: partial(drafts.draft, net, example=example) for name, net in nets.items()}
+
+
+def _milliseconds(distilling: Distilling, sources: Mapping[str, Write]) -> dict[str, float]:
+    """Median of each file on one text of the run's length, in turn; nothing for other machines."""
     if not distilling.device.local:
         return {}
     timer = measuring.timer(measuring.LOCAL, distilling.device, distilling.spec.seed)
-    example = torch.ones(1, distilling.spec.sequence, dtype=torch.int64)
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{name}.onnx" for name in nets]
-        for path, net in zip(paths, nets.values(), strict=True):
-            drafts.draft(net, path, example)
+        paths = [Path(folder) / f"{number}.onnx" for number in range(len(sources))]
+        for path, write in zip(paths, sources.values(), strict=True):
+            write(path)
         timings = timer(paths)
-    return {name: timing.median_ms for name, timing in zip(nets, timings, strict=True)}
+    return {name: timing.median_ms for name, timing in zip(sources, timings, strict=True)}
 
 
 # ---- search --------------------------------------------------------------------------------------
@@ -190,7 +202,7 @@ def _latencies(distilling: Distilling, nets: dict[str, Bert]) -> dict[str, float
 def search(given: dict[str, Any]) -> dict[str, Any]:
     """`nasctl search --space bert`: of a finished distillation the student of the lowest relation
     loss inside the budgets, delivered into its run. Nothing is trained but the task's head and
-    weights, if the distillation had a task."""
+    weights, if the distillation had a task. `require` holds what was measured to the budget."""
     known = {"space", "supernet", "hw", "macs", "params", "latency_ms"}
     if more := sorted(set(given) - known):
         flag = "--" + more[0].removesuffix("_bytes").replace("_", "-")
@@ -206,9 +218,28 @@ def search(given: dict[str, Any]) -> dict[str, Any]:
         raise NasctlError("no finished distillation", where=f"--supernet {given['supernet']}")
     with distilling.run.locked():
         student = _within(distilling, given)
-        content = delivered(distilling, [student])
+        content = {
+            **delivered(distilling, [student]),
+            "budget": {"latency_ms": given.get("latency_ms")},
+        }
         distilling.run.write_json(SEARCHED, content)
     return content
+
+
+def require(content: Mapping[str, Any]) -> None:
+    """Raises BudgetMissed where the chosen student was measured beyond the budget: it was chosen
+    by a draft with random weights, in another session."""
+    (row,) = (row for row in content["students"] if row["name"] == CHOSEN)
+    limit, took = content["budget"]["latency_ms"], row["latency_ms"]
+    if limit is None or took <= limit:
+        return
+    small = row["files"].get("int8")
+    raise BudgetMissed(
+        f"took {console.format_ms(took)}, the budget is {console.format_ms(limit)}"
+        + (f"; in INT8 it took {console.format_ms(small['latency_ms'])}" if small else ""),
+        where="--latency",
+        next="Ask for less, or leave the machine to itself.",
+    )
 
 
 _FLAGS = "--supernet, --hw, --macs, --params, --latency"
@@ -245,8 +276,8 @@ def _within(distilling: Distilling, given: dict[str, Any]) -> Student:
         places = np.linspace(0, len(front) - 1, min(len(front), MOST_TIMED)).round().astype(int)
         timed = [students[front[place]] for place in places]
         frame = distilling.teacher.net.frame
-        nets = {student.name: Bert(student.arch, frame, 2) for student in timed}
-        ms = np.array(list(_latencies(distilling, nets).values()))
+        nets = {student.name: Bert(student.arch, frame, 2).eval() for student in timed}
+        ms = np.array(list(_milliseconds(distilling, _drafts(distilling, nets)).values()))
         found = timed[members.best_within([s.member for s in timed], ms, limit)]
     elif any(field in given for field in ("macs", "params")):
         found = students[members.best_within(listed, macs, np.inf)]

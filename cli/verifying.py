@@ -83,6 +83,7 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
     if asked.engine is not None:
         path = building.named(bundle, asked.engine)
         _, car = engines.load(path)  # which checks that it belongs here
+        source = Delivered(bundle.path(car.model), PLAIN, None, 1)
         if bundle.manifest.members[car.model].sha256 != car.model_sha256:
             raise NasctlError(
                 f"was built from another {car.model}",
@@ -90,7 +91,6 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
                 next="Build it again: nasctl build.",
             )
         loads = None if car.runtime == PLAIN else car.requested
-        source = Delivered(bundle.path(car.model), PLAIN, None, 1)
         delivered = Delivered(path, car.runtime, loads, car.threads)
         name = f"{car.model} = engine"
         if unread := _unloadable(source):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from nas import checkpoint
@@ -102,7 +103,8 @@ def _read(reader: Any, name: str, what: str) -> Any:
     """One part of a model, from disk alone."""
     try:
         return reader.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:  # what the library raises
+    # what the library raises
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         there = "in this folder" if Path(name).is_dir() else "no such folder, nor in the hub cache"
         first = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise NasctlError(

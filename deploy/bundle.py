@@ -19,6 +19,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,7 +229,7 @@ def unpack(archive: Path, folder: Path, *, limit: int = LIMIT) -> Bundle:
             return _unfold(found, entries, manifest, folder)
     except OSError as error:
         raise NasctlError(f"cannot unpack: {error.strerror}", where=str(archive)) from error
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
         raise NasctlError(f"is no archive of a bundle ({error})", where=str(archive)) from error
 
 

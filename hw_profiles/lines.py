@@ -7,14 +7,23 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from nas.errors import NasctlError
+
 
 def append(path: Path, row: Mapping[str, object]) -> None:
-    """Add one line and wait until it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Add one line and wait until it is on the disk. Raises NasctlError where it does not fit."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise NasctlError(
+            f"cannot write: {error.strerror or error}",
+            where=str(path),
+            next="Its earlier lines are intact: make space, then give the same command.",
+        ) from error
 
 
 def whole(path: Path) -> list[bytes]:

@@ -18,7 +18,7 @@ def write(path: Path, data: bytes) -> None:
         # in the same folder, because a rename across file systems is a copy and not atomic
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise unwritable(path, error) from error
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
@@ -28,7 +28,7 @@ def write(path: Path, data: bytes) -> None:
         os.replace(name, path)
     except OSError as error:
         Path(name).unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
+        raise unwritable(path, error) from error
 
 
 def record(path: Path) -> dict[str, str | int]:
@@ -65,7 +65,8 @@ def commit() -> str:
     return found.stdout.strip() if found.returncode == tracked.returncode == 0 else ""
 
 
-def _cannot_write(path: Path, error: OSError) -> NasctlError:
+def unwritable(path: Path, error: OSError) -> NasctlError:
+    """The error for a file that a full disk, or whatever it was, kept from being written."""
     return NasctlError(
         f"cannot write: {error.strerror or error}",
         where=str(path),

@@ -215,3 +215,16 @@ def test_archives_that_are_too_large_or_cut_are_refused(tmp_path):
         with pytest.raises(NasctlError, match="no archive of a bundle"):
             bundle.unpack(path, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_an_archive_with_a_damaged_stream_is_refused(tmp_path):
+    path = tmp_path / "b.zip"
+    bundle.pack(sealed(tmp_path / "b"), path)
+    whole = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo("model.onnx")
+    start = entry.header_offset + 30 + len(entry.filename)
+    whole[start : start + entry.compress_size] = b"\xff" * entry.compress_size
+    path.write_bytes(whole)
+    with pytest.raises(NasctlError, match="no archive of a bundle .*Error -3"):
+        bundle.unpack(path, tmp_path / "back")

@@ -145,6 +145,54 @@ def test_a_search_takes_the_best_student_inside_the_budget(finished, tmp_path, n
     assert code == 0 and json.loads(out)["students"][1]["loss"] <= cheaper["loss"]
 
 
+def test_a_budget_that_the_delivered_file_misses_has_exit_code_4(
+    finished, tmp_path, nasctl, monkeypatch
+):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    sessions = iter([0.01, 1000.0])  # the drafts are fast, what is delivered is not
+
+    def timings(paths):
+        ms = next(sessions)
+        return [Timing(ms, 0.0, ms, ms, ms, 9) for _ in paths]
+
+    monkeypatch.setattr(students.measuring, "timer", lambda *_: timings)
+    search = ["search", "--space", "bert", "--supernet", str(run), "--latency", "9ms", "--json"]
+    code, out, err = nasctl(*search)
+    assert code == 4 and "took 1 s, the budget is 9 ms" in err
+    assert json.loads(out) == json.loads((run / "search.json").read_text())
+
+
+def given_of(inputs):
+    given = {"teacher": str(inputs / "teacher"), "text": [str(inputs / "text.txt")], "hw": "cpu"}
+    given |= {"subspaces": ["tiny"], "sequence": 12, "threads": 1, "tuning_epochs": 1}
+    return given | {"finetune": str(inputs / "train.tsv"), "test": str(inputs / "test.tsv")}
+
+
+def test_every_delivered_file_is_itself_timed_and_judged(inputs, tmp_path, monkeypatch):
+    job = distill.prepare(given_of(inputs), tmp_path)
+    (tmp_path / "students").mkdir()
+    space = job.spaces["tiny"]
+    net = space.build(space.decode(space.smallest)).eval()
+    judged = iter([0.75, 0.5])
+    precisions = []
+
+    def timings(paths):
+        for path in paths:
+            session = onnxruntime.load(path)
+            assert session.inputs == {"input": (1, 12)}
+            precisions.append(onnxruntime.observed_precision(session))
+        return [Timing(ms, 0.0, ms, ms, ms, 9) for ms in (3, 2)]
+
+    monkeypatch.setattr(students.measuring, "timer", lambda *_: timings)
+    monkeypatch.setattr(students, "_accuracy", lambda path, task: next(judged))
+    found = students._files(job, {"chosen": net}, job.task)["chosen"]
+    assert ["int8" in precision for precision in precisions] == [False, True]
+    figures = [
+        (found[k]["path"], found[k]["latency_ms"], found[k]["accuracy"]) for k in students.KINDS
+    ]
+    assert figures == [("chosen.onnx", 3, 0.75), ("chosen.int8.onnx", 2, 0.5)]
+
+
 def interrupted(description, total):
     def update(done, note):
         raise KeyboardInterrupt
@@ -153,21 +201,18 @@ def interrupted(description, total):
 
 
 def test_a_stopped_fine_tuning_is_in_no_other_students_way(inputs, tmp_path, monkeypatch):
-    given = {"teacher": str(inputs / "teacher"), "text": [str(inputs / "text.txt")], "hw": "cpu"}
-    given |= {"subspaces": ["tiny"], "sequence": 12, "threads": 1, "tuning_epochs": 1}
-    given |= {"finetune": str(inputs / "train.tsv"), "test": str(inputs / "test.tsv")}
-    job = distill.prepare(given, tmp_path)
+    job = distill.prepare(given_of(inputs), tmp_path)
     space = job.spaces["tiny"]
     one, other = (space.build(space.decode(genes)) for genes in (space.smallest, space.largest))
 
     def stopped(net):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(students.console, "bar", interrupted)
-            students._tuned(job, "chosen", {"chosen": net}, job.task)
+            students._tune(job, "chosen", {"chosen": net}, job.task)
         return list(tmp_path.glob("*.state"))
 
     assert len(stopped(one)) == 1
-    assert students._tuned(job, "chosen", {"chosen": other}, job.task) is not None
+    students._tune(job, "chosen", {"chosen": other}, job.task)
     assert not list(tmp_path.glob("*.state"))
     assert len(stopped(one)) == 1
     distilling.forget(job)
@@ -222,7 +267,11 @@ def test_a_dry_run_names_the_sub_spaces_and_writes_nothing(inputs, tmp_path, nas
     own.write_text("[mine]\nlayers = [2]\nhidden = [32, 48]\nheads = [2, 3]\nhalves = [4]\n")
     more = ["--dry-run", "--json", "--subspaces", f"small,{own}"]
     code, out, err = nasctl(*words(inputs, tmp_path / "run", *more))
-    found = json.loads(out)["subspaces"]
+    content = json.loads(out)
+    found, took = content["subspaces"], content["estimated_seconds"]
+    stages = [f"{what} {name}" for name in ("small", "mine") for what in ("training", "ranking")]
+    assert list(took) == ["text", *stages] and min(took.values()) >= 0
+    assert 0 < content["estimated_total_seconds"] < 600 and "in all" in err
     assert code == 0 and found["mine"]["students"] == 4 and "small" in found and "MMACs" in err
     assert not (tmp_path / "run").exists()
 
@@ -235,6 +284,11 @@ BAD = {
         "--subspaces teacher: other files have this name",
     ),
     "a path": ("['a/b']\nlayers=[2]\nhidden=[32]\nheads=[2]\nhalves=[4]", "cannot name files"),
+    "nothing": ("", "cannot read sub-spaces"),
+    "a fraction": (
+        "[a]\nlayers=[2.5]\nhidden=[32]\nheads=[2]\nhalves=[4]",
+        "ascending whole numbers above zero",
+    ),
     "odd": ("[a]\nlayers=[1]\nhidden=[33]\nheads=[2]\nhalves=[3]", "no whole number"),
 }
 
@@ -255,7 +309,8 @@ def test_bad_sub_spaces_are_one_line(name, inputs, tmp_path, nasctl):
         (["--subspaces", "tiny,tiny"], "--subspaces tiny: there are two of it"),
         (["--loss", "l2"], "allowed: kl, mse, scores"),
         (["--sequence", "33"], "33 tokens, but positions for 32"),
-        (["--relation-heads", "99"], "99 relation heads of"),
+        (["--relation-heads", "7", "--dry-run"], "of 64 channels (the narrowest student has 48)"),
+        (["--relation-heads", "64"], "allowed: 1, 2, 4, 8, 16, 32"),
         (["--batch", "9999"], "a step takes 9999"),
         (["--text", "absent.txt"], "no such file"),
         (["--finetune", "a.tsv"], "one without the other"),
@@ -268,6 +323,29 @@ def test_bad_input_is_one_line(flags, message, inputs, tmp_path, nasctl):
     code, _, err = nasctl(*words(inputs, tmp_path / "run", *flags))
     assert code in (1, 2) and message in err
     assert err.splitlines()[-1].startswith("nasctl: ")
+
+
+def test_channels_that_relation_heads_leave_out_are_said(inputs, tmp_path, nasctl):
+    flags = ["--relation-heads", "32", "--dry-run"]
+    code, _, err = nasctl(*words(inputs, tmp_path / "run", *flags))
+    assert code == 0
+    assert "32 relation heads leave out up to 16 of 48 channels" in " ".join(err.split())
+
+
+def test_judging_on_what_was_trained_on_is_refused_and_a_part_of_it_is_said(
+    inputs, tmp_path, nasctl
+):
+    rows = (inputs / "train.tsv").read_text().splitlines()
+    (tmp_path / "same.csv").write_text("sentence,label\n" + rows[1].replace("\t", ",") + "\n")
+    fresh = "a dull film and not so good dog\t0"
+    (tmp_path / "mixed.tsv").write_text("\n".join([*rows[:4], fresh]) + "\n")
+    for name, exit_code, said in (
+        ("same.csv", 2, "same.csv: every sentence is among the training sentences"),
+        ("mixed.tsv", 0, "3 of 4 test sentences are among the training sentences too"),
+    ):
+        task = ["--finetune", str(inputs / "train.tsv"), "--test", str(tmp_path / name)]
+        code, _, err = nasctl(*words(inputs, tmp_path / "run", *task, "--dry-run"))
+        assert code == exit_code and said in " ".join(err.split())
 
 
 def test_a_label_that_training_lacks_is_one_line(inputs, tmp_path, nasctl):

@@ -27,12 +27,12 @@ def encoded(pixels, kind="PNG"):
     return out.getvalue()
 
 
-def boxes_file(path, n, boxes=None, grey=(), seed=0):
+def boxes_file(path, n, boxes=None, grey=(), seed=0, labels=None):
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8)
     contents = [encoded(p[..., 0] if i in grey else p) for i, p in enumerate(pixels)]
     boxes = boxes or [[0, 4, 7, 15]] * n
-    labels = [i % 2 for i in range(n)]
+    labels = labels or [i % 2 for i in range(n)]
     pq.write_table(pa.table({"jpeg": contents, "label": labels, "box_xyxy": boxes}), path)
 
 
@@ -91,6 +91,54 @@ def test_validation_is_held_out_of_train_and_the_same_every_time(boxes_folder):
     assert one.fingerprint == two.fingerprint
     seen = {image.numpy().tobytes() for image in one.train.images}
     assert not seen & {image.numpy().tobytes() for image in one.val.images}
+
+
+def test_images_without_a_class_or_a_box_are_unlabelled(tmp_path):
+    """In val, and in train, of which what validates is held out."""
+    box_ = [0, 4, 7, 15]
+    boxes_file(tmp_path / "a_train.parquet", 40, labels=[0, 1, None, -1] * 10)
+    boxes_file(tmp_path / "a_val.parquet", 4, [box_, None, [0, 4, None, 15], box_], labels=[0] * 4)
+    task = multitask.load(str(tmp_path))
+    counts = {
+        part: torch.bincount(split.targets["label"] + 1, minlength=3).tolist()
+        for part, split in task.splits.items()
+    }
+    assert counts == {"train": [18, 9, 9], "val": [2, 1, 1], "test": [0, 4, 0]}
+    assert task.test.targets["box"].isnan().all(1).tolist() == [False, True, True, False]
+    assert task.goals[0].answer.channels == 2
+
+
+def test_validation_is_held_out_where_there_is_a_test_file_only(tmp_path):
+    boxes_file(tmp_path / "train.parquet", 40)
+    boxes_file(tmp_path / "test.parquet", 6, seed=1)
+    task = multitask.load(str(tmp_path))
+    assert [len(split) for split in task.splits.values()] == [36, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "said"),
+    [
+        ({}, {"labels": [0, 1, 9, 1]}, "val.parquet: row 2 has the label 9, train has 2"),
+        ({"labels": [0, 2] * 20}, {}, "train.parquet: row 1 has the label 2, train has 2"),
+        ({"labels": [0, 10**12] * 20}, {}, "train.parquet row 1: the label is 1000000000000"),
+        ({"labels": [0.5, 1] * 20}, {}, "train.parquet row 0: the label is 0.5; allowed: whole"),
+        ({"labels": ["cat", "dog"] * 20}, {}, "train.parquet row 0: the label is 'cat'"),
+        ({"labels": [None] * 40}, {}, "no image has a label"),
+        ({}, {"boxes": [[0, 4, 7, 15]] * 3 + [[0, 1, 2]]}, "val.parquet row 3: the box is"),
+    ],
+)
+def test_bad_labels_and_boxes_are_one_line_with_their_row(train, val, said, tmp_path):
+    boxes_file(tmp_path / "train.parquet", 40, **train)
+    boxes_file(tmp_path / "val.parquet", 4, **val)
+    with pytest.raises(NasctlError, match=said) as caught:
+        multitask.load(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_first_file_is_one_line(boxes_folder):
+    (boxes_folder / "a_train.parquet").write_bytes(b"PAR1 nonsense PAR1")
+    with pytest.raises(NasctlError, match="a_train.parquet: unreadable parquet file"):
+        multitask.load(str(boxes_folder))
 
 
 def test_maps_keep_their_shape_and_void(tmp_path):

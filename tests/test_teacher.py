@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,15 @@ def test_a_teacher_without_a_tokenizer_is_one_line(tmp_path, folder):
         if not path.name.startswith("tokenizer"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(NasctlError, match="no tokenizer to read"):
+        teacher.load(str(tmp_path))
+
+
+def test_damaged_weights_are_one_line(tmp_path, folder):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-99])
+    with pytest.raises(NasctlError, match="no weights to read"):
         teacher.load(str(tmp_path))
 
 
@@ -141,6 +151,16 @@ def test_packing_loses_nothing_but_the_end(tmp_path, found):
     assert set(rows[:, 0]) == {2} and set(rows[:, -1]) == {3}
 
 
+def test_a_sample_of_the_text_is_a_share_of_it(tmp_path, found, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text(prose(50))
+    whole = sum(map(len, found.encode(path.read_text().splitlines())))
+    assert text.sampled([path], found.encode) == (whole, 1.0)
+    monkeypatch.setattr(text, "LINES", 10)
+    tokens, share = text.sampled([path], found.encode)
+    assert 0.1 < share < 0.3 and abs(tokens / share / whole - 1) < 0.1
+
+
 def test_packing_is_the_same_however_lines_are_grouped(tmp_path, found, monkeypatch):
     (tmp_path / "a.txt").write_text(prose(40))
     (tmp_path / "b.txt").write_text(prose(20, seed=1))
@@ -178,6 +198,15 @@ def test_bad_text_is_one_line_and_leaves_no_file(tmp_path, found, content, messa
     with pytest.raises(NasctlError, match=message):
         text.pack([path], 8, found.encode, found.wrapping, tmp_path / "packed.bin")
     assert not (tmp_path / "packed.bin").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_one_line(tmp_path, found):
+    (tmp_path / "a.txt").write_text(prose(50))
+    (tmp_path / "packed.part").symlink_to("/dev/full")
+    with pytest.raises(NasctlError, match="packed.bin: cannot write: No space left"):
+        text.pack([tmp_path / "a.txt"], 8, found.encode, found.wrapping, tmp_path / "packed.bin")
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.txt"]
 
 
 def test_absent_text_and_impossible_lengths(tmp_path, found):

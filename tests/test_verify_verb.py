@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 from bundles import network, small
+from safetensors.numpy import save
 
 from deploy import bundle as bundles
-from deploy import chain
+from deploy import chain, interface
 from deploy import onnx as files
 from hw_profiles.half import half
 from nas.errors import ParityFailed
@@ -115,6 +116,32 @@ def test_engines_are_loaded_only_if_they_are_named(nasctl, workdir, monkeypatch)
     assert verified(nasctl, "b")[0] == 0
     code, _, error = verified(nasctl, "b", "--engine", "other")
     assert code == 1 and f"has no engine 'other'; allowed: engines/{name}" in error
+
+
+@pytest.mark.parametrize(
+    ("sample", "said"),
+    [
+        (b"nonsense", "no inputs to run it on"),
+        (save({"other": np.ones((2, 1, 8, 8), np.float32)}), "its model takes input"),
+        (save({"input": np.ones((0, 1, 8, 8), np.float32)}), "holds input [0, 1, 8, 8]"),
+        (save({"input": np.ones(3, np.float32)}), "holds input [3]"),
+    ],
+)
+def test_a_sample_that_is_none_is_one_line(nasctl, workdir, sample, said):
+    bundles.add(small(workdir / "b"), {interface.SAMPLE: ("calibration", sample)})
+    code, _, error = verified(nasctl, "b")
+    assert code == 1 and f"{interface.SAMPLE}: " in error and said in error
+
+
+@pytest.mark.usefixtures("stated")
+def test_an_engine_of_no_member_is_one_line(nasctl, workdir):
+    made, name = small(workdir / "b"), "engines/model.cpu.onnxruntime.ort"
+    assert nasctl("build", "b", "--engine", "ort").code == 0
+    made = bundles.read(made.folder)
+    car = json.loads(made.path(f"{name}.json").read_text()) | {"model": "gone.onnx"}
+    bundles.add(made, {f"{name}.json": ("sidecar", json.dumps(car).encode())})
+    code, _, error = verified(nasctl, "b", "--engine", name)
+    assert code == 1 and "has no member 'gone.onnx'" in error
 
 
 @pytest.mark.usefixtures("stated")

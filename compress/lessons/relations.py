@@ -2,15 +2,16 @@
 
 Queries, keys and values of one layer are each cut into R relation heads of equal size, whatever the
 number of attention heads was; the products of every token with every other are S x S whatever the
-width, so teacher and student are compared without any projection. What does not divide is dropped,
-as in AutoDistil's code. MiniLMv2 (arXiv 2012.15828, section 3.1) compares distributions by `kl`.
-AutoDistil (arXiv 2201.12507, equation 4) takes the mean square of the difference of distributions
-(`mse`); its released code takes that of the products before the softmax (`scores`). Padded tokens
-count neither as rows nor as columns.
+width, so teacher and student are compared without any projection. R divides the teacher's channels;
+of a student's, what does not divide is dropped, as in AutoDistil's code. MiniLMv2 (arXiv
+2012.15828, section 3.1) compares distributions by `kl`. AutoDistil (arXiv 2201.12507, equation 4)
+takes the mean square of the difference of distributions (`mse`); its released code takes that of
+the products before the softmax (`scores`). Padded tokens count neither as rows nor as columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -64,6 +65,18 @@ class Relations(nn.Module):
         logs = [x.log_softmax(-1).masked_fill(~columns, 0.0) for x in (wanted, mine)]
         rows = (wanted.softmax(-1) * (logs[0] - logs[1])).sum(-1)
         return rows[real[:, None].expand_as(rows)].mean()
+
+
+def require(heads: int, teacher: int, students: Sequence[int]) -> None:
+    """Raises UsageError for relation heads that cut off channels of the teacher, which has that
+    many, or that the narrowest student has no channels for."""
+    least = min(students)
+    if teacher % heads or heads > least:
+        raise UsageError(
+            f"{heads} relation heads of {teacher} channels (the narrowest student has {least})",
+            where="--relation-heads",
+            allowed=(str(n) for n in range(1, least + 1) if teacher % n == 0),
+        )
 
 
 def products(x: Tensor, heads: int) -> Tensor:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from nas.data import parquet
 from nas.data.examples import Examples
 from nas.data.images import Encoded, decode
 from nas.data.split import shuffled
@@ -37,7 +38,7 @@ _COLUMNS = ("image_jpeg", "label_png")
 
 
 def fits(file: Path) -> bool:
-    return set(_COLUMNS) <= set(pq.read_schema(file).names)
+    return set(_COLUMNS) <= set(parquet.columns(file))
 
 
 def read(folder: Path, size: int | None) -> dict[str, Examples]:
@@ -59,7 +60,7 @@ def _of_file(file: Path, size: int | None) -> Examples:
     try:
         table = pq.read_table(file, columns=list(_COLUMNS)).to_pydict()
     except (pa.ArrowException, OSError) as error:
-        raise NasctlError(f"unreadable parquet file ({error})", where=str(file)) from error
+        raise parquet.unreadable(file, error) from error
     pictures, maps = (
         decode([Encoded(f"{file} row {at}", c, 0) for at, c in enumerate(table[name])], None).images
         for name in _COLUMNS

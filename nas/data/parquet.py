@@ -24,6 +24,22 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
 
 
+def columns(file: Path) -> list[str]:
+    """Their names. Raises NasctlError for what is no parquet file."""
+    try:
+        return list(pq.read_schema(file).names)
+    except (pa.ArrowException, OSError) as error:
+        raise unreadable(file, error) from error
+
+
+def unreadable(file: Path, error: Exception) -> NasctlError:
+    return NasctlError(
+        f"unreadable parquet file ({error})",
+        where=str(file),
+        next="Write or copy the file again",
+    )
+
+
 def read(path: Path, size: int | None) -> dict[str, Labelled]:
     shards = _shards(files_in(path)) if path.is_dir() else {"train": [path]}
     return {
@@ -60,11 +76,7 @@ def _pictures(file: Path) -> list[Encoded]:
         label = _column(schema, _is_label, _LABEL_NAMES, ("label", "integer or string"), file)
         table = pq.read_table(file, columns=[image, label], partitioning=None)
     except (pa.ArrowException, OSError) as error:
-        raise NasctlError(
-            f"unreadable parquet file ({error})",
-            where=str(file),
-            next="Write or copy the file again",
-        ) from error
+        raise unreadable(file, error) from error
     if not table.num_rows:
         raise NasctlError("no rows", where=str(file), allowed="one row per image")
     labels = table[label].to_pylist()

@@ -54,6 +54,12 @@ def numbers(sentences: Sentences, known: Sequence[str], where: str) -> list[int]
     return [at[label] for label in sentences.labels]
 
 
+def shared(some: Sentences, others: Sentences) -> int:
+    """How many of `some` have a text that `others` have too."""
+    there = set(others.texts)
+    return sum(text in there for text in some.texts)
+
+
 def _parquet(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     import pyarrow
     from pyarrow import parquet

@@ -53,9 +53,10 @@ class Grid:
 
     def __post_init__(self) -> None:
         for name, options in vars(self).items():
-            if not options or min(options) < 1 or list(options) != sorted(set(options)):
+            whole = options and all(type(option) is int and option > 0 for option in options)
+            if not whole or list(options) != sorted(set(options)):
                 raise UsageError(
-                    f"{list(options)}", where=name, allowed="ascending numbers above zero"
+                    f"{list(options)}", where=name, allowed="ascending whole numbers above zero"
                 )
         for hidden in self.hidden:
             if odd := [half for half in self.halves if hidden * half % 2]:
