@@ -134,6 +134,8 @@ def measured(subject: Subject, runtime: str, effort: Effort) -> dict[str, Any]:
 def prepare(bench: Bench) -> None:
     """Every file that the runtime may take; which of them it does, `built` tells."""
     exported, runtime = bench.subject.exported, bench.runtime
+    if runtime == "aoti":  # torch reads no arithmetic on shapes: at fixed sizes none is left
+        exported = quantize.prepared(for_one(exported, bench.shape))
     bench.files[FLOAT] = File(exported)
     for form in half.CODES:
         if runtime == "aoti":  # lowers by itself what it is asked to
