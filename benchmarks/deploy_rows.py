@@ -57,7 +57,7 @@ class File:
 
     model: onnx.ModelProto | Path
     precision: str | None = None  # demanded of the runtime
-    kept: int = 0  # nodes that a guard left in float
+    kept: int = 0  # nodes that a guard left in float, or was told to
     seconds: float = 0.0  # of the processor, to make it
     more: dict[str, Any] = field(default_factory=dict)
 
@@ -171,10 +171,15 @@ def unguarded(bench: Bench, label: str, scheme: Scheme) -> None:
 def guarded(bench: Bench, label: str, scheme: Scheme, always: Sequence[str]) -> None:
     began = time.process_time()
     plain = bench.subject.plain
-    made = Guard(plain, bench.batches, scheme, bench.run, bench.spent, always=always).guarded()
+    asked = Guard(plain, bench.batches, scheme, bench.run, bench.spent, always=always)
+    try:
+        made = asked.guarded()
+    except NasctlError as error:  # the runtime cannot load it, or no file holds the bound
+        bench.refused[label] = str(error)
+        return
     more = {"spent": made.spent, "spent_without": made.spent_without, "judged": made.judged}
     seconds = time.process_time() - began
-    bench.files[label] = File(made.model, None, len(made.kept), seconds, more)
+    bench.files[label] = File(made.model, None, len(made.kept) + len(always), seconds, more)
 
 
 def theirs(bench: Bench) -> None:
