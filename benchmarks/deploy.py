@@ -1,6 +1,7 @@
 """What do INT8, half precision and their guards give on this processor, in every runtime?
 
-Random networks of every space with a fitted last layer (`deploy_nets.py`), exported as `nasctl`
+Random networks of every space (and `--largest`: the one with most weights) with a fitted last
+layer (`deploy_nets.py`), exported as `nasctl`
 does: fp32, fp16, bf16 and INT8 files, each built as the runtime's engine, held against torch,
 judged and timed in turn with the others (`deploy_rows.py`). INT8 is calibrated on training images,
 guarded at half a point on one half of the held-out ones and told for the other. Beside our guards:
@@ -47,7 +48,8 @@ Found = tuple[dict[str, Any], dict[str, Any]]  # a row's key and the row
 
 def main(argv: list[str] | None = None) -> int:
     flags = contract.parser(__doc__)
-    flags.add_argument("--networks", type=int, default=1, help="of each space")
+    flags.add_argument("--networks", type=int, default=1, help="of each space, at random")
+    flags.add_argument("--largest", action="store_true", help="of each space, instead")
     flags.add_argument("--spaces", nargs="*", choices=space.names(), default=space.names())
     flags.add_argument("--runtimes", nargs="*", choices=RUNTIMES, default=list(RUNTIMES))
     flags.add_argument("--processes", type=int, default=5, help="that a row is timed in")
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     work = Work(tasks.load(str(folder or "digits")), rows, effort, asked.quick, asked.again)
     places = itertools.product(
         ["resnet"] if asked.quick else asked.spaces,
-        range(1 if asked.quick else asked.networks),
+        [deploy_nets.LARGEST] if asked.largest else range(1 if asked.quick else asked.networks),
         RUNTIMES[:1] if asked.quick else asked.runtimes,
     )
     every = [(key(*place), place) for place in places]
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     return outcome.finish(asked.save)
 
 
-def key(name: str, at: int, runtime: str) -> dict[str, Any]:
+def key(name: str, at: int | str, runtime: str) -> dict[str, Any]:
     return {"space": name, "network": at, "runtime": runtime, "version": 2}
 
 
@@ -96,9 +98,9 @@ class Work:
     effort: Effort
     quick: bool
     again: bool
-    subjects: dict[tuple[str, int], deploy_nets.Subject] = field(default_factory=dict)
+    subjects: dict[tuple[str, int | str], deploy_nets.Subject] = field(default_factory=dict)
 
-    def row(self, name: str, at: int, runtime: str) -> dict[str, Any]:
+    def row(self, name: str, at: int | str, runtime: str) -> dict[str, Any]:
         """What is known, or measured now: again where NNCF is asked for and was not, or where the
         row is in doubt and that is asked for."""
         found = self.rows.get(key(name, at, runtime))
@@ -186,10 +188,10 @@ def figures(outcome: contract.Outcome, found: Sequence[Found]) -> None:
     outcome.aim(aim, ">= 5", len(held), len(held) >= 5)
 
 
-def best(found: Sequence[Found]) -> dict[tuple[str, int], dict[str, Any]]:
+def best(found: Sequence[Found]) -> dict[tuple[str, int | str], dict[str, Any]]:
     """Of each network the INT8 file, in any runtime, whose lower end is fastest of those that a
     guard offers and that keep the bound on the half that is told."""
-    made: dict[tuple[str, int], dict[str, Any]] = {}
+    made: dict[tuple[str, int | str], dict[str, Any]] = {}
     for name, row in found:
         for label in INT8:
             one = row["files"].get(label)

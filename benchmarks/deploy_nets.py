@@ -28,10 +28,11 @@ from nas.search_spaces.bert import Bert
 from nas.space import SearchSpace
 from nas.tasks import Task
 
+LARGEST = "largest"
 SIZE = 32  # pixels, or tokens
 FIT, HELD_OUT = 2000, 2000  # images
 TEXTS = 400  # of each kind
-QUICK = 200
+QUICK = 100
 CALIBRATE = 500  # for norms
 RIDGE = 10.0
 BATCH = 100
@@ -70,11 +71,14 @@ class Subject:
         return self.answers[which::2]
 
 
-def subject(name: str, at: int, task: Task, quick: bool) -> Subject:
-    """The `at`-th random network of a space; the same whenever it is asked for."""
+def subject(name: str, at: int | str, task: Task, quick: bool) -> Subject:
+    """The `at`-th random network of a space, or its LARGEST; the same whenever it is asked for."""
     found = space.load(name, channels=task.channels, classes=len(task.classes), size=SIZE)
-    row = found.sample(np.random.default_rng(0), at + 1)[at]
-    net = awake(scores.fresh(found, row, at))
+    if isinstance(at, int):
+        row, seed = found.sample(np.random.default_rng(0), at + 1)[at], at
+    else:
+        row, seed = found.largest, 0
+    net = awake(scores.fresh(found, row, seed))
     if isinstance(net, Bert):
         data = texts(len(task.classes), net.frame.vocabulary, QUICK if quick else TEXTS)
     else:
