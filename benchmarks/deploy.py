@@ -1,12 +1,12 @@
 """What do INT8, half precision and their guards give on this processor, in every runtime?
 
-Random networks of every space (and `--largest`: the one with most weights) with a fitted last
-layer (`deploy_nets.py`), exported as `nasctl`
-does: fp32, fp16, bf16 and INT8 files, each built as the runtime's engine, held against torch,
-judged and timed in turn with the others (`deploy_rows.py`). INT8 is calibrated on training images,
-guarded at half a point on one half of the held-out ones and told for the other. Beside our guards:
-the same scheme without them, ONNX Runtime's own defaults, and with `--nncf PYTHON` (the interpreter
-of an environment that has it) NNCF's accuracy control with the same data and bound.
+Random networks of every space (with `--largest` the largest one) with a fitted last layer
+(`deploy_nets.py`), exported as `nasctl` does: fp32, fp16, bf16 and INT8 files, each built as the
+runtime's engine for one input, held against torch, judged and timed in turn with the others
+(`deploy_rows.py`). INT8 is calibrated on training images, guarded at half a point on one half of
+the held-out ones and told for the other. Beside our guards: the same scheme without them, ONNX
+Runtime's own defaults, and with `--nncf PYTHON` (the interpreter of an environment that has it)
+NNCF's accuracy control with the same data and bound.
 
 Speeds are ratios to fp32 in the same processes, with the 5 and 95 % points of the processes'
 ratios; a claim counts where the lower one makes it. Rows in doubt are kept and marked. All are in
