@@ -39,7 +39,7 @@ INT8 = ("u8", "u8 but depthwise", "s8")
 FASTER = 1.5
 QUICK = Effort(processes=1, seconds=1.0)
 HEADER = (
-    *("space", "net", "runtime", "file", "computes in", "ms", "speed", "from", "to", "", "kB"),
+    *("space", "net", "runtime", "file", "computes in", "ms", "speed", "from", "to", "clock", "kB"),
     *("engine kB", "build s", "error", "points", "in float", "chosen"),
 )
 BESIDE = ("space", "net", "runtime", "", "in float", "points", "speed", "from", "to", "seconds")
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = None if asked.quick else contract.data("cifar10")
     if folder is None and not (asked.quick or asked.told):
         return outcome.skip("NASCTL_DATA/cifar10 is absent")
-    effort = QUICK if asked.quick else Effort(asked.processes, 5.0, asked.nncf)
+    effort = QUICK if asked.quick else Effort(asked.processes, 2.0, asked.nncf)
     rows_path = contract.RESULTS / "deploy.rows.jsonl"
     rows = contract.Rows(Path(tempfile.mkdtemp()) / "rows" if asked.quick else rows_path)
     work = Work(tasks.load(str(folder or "digits")), rows, effort, asked.quick, asked.again)
@@ -124,7 +124,7 @@ def table_lines(key: dict[str, Any], row: dict[str, Any]) -> list[list[object]]:
     return [
         [
             *(*names, label, one["observed"], one["ms"], one["ratio"], one["low"], one["high"]),
-            "noisy" if one["noisy"] else "",
+            " ".join([row["clock"], *(["noisy"] if one["noisy"] else [])]),
             *(one["model_bytes"] / 1e3, one["engine_bytes"] / 1e3, one["build_seconds"]),
             f"{one['error']:.1e}{'' if one['holds'] else ' !'}",
             *(f"{-100 * one['drop_told']:+.2f}", one["kept"]),

@@ -47,7 +47,7 @@ class Effort:
     """How long a row may take."""
 
     processes: int
-    seconds: float  # of each
+    seconds: float  # of the processor, of each
     nncf: str = ""  # the interpreter of an environment that has it
 
 
@@ -119,6 +119,7 @@ def measured(subject: Subject, runtime: str, effort: Effort) -> dict[str, Any]:
         prepare(bench)
         cells = {label: cell for label in list(bench.files) if (cell := built(bench, label))}
         row: dict[str, Any] = {"files": cells, "refused": bench.refused, **asdict(effort)}
+        row["clock"] = "processor"
         row["nncf"] = bool(effort.nncf)  # no path of this machine
         row["accuracy"] = hits(subject.half(1), subject.data.half(1)[1])
         if FLOAT not in cells:

@@ -150,7 +150,13 @@ def cell(ratio, low, high, drop=0.0, **more):
 
 def row(choice, **files):
     plain = {**cell(1, 1, 1), "make_seconds": 0.0}
-    return {"files": {"fp32": plain, **files}, "refused": {}, "choice": choice, "nncf": True}
+    return {
+        "files": {"fp32": plain, **files},
+        "refused": {},
+        "choice": choice,
+        "nncf": True,
+        "clock": "wall",
+    }
 
 
 def found(*rows):
@@ -175,7 +181,7 @@ def test_rows_without_a_time_and_refusals_are_lines():
     assert [line[3:5] for line in lines] == [["fp32", "refused"]]
     (name, one), *_ = found(row("u8", u8=cell(1.7, 1.6, 1.8, noisy="busy")))
     lines = deploy.table_lines(name, one)
-    assert {len(line) for line in lines} == {len(deploy.HEADER)} and "noisy" in lines[1]
+    assert {len(line) for line in lines} == {len(deploy.HEADER)} and "wall noisy" in lines[1]
 
 
 def test_a_row_is_measured_again_only_if_it_lacks_what_is_asked_for():
