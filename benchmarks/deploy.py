@@ -65,9 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     rows_path = contract.RESULTS / "deploy.rows.jsonl"
     rows = contract.Rows(Path(tempfile.mkdtemp()) / "rows" if asked.quick else rows_path)
     work = Work(tasks.load(str(folder or "digits")), rows, effort, asked.quick, asked.again)
+    drawn: list[int | str] = list(range(1 if asked.quick else asked.networks))
     places = itertools.product(
         ["resnet"] if asked.quick else asked.spaces,
-        [deploy_nets.LARGEST] if asked.largest else range(1 if asked.quick else asked.networks),
+        [deploy_nets.LARGEST] if asked.largest else drawn,
         RUNTIMES[:1] if asked.quick else asked.runtimes,
     )
     every = [(key(*place), place) for place in places]
