@@ -18,10 +18,12 @@ Not here: trained networks (`nasctl quantize` on a run), TensorRT.
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_argument("--processes", type=int, default=5, help="that a row is timed in")
     flags.add_argument("--nncf", default="", metavar="PYTHON", help="that can import nncf")
     flags.add_argument("--again", action="store_true", help="measure rows in doubt once more")
-    flags.add_argument("--told", action="store_true", help="tables of the rows there are, no more")
+    flags.add_argument("--told", action="store_true", help="of all rows there are, no more")
     asked = flags.parse_args(argv)
     outcome = contract.Outcome("deploy")
     folder = None if asked.quick else contract.data("cifar10")
@@ -64,19 +66,17 @@ def main(argv: list[str] | None = None) -> int:
     effort = QUICK if asked.quick else Effort(asked.processes, 2.0, asked.nncf)
     rows_path = contract.RESULTS / "deploy.rows.jsonl"
     rows = contract.Rows(Path(tempfile.mkdtemp()) / "rows" if asked.quick else rows_path)
-    work = Work(tasks.load(str(folder or "digits")), rows, effort, asked.quick, asked.again)
+    work = Work(str(folder or "digits"), rows, effort, asked.quick, asked.again)
     drawn: list[int | str] = list(range(1 if asked.quick else asked.networks))
     places = itertools.product(
         ["resnet"] if asked.quick else asked.spaces,
         [deploy_nets.LARGEST] if asked.largest else drawn,
         RUNTIMES[:1] if asked.quick else asked.runtimes,
     )
-    every = [(key(*place), place) for place in places]
-    found = [
-        (name, row)
-        for name, place in every
-        if (row := rows.get(name) if asked.told else work.row(*place)) is not None
-    ]
+    if asked.told:
+        found = [(json.loads(name), row) for name, row in rows.done.items()]
+    else:
+        found = [(key(*place), work.row(*place)) for place in places]
     print(contract.table(HEADER, [line for each in found for line in table_lines(*each)]))
     print(contract.table(BESIDE, [line for each in found for line in beside(*each)]))
     for name, row in found:
@@ -94,12 +94,16 @@ def key(name: str, at: int | str, runtime: str) -> dict[str, Any]:
 class Work:
     """Where rows come from."""
 
-    task: Task
+    data: str
     rows: contract.Rows
     effort: Effort
     quick: bool
     again: bool
     subjects: dict[tuple[str, int | str], deploy_nets.Subject] = field(default_factory=dict)
+
+    @cached_property
+    def task(self) -> Task:
+        return tasks.load(self.data)
 
     def row(self, name: str, at: int | str, runtime: str) -> dict[str, Any]:
         """What is known, or measured now: again where NNCF is asked for and was not, or where the

@@ -185,7 +185,7 @@ def test_rows_without_a_time_and_refusals_are_lines():
 
 
 def test_a_row_is_measured_again_only_if_it_lacks_what_is_asked_for():
-    work = deploy.Work(None, None, Effort(1, 1.0), quick=False, again=False)
+    work = deploy.Work("digits", None, Effort(1, 1.0), quick=False, again=False)
     noisy = row("u8", u8=cell(1.7, 1.6, 1.8, noisy="busy"))
     assert not work.wanting(noisy, "onnxruntime")
     assert replace(work, again=True).wanting(noisy, "onnxruntime")
