@@ -109,3 +109,68 @@ def test_a_package_is_for_one_number_of_threads_and_fixed_sizes(tmp_path):
     for feeds in ({}, {"input": np.zeros((2, 3, 16, 16), np.float32)}):
         with pytest.raises(NasctlError, match=r"feeds do not fit.*allowed: input \[1, 3, 16, 16\]"):
             aoti.run(session, feeds)
+
+
+def words():
+    """A mask of token numbers, as an encoder's file has it: their mean but for 0, the padding."""
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((9, 4)).astype(np.float32)
+    weight = rng.standard_normal((4, 3)).astype(np.float32)
+    constants = {
+        "table": table,
+        "weight": weight,
+        "padding": np.array(0),
+        "last": np.array([2]),
+        "places": np.array([1]),
+        "nothing": np.array(0, np.float32),
+    }
+    node = helper.make_node
+    nodes = [
+        node("Equal", ["input", "padding"], ["padded"]),
+        node("Not", ["padded"], ["word"]),
+        node("Unsqueeze", ["word", "last"], ["mask"]),
+        node("Cast", ["mask"], ["ones"], to=TensorProto.FLOAT),
+        node("ReduceSum", ["ones", "places"], ["count"], keepdims=0),
+        node("Gather", ["table", "input"], ["vectors"]),
+        node("Where", ["mask", "vectors", "nothing"], ["kept"]),
+        node("ReduceSum", ["kept", "places"], ["sum"], keepdims=0),
+        node("Div", ["sum", "count"], ["mean"]),
+        node("IsNaN", ["mean"], ["empty"]),
+        node("Where", ["empty", "nothing", "mean"], ["whole"]),
+        node("MatMul", ["whole", "weight"], ["output"]),
+    ]
+    given = helper.make_tensor_value_info("input", TensorProto.INT64, (1, 5))
+    made = helper.make_tensor_value_info("output", TensorProto.FLOAT, (1, 3))
+    tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "words", [given], [made], tensors)
+    imports = [helper.make_opsetid("", 18)]
+    version = helper.find_min_ir_version_for(imports)
+    return helper.make_model(graph, opset_imports=imports, ir_version=version).SerializeToString()
+
+
+WORDS = [np.array([[3, 1, 8, 0, 0]]), np.array([[0, 0, 0, 0, 0]])]
+
+
+def test_masks_of_token_numbers_are_read():
+    for tokens in WORDS:
+        feeds = {"input": tokens}
+        (expected,) = onnxruntime.run(onnxruntime.load(words()), feeds)
+        net = _torch_graph.read(words(), None)
+        (got,) = net(*_torch_graph.example(net, feeds, "cpu"))
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
+        half = _torch_graph.read(words(), "bf16")
+        (got,) = half(*_torch_graph.example(half, feeds, "cpu"))
+        assert got.dtype == torch.bfloat16
+        np.testing.assert_allclose(got.float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(aoti.unavailable()), reason=aoti.unavailable())
+def test_a_package_takes_token_numbers(tmp_path):
+    aoti.build(words(), tmp_path / "words.pt2")
+    session = aoti.load(tmp_path / "words.pt2")
+    assert session.dtypes == {"input": "int64"}
+    for tokens in WORDS:
+        (expected,) = onnxruntime.run(onnxruntime.load(words()), {"input": tokens})
+        (got,) = aoti.run(session, {"input": tokens})
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)

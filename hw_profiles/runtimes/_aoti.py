@@ -49,12 +49,16 @@ def build(
         raise NasctlError("a package's name must end in .pt2", where=str(path))
     net = _torch_graph.read(model, precision).to(device)
     sizes = {name: [n if isinstance(n, int) else 1 for n in s] for name, s in net.inputs.items()}
-    inputs = tuple(torch.zeros(size, dtype=net.dtype, device=device) for size in sizes.values())
+    inputs = tuple(
+        torch.zeros(size, dtype=net.integers.get(name, net.dtype), device=device)
+        for name, size in sizes.items()
+    )
     note = {
         "device": device,
         "threads": threads,
         "precision": summary(net.precisions()),
         "inputs": sizes,
+        "integers": {name: str(kind).split(".")[1] for name, kind in net.integers.items()},
         "outputs": net.outputs,
     }
     settings = {"aot_inductor.metadata": {NOTE: json.dumps(note)}, "cpp.threads": threads}
@@ -99,6 +103,7 @@ def _opened(path: Path, device: str, threads: int, precision: str | None) -> Ses
         str(path),
         {name: tuple(size) for name, size in note["inputs"].items()},
         tuple(note["outputs"]),
+        note["integers"],
     )
 
 
@@ -119,5 +124,7 @@ def _note(path: Path) -> dict[str, Any]:
 def inputs_of(session: Session, feeds: Feeds, device: str) -> tuple[Tensor, ...]:
     """The feeds as the package's positional inputs. Raises NasctlError when they do not fit."""
     fitting(session.inputs, feeds, session.where)
-    dtype = _torch_graph.DTYPES[session.inner.precision]
-    return tuple(torch.from_numpy(feeds[name]).to(device, dtype) for name in session.inputs)
+    floats = _torch_graph.DTYPES[session.inner.precision]
+    kinds = [getattr(torch, session.dtypes.get(name, ""), floats) for name in session.inputs]
+    given = (torch.from_numpy(feeds[name]) for name in session.inputs)
+    return tuple(x.to(device, kind) for x, kind in zip(given, kinds))

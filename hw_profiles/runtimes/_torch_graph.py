@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 Attributes = Mapping[str, Any]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CODES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+CASTS = {CODES[name]: dtype for name, dtype in DTYPES.items()}
+#: what goes in besides floats
+INTEGERS = {TensorProto.INT64: torch.int64, TensorProto.INT32: torch.int32}
 
 
 def _padding(attributes: Attributes) -> tuple[int, ...]:
@@ -94,13 +98,35 @@ def _layer_norm(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = 
     return F.layer_norm(x, weight.shape, weight, bias, a.get("epsilon", 1e-5))
 
 
+def _cast(a: Attributes, x: Tensor) -> Tensor:
+    if a["to"] not in CASTS:
+        raise NasctlError(f"type {a['to']} is not known", where="operator Cast")
+    return x.to(CASTS[a["to"]])
+
+
+def _sum(a: Attributes, x: Tensor, axes: list[int] | None = None) -> Tensor:
+    if not axes:
+        raise NasctlError("only over named axes is known", where="operator ReduceSum")
+    return x.sum(axes, keepdim=bool(a.get("keepdims", 1)))
+
+
+def _unsqueeze(a: Attributes, x: Tensor, axes: list[int]) -> Tensor:
+    if min(axes) < 0 < len(axes) - 1:
+        raise NasctlError("several axes counted from the end", where="operator Unsqueeze")
+    for axis in sorted(axes):
+        x = x.unsqueeze(axis)
+    return x
+
+
 #: integers (shapes, axes) arrive as lists, because torch wants them so
 OPERATORS: dict[str, Callable[..., Tensor]] = {
     "Add": lambda a, x, y: x + y,
     "AveragePool": _average_pool,
+    "Cast": _cast,
     "Concat": lambda a, *xs: torch.cat(xs, a["axis"]),
     "Conv": _conv,
     "Div": lambda a, x, y: x / y,
+    "Equal": lambda a, x, y: x == torch.as_tensor(y),
     "Erf": lambda a, x: torch.erf(x),
     "Flatten": lambda a, x: x.flatten(1),
     "Gather": _gather,
@@ -109,17 +135,22 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": lambda a, x: F.hardswish(x),
     "Identity": lambda a, x: x,
+    "IsNaN": lambda a, x: torch.isnan(x),
     "LayerNormalization": _layer_norm,
     "MatMul": lambda a, x, y: x @ y,
     "MaxPool": _max_pool,
     "Mul": lambda a, x, y: x * y,
+    "Not": lambda a, x: ~x,
     "ReduceMean": _mean,
+    "ReduceSum": _sum,
     "Relu": lambda a, x: F.relu(x),
     "Reshape": _reshape,
     "Resize": _resize,
     "Sigmoid": lambda a, x: torch.sigmoid(x),
     "Softmax": lambda a, x: x.softmax(a.get("axis", -1)),
     "Transpose": lambda a, x: x.permute(a["perm"]),
+    "Unsqueeze": _unsqueeze,
+    "Where": lambda a, choose, x, y: torch.where(choose, x, y),
 }
 
 
@@ -153,6 +184,8 @@ class Graph(nn.Module):
                 self.register_buffer(f"weight{at}", torch.from_numpy(values.copy()))
         known = self.lists.keys() | self.buffer_of.keys()
         self.inputs = {v.name: _shape(v) for v in graph.input if v.name not in known}
+        kinds = {value.name: value.type.tensor_type.elem_type for value in graph.input}
+        self.integers = {n: INTEGERS[kinds[n]] for n in self.inputs if kinds[n] in INTEGERS}
         self.outputs = tuple(value.name for value in graph.output)
         self.steps = [
             (
@@ -175,7 +208,14 @@ class Graph(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.buffers()).dtype
+        return next(b.dtype for b in self.buffers() if b.is_floating_point())
+
+    def lower(self, precision: str) -> Graph:
+        """Weights, and what is cast to float32 on the way, in that precision; in place."""
+        for _, attributes, _, _ in self.steps:
+            if attributes.get("to") == TensorProto.FLOAT:
+                attributes["to"] = CODES[precision]
+        return self.to(DTYPES[precision])
 
     def precisions(self) -> Counter[str]:
         """How many multiplying operators have weights of each precision."""
@@ -202,7 +242,7 @@ def read(model: bytes | Path, precision: str | None) -> Graph:
     net = Graph(proto.graph, name).eval()
     if not net.multiplied:
         raise NasctlError("is no ONNX file, or one without weights", where=name)
-    return net.to(DTYPES[precision]) if precision else net
+    return net.lower(precision) if precision else net
 
 
 def example(net: Graph, feeds: Feeds, device: str) -> tuple[Tensor, ...]:
