@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import pytest
+import sshd
 import torch
 
 from cli import main
+from deploy import onnx
 from hw_profiles.protocol import Timing
 from nas.tasks import Split, Task
 
@@ -18,6 +21,24 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def translations_read_once():
+    """torch's exporter reads the source of all its translations again for every file, which takes
+    nearly half of a small network's export. Put in place by the first export: it loads a lot."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def traced(*arguments):
+            from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+            patch.undo()
+            read = functools.cache(ONNXRegistry.from_torchlib)
+            patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(read))
+            return onnx._trace(*arguments)
+
+        patch.setattr(onnx, "_trace", traced)
+        yield
 
 
 @pytest.fixture
@@ -72,3 +93,17 @@ def stated(monkeypatch):
     timing = Timing(0.05, 0.001, 0.06, 0.06, 0.07, 9)
     monkeypatch.setattr("deploy.verify.latency", lambda *_, **__: timing)
     monkeypatch.setattr("cli.verifying.memory", lambda *_: 3_000_000)
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory):
+    """A machine to log in to: `tests/sshd.py`."""
+    with sshd.board(tmp_path_factory.mktemp("sshd")) as board:
+        yield board
+
+
+@pytest.fixture
+def nothing_left(board):
+    """Tests of boards leave no folder there."""
+    yield
+    assert board.found == []
