@@ -65,7 +65,8 @@ def half(
     if to == "bf16" and _opset(twin) < BF16_OPSET:
         try:
             twin = onnx.version_converter.convert_version(twin, BF16_OPSET)
-        except (onnx.version_converter.ConvertError, RuntimeError) as error:
+        # an IndexError of onnx 1.19, where it does not know an operator
+        except (onnx.version_converter.ConvertError, RuntimeError, IndexError) as error:
             raise _refused(error, where) from error
     _Lowering(twin, where, to, frozenset(keep)).run()
     try:
