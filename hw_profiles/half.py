@@ -65,9 +65,11 @@ def half(
     if to == "bf16" and _opset(twin) < BF16_OPSET:
         try:
             twin = onnx.version_converter.convert_version(twin, BF16_OPSET)
-        # an IndexError of onnx 1.19, where it does not know an operator
-        except (onnx.version_converter.ConvertError, RuntimeError, IndexError) as error:
+        except (onnx.version_converter.ConvertError, RuntimeError) as error:
             raise _refused(error, where) from error
+        except IndexError as error:  # what onnx 1.19 to 1.21 say of an operator without a schema
+            what = "cannot be lowered (an operator has no registered schema)"
+            raise NasctlError(what, where=where) from error
     _Lowering(twin, where, to, frozenset(keep)).run()
     try:
         onnx.checker.check_model(twin)
