@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import bundling, measuring
+from cli import bundling, console, measuring
 from deploy import bundle as bundles
 from deploy import engine as engines
 from deploy import layouts, recipes, verify
@@ -118,6 +118,8 @@ def _built_there(source: Path, made: Path, runtime: str, asked: Asked) -> SideCa
         MEASURING,
     )
     found = remote.build(ssh.parse(asked.on), request)
+    if found.left:
+        console.say(f"{found.left}, with the model, is still on the board: remove it", "note")
     made.write_bytes(found.content)
     car = engines.described(found.facts, source, made)
     return car.model_copy(update={"latency": dict(found.latency)})

@@ -6,8 +6,11 @@ fraction of a second. Errors are caught here and nowhere else.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
 from typer.exceptions import TyperException
@@ -55,6 +58,11 @@ for verb in (*NETWORKS, *FILES, *DEVICES):
     app.command(verb.__name__.removeprefix("cli."))(verb.command)
 
 
+@functools.cache  # reading the options of all verbs takes longer than many a command
+def _commands() -> Callable[..., Any]:
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Run the command line; exits."""
     sys.exit(run(sys.argv[1:]))
@@ -63,7 +71,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; expected errors become one line on stderr."""
     try:
-        code = app(arguments or ["--help"], prog_name="nasctl", standalone_mode=False)
+        code = _commands()(arguments or ["--help"], prog_name="nasctl", standalone_mode=False)
         if code == INTERRUPTED:  # typer's translation of KeyboardInterrupt
             raise KeyboardInterrupt
         return int(code or 0)

@@ -180,13 +180,13 @@ def _plan(space: str | None, shape: dict[str, Any], seed: int, seconds: float) -
     from hw_profiles.profile import Plan
     from nas import space as spaces
 
+    found = None if space is None else spaces.load(space, **shape)  # a wrong name costs nothing
     share = min(1.0, seconds / (LOCAL_NETWORK_S * (MINE + CHAINS + HELD_OUT)))
     mine, others, held_out = (max(20, round(share * n)) for n in (MINE, CHAINS, HELD_OUT))
     # prefixes of draws of one size, so that another budget measures nothing anew
     random = chains.sample(np.random.default_rng((seed, 8)), MINE + CHAINS + HELD_OUT)
-    if space is None:
+    if space is None or found is None:
         return Plan("", [], random[HELD_OUT:][: mine + others], random[:HELD_OUT][:held_out])
-    found = spaces.load(space, **shape)
     ends = np.stack([found.smallest, found.largest])
     drawn = found.sample(np.random.default_rng((seed, 10)), MINE + HELD_OUT)
     rows = list(dict.fromkeys(map(tuple, np.concatenate([ends, drawn]).tolist())))

@@ -67,6 +67,9 @@ def half(
             twin = onnx.version_converter.convert_version(twin, BF16_OPSET)
         except (onnx.version_converter.ConvertError, RuntimeError) as error:
             raise _refused(error, where) from error
+        except IndexError as error:  # what onnx 1.19 to 1.21 say of an operator without a schema
+            what = "cannot be lowered (an operator has no registered schema)"
+            raise NasctlError(what, where=where) from error
     _Lowering(twin, where, to, frozenset(keep)).run()
     try:
         onnx.checker.check_model(twin)

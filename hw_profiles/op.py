@@ -268,7 +268,7 @@ class Tape:
         return self._append(Op("act", x.c, x.c, x.h, x.w, act=act, norm=norm, reads=(x.at,)))
 
     def _append(self, op: Op) -> Wire:
-        if self.slot:
-            op = replace(op, slot=self.slot)
+        # in place: nobody has seen it yet, and a copy would take as long as all else here
+        object.__setattr__(op, "slot", self.slot)
         self.ops.append(op)
         return Wire(len(self.ops) - 1, op.c_out, op.h_out, op.w_out)

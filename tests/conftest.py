@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import io
 from dataclasses import dataclass
 
 import pytest
+import sshd
 import torch
+from onnx import load_from_string
 
 from cli import main
+from deploy import onnx
 from hw_profiles.protocol import Timing
+from nas.outputs import named
 from nas.tasks import Split, Task
 
 
@@ -18,6 +25,61 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def only_new_objects_may_be_garbage():
+    """A full collection, with which every measurement begins, searches all objects: half a second
+    where as much is loaded as here."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def translations_read_once():
+    """torch's exporter reads the source of all its translations again for every file, a quarter
+    of what a small network's takes. Put in place by the first export, because it loads a lot."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def traced(*arguments):
+            from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+            patch.undo()
+            read = functools.cache(ONNXRegistry.from_torchlib)
+            patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(read))
+            return onnx._trace(*arguments)
+
+        patch.setattr(onnx, "_trace", traced)
+        yield
+
+
+def drafted(net, examples, free, opset):
+    """In place of `deploy.onnx._trace`: a file of the same inputs and outputs by torch's older
+    exporter, in a tenth of the seconds."""
+    inputs, content = tuple(examples.values()), io.BytesIO()
+    with onnx._eval_mode(net), onnx._quiet(), torch.no_grad():
+        outputs = list(named(net(*inputs)))
+        batch = {name: {0: axes[0]} for axes in free.values() for name in outputs if 0 in axes}
+        torch.onnx.export(
+            net,
+            inputs,
+            content,
+            dynamo=False,
+            opset_version=opset,
+            input_names=list(examples),
+            output_names=outputs,
+            dynamic_axes={**free, **batch},
+        )
+    return load_from_string(content.getvalue())
+
+
+@pytest.fixture(scope="module")
+def drafts():
+    """For verbs whose tests are about something else than the file: it is drafted. The exporter
+    that users get has tests of its own, and `nasctl search`, `prune` and `export` with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx, "_trace", drafted)
+        yield
 
 
 @pytest.fixture
@@ -72,3 +134,17 @@ def stated(monkeypatch):
     timing = Timing(0.05, 0.001, 0.06, 0.06, 0.07, 9)
     monkeypatch.setattr("deploy.verify.latency", lambda *_, **__: timing)
     monkeypatch.setattr("cli.verifying.memory", lambda *_: 3_000_000)
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory):
+    """A machine to log in to: `tests/sshd.py`."""
+    with sshd.board(tmp_path_factory.mktemp("sshd")) as board:
+        yield board
+
+
+@pytest.fixture
+def nothing_left(board):
+    """Tests of boards leave no folder there."""
+    yield
+    assert board.found == []

@@ -1,4 +1,4 @@
-"""Small networks of every kind of block, for the contract of proxies."""
+"""Small networks of every kind of block, for the contract of proxies, and one of two inputs."""
 
 from __future__ import annotations
 
@@ -112,3 +112,15 @@ KINDS = {
 def make(kind, seed=0):
     torch.manual_seed(seed)
     return KINDS[kind]()
+
+
+class Words(nn.Module):
+    """Two inputs, one of them of whole numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, 6), nn.Linear(6, 3)
+
+    def forward(self, ids, mask):
+        x = self.table(ids) * mask[..., None]
+        return self.head(x.sum(1) / mask.sum(1, keepdim=True))

@@ -6,6 +6,7 @@ import hashlib
 import json
 
 import pytest
+import sshd
 from bundles import small
 
 from deploy import bundle as bundles
@@ -15,21 +16,15 @@ from hw_profiles.protocol import Plan
 from hw_profiles.remote import build, engines, place, ssh
 from hw_profiles.remote.build import Request
 from nas.errors import NasctlError
-from tests import sshd
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
 QUICK = Plan(rounds=4, max_rounds=4)
-
-
-@pytest.fixture(scope="module")
-def board(tmp_path_factory):
-    with sshd.board(tmp_path_factory.mktemp("sshd")) as board:
-        yield board
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(board):
-    yield
-    assert board.found == []
+FACTS = {
+    **{"runtime": "onnxruntime", "version": "1", "requested": None, "observed": "fp32"},
+    **{"threads": 1, "inputs": {}, "outputs": [], "machine": {}},
+}
+GONE = ssh.Unreachable("no connection", where="ssh://board")
 
 
 @pytest.fixture
@@ -99,7 +94,8 @@ def test_an_engine_that_is_damaged_on_its_way_is_refused(board, bundle, monkeypa
 
 
 class Pretended:
-    """A board that says what a test states; its scripts are known by their text."""
+    """A board that says what a test states, an exit code for a number; its scripts are known by
+    their text."""
 
     def __init__(self, monkeypatch, **answers):
         self.answers = {getattr(build, name): answer for name, answer in answers.items()}
@@ -113,12 +109,15 @@ class Pretended:
         answer = self.answers.get(script, b"")
         if isinstance(answer, NasctlError):
             raise answer
+        if isinstance(answer, int):
+            return ssh.Answer(answer, b"", "")
         return ssh.Answer(0, answer, "")
 
 
 def built_record(engine):
     record = {"sha256": hashlib.sha256(engine).hexdigest(), "bytes": len(engine)}
-    return build.runner.to_line({"kind": "engine", **record, "facts": {}, "latency": {}})
+    said = {"facts": FACTS, "latency": {"median_ms": 0.05}}
+    return build.runner.to_line({"kind": "engine", **record, **said})
 
 
 @pytest.mark.parametrize("banner", [b"", b"Welcome!\n"])
@@ -128,16 +127,29 @@ def test_a_login_shell_may_print_before_the_engine(bundle, monkeypatch, banner):
     assert build.build(ssh.Target("board"), request(bundle)).content == b"engine"
 
 
-@pytest.mark.parametrize("lost", ["RUN", "_CAT", None])
+@pytest.mark.parametrize("lost", ["RUN", "_CAT"])
 def test_a_folder_that_stays_on_the_board_is_named(bundle, monkeypatch, lost):
-    gone = ssh.Unreachable("no connection", where="ssh://board")
     said = {"RUN": build.runner.BEGIN + built_record(b"engine"), "_CAT": b"engine"}
-    Pretended(monkeypatch, **{**said, "_REMOVE": gone, **({lost: gone} if lost else {})})
+    Pretended(monkeypatch, **{**said, "_REMOVE": GONE, lost: GONE})
     with pytest.raises(
-        NasctlError, match="/tmp/nasctl-12345678, with the model, is still"
-    ) as error:
+        ssh.Unreachable, match="/tmp/nasctl-12345678, with the model, is still on the board"
+    ):
         build.build(ssh.Target("board"), request(bundle))
-    assert isinstance(error.value, ssh.Unreachable) is (lost is not None)
+
+
+@pytest.mark.parametrize("refused", [GONE, 1])
+def test_an_engine_whose_folder_stays_on_the_board_is_kept(
+    nasctl, bundle, workdir, monkeypatch, refused
+):
+    run = build.runner.BEGIN + built_record(b"engine")
+    Pretended(monkeypatch, RUN=run, _CAT=b"engine", _REMOVE=refused)
+    done = nasctl("build", "b", "--hw", "raspi4", "--engine", "ort", "--on", "ssh://board")
+    assert done.code == 0, done.err
+    (note,) = [line for line in done.err.splitlines() if line.startswith("note")]
+    assert "/tmp/nasctl-12345678, with the model, is still on the board: remove it" in note
+    found = bundles.read(workdir / "b")
+    (name,) = found.of("engine")
+    assert found.path(name).read_bytes() == b"engine"
 
 
 def test_files_that_arrived_damaged_are_not_built(bundle, tmp_path):

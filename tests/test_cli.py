@@ -287,7 +287,7 @@ def test_a_deleted_output_is_made_again(nasctl, copied):
     assert (copied / "supernet.safetensors").read_bytes() == weights
 
 
-def test_another_network_is_exported(nasctl, copied, workdir):
+def test_another_network_is_exported(nasctl, copied, workdir, drafts):
     outcome = nasctl("export", copied, "--out", "new/x.onnx", "--slot", 1, "--json")
     assert outcome.code == 0 and json.loads(outcome.out)["slot"] == 1
     assert (workdir / "new" / "x.onnx").stat().st_size > 1000

@@ -16,14 +16,7 @@ from nas.errors import UsageError
 from tests.test_prune_verb import MODULE
 
 MORE = """
-class Words(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table, self.head = nn.Embedding(11, 6), nn.Linear(6, 3)
-
-    def forward(self, ids, mask):
-        x = self.table(ids) * mask[..., None]
-        return self.head(x.sum(1) / mask.sum(1, keepdim=True))
+from nets import Words
 
 
 def words():

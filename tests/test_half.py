@@ -38,7 +38,10 @@ def test_what_is_lowered_is_listed_and_the_ends_stay_float32(to, code):
         if node.op_type != "Cast":
             wanted = code if node.op_type in LOWERED else TensorProto.FLOAT
             assert kinds[node.output[0]] == wanted, node.op_type
-    assert any(kinds[node.output[0]] == code for node in twin.graph.node if node.op_type == "Conv")
+    convolutions = [node for node in twin.graph.node if node.op_type == "Conv"]
+    assert convolutions
+    for node in convolutions:  # with their weights
+        assert {kinds[name] for name in (*node.input, *node.output)} == {code}
     for value in (*twin.graph.input, *twin.graph.output):
         assert value.type.tensor_type.elem_type == TensorProto.FLOAT
 

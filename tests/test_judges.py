@@ -12,6 +12,8 @@ from cli import judges, search
 from nas import supernet
 from nas.strategies import robot
 
+pytestmark = pytest.mark.usefixtures("drafts")
+
 FLAGS = {"hw": "jetson", "width": 0.25, "epochs": 0.3, "batch": 64, "threads": 1, "alone": True}
 LITTLE = ["--width", "0.25", "--epochs", "0.3", "--batch", "64", "--evaluations", "3"]
 LITTLE += ["--threads", "1"]  # two that fight for one core are many times slower

@@ -11,6 +11,7 @@ from bundles import digits, network, small
 from onnx import TensorProto, helper
 
 from deploy import layouts
+from deploy import onnx as files
 from deploy.layouts import triton
 from hw_profiles import runtimes
 from hw_profiles.runtimes import onnxruntime
@@ -44,6 +45,19 @@ def test_a_triton_repository_describes_the_file_that_is_in_it(nasctl, bundle, wo
     )
     assert (place / "labels.txt").read_text().split() == list(digits().classes)
     served = onnxruntime.load(place / "1" / "model.onnx")
+    np.testing.assert_array_equal(onnxruntime.run(served, {"input": images()})[0], expected(bundle))
+
+
+def test_weights_that_one_file_does_not_hold_are_in_the_repository_and_told(
+    nasctl, bundle, workdir, monkeypatch
+):
+    monkeypatch.setattr(files, "INLINE", 1024)  # bytes; the limit is 2 GB
+    done = nasctl("build", "b", "--layout", "triton", "--out", "models", "--json")
+    assert done.code == 0, done.err
+    told = sorted(workdir / path for path in json.loads(done.out))
+    assert told == sorted(path for path in (workdir / "models").rglob("*") if path.is_file())
+    (_,) = [path for path in told if path.suffix == ".data"]
+    served = onnxruntime.load(workdir / "models" / "model" / "1" / "model.onnx")
     np.testing.assert_array_equal(onnxruntime.run(served, {"input": images()})[0], expected(bundle))
 
 
@@ -90,22 +104,22 @@ def test_openvinos_representation_computes_what_the_model_computes(nasctl, bundl
 
 
 @pytest.mark.parametrize(
-    ("layout", "files"),
+    ("layout", "made"),
     [
         ("triton", ["model/config.pbtxt", "model/1/model.onnx"]),
         ("mobile", ["model.ort"]),
         ("openvino", ["model.xml", "model.bin"]),
     ],
 )
-def test_what_was_exported_without_data_is_laid_out_too(nasctl, workdir, layout, files):
+def test_what_was_exported_without_data_is_laid_out_too(nasctl, workdir, layout, made):
     if layout == "openvino" and (missing := runtimes.load_module(layout).unavailable()):
         pytest.skip(missing)
     small(workdir / "b", data=False)
     done = nasctl("build", "b", "--layout", layout, "--out", "new", "--json")
     assert done.code == 0, done.err
-    assert json.loads(done.out) == [f"new/{name}" for name in files]
+    assert json.loads(done.out) == [f"new/{name}" for name in made]
     found = [path for path in (workdir / "new").rglob("*") if path.is_file()]
-    assert sorted(found) == sorted(workdir / "new" / name for name in files)
+    assert sorted(found) == sorted(workdir / "new" / name for name in made)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from hw_profiles.latency import LatencyTable
 from hw_profiles.op import Tape
 from hw_profiles.protocol import Timing
 from nas.errors import BudgetMissed
-from tests import sshd
 from tests.test_boards import write_model
 
 PROFILE = ("profile", "--space", "resnet", "--size", "8", "--budget", "90s", "--out", "profiles")
@@ -53,12 +52,6 @@ def test_a_profile_killed_while_measuring_goes_on_and_repeats_nothing(workdir):
     assert table.fitted_on == ("resnet",)
     assert 0 < table.provenance["held_out_mape"] < 25
     assert table.provenance["noise"] < 0.03
-
-
-@pytest.fixture(scope="module")
-def board(tmp_path_factory):
-    with sshd.board(tmp_path_factory.mktemp("sshd")) as board:
-        yield board
 
 
 @pytest.mark.slow

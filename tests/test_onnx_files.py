@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from nets import Words
 from onnx import TensorProto, helper
 from onnx.external_data_helper import set_external_data
 from torch import nn
@@ -29,18 +30,6 @@ class Bessel(nn.Module):
 class Branches(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
-
-
-class Words(nn.Module):
-    """Two inputs, one of them of whole numbers."""
-
-    def __init__(self):
-        super().__init__()
-        self.table, self.head = nn.Embedding(11, 6), nn.Linear(6, 3)
-
-    def forward(self, ids, mask):
-        x = self.table(ids) * mask[..., None]
-        return self.head(x.sum(1) / mask.sum(1, keepdim=True))
 
 
 def test_sizes_that_are_free_take_any_value(tmp_path):

@@ -29,6 +29,8 @@ from nas import checkpoint, multitask_training, tasks
 from nas import run as runs
 from nas.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("drafts")
+
 REPOSITORY = Path(__file__).parents[1]
 MODULE = """
 import torch

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import psutil
 import pytest
+import sshd
 
 from hw_profiles.graph import onnx_graph
 from hw_profiles.measure import reference_model
@@ -20,23 +21,12 @@ from hw_profiles.remote import over_ssh, place, runner, ssh
 from hw_profiles.remote.over_ssh import measure_models
 from hw_profiles.remote.parcel import Parcel
 from nas.errors import NasctlError
-from tests import sshd
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
 QUICK = Plan(rounds=4, max_rounds=4)
 #: every group of `three` takes as long as it may: half a second
 LONG = Plan(rounds=10**6, max_rounds=10**6, inner=1, time_limit_s=1.5)
-
-
-@pytest.fixture(scope="module")
-def board(tmp_path_factory):
-    with sshd.board(tmp_path_factory.mktemp("sshd")) as board:
-        yield board
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(board):
-    yield
-    assert board.found == []
 
 
 def network(channels):

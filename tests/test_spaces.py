@@ -163,13 +163,13 @@ def assert_extraction_agrees(space, n, dtype, tolerance):
 
 @on_grey
 def test_extracted_networks_compute_what_the_supernet_computes(name):
-    many = 16 if name in ("mobilenet", "resnet") else 6  # the slow test takes 50 of each
-    assert_extraction_agrees(load(name), many, torch.float32, 1e-5)
+    # the slow test takes 50 of each; the next test shows smaller differences of more networks
+    assert_extraction_agrees(load(name), 1, torch.float32, 1e-5)
 
 
 @on_grey
 def test_extraction_is_exact_to_the_precision_of_the_numbers(name):
-    assert_extraction_agrees(load(name), 2, torch.float64, 1e-12)
+    assert_extraction_agrees(load(name), 5, torch.float64, 1e-12)
 
 
 @pytest.mark.slow
@@ -339,7 +339,7 @@ def test_peak_memory_is_the_worst_moment(name, images):
 
 
 @on_grey
-@pytest.mark.parametrize("size", [4, 7, 10, 28, 50, 99])
+@pytest.mark.parametrize("size", [4, 7, 28, 99])
 def test_images_of_any_size_run(name, size):
     space = spaces.load(name, channels=1, classes=3, size=size, width=0.25)
     arch = space.decode(space.largest)

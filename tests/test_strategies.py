@@ -118,7 +118,7 @@ shares = st.tuples(*[st.none() | st.floats(0.0, 1.0)] * 4)
 
 @every_strategy
 @pytest.mark.parametrize("space", [*spaces.names(), "toy"])
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(asked=shares, seed=st.integers(0, 99))
 def test_no_proposal_is_outside_a_budget_known_or_twice(space, name, asked, seed):
     problem, propose = make(space, asked, seed), strategies.load(name)

@@ -34,9 +34,9 @@ def write(model: Path, interface: Interface | None, folder: Path) -> Sequence[Pa
     """The repository of a model of one version, under the name of its file."""
     place = folder / model.name.removesuffix(".onnx").replace(".", "_")
     (place / "1").mkdir(parents=True)
-    proto = files.read(model)
-    files.write(proto, place / "1" / "model.onnx")
-    made = [place / "config.pbtxt", place / "1" / "model.onnx"]
+    proto, copy = files.read(model), place / "1" / "model.onnx"
+    files.write(proto, copy)
+    made = [place / "config.pbtxt", copy, *files.beside(copy)]
     classes = interface.classes if interface else ()
     if classes:
         (place / LABELS).write_text("".join(f"{name}\n" for name in classes))
