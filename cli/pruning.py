@@ -47,6 +47,7 @@ PAGCP = "pagcp"
 LOOSEST = 6.0  # D, the factor by which the loss of the task that may drop most may grow (PAGCP)
 STEERING = 1024  # images, at most, that losses are measured on while channels go
 BATCH = 128
+MARGIN = 1.02  # aimed below a target in ms: files are timed roughly while channels go
 WHOLE = "prune-whole.jsonl"
 RECORD, HISTORY, PRUNED = "prune.jsonl", "history.json", "pruned.safetensors"
 BETWEEN, TUNED = "round-{}.safetensors", "tuned.safetensors"
@@ -181,6 +182,8 @@ def job(pruning: Pruning, net: nn.Module) -> Job:
     spec, counted = pruning.spec, costs(pruning)
     whole = counted.of(net, pruning.subject.example)
     target = whole * spec.target if spec.relative else spec.target
+    if spec.quantity == "latency":
+        target /= MARGIN
     if target >= whole:
         raise UsageError(
             f"the network has {whole:.4g} {counted.unit}, the target is {target:.4g}",
@@ -265,12 +268,16 @@ def _recover(pruning: Pruning, net: nn.Module, number: int) -> nn.Module:
 def trained(
     pruning: Pruning, net: nn.Module, schedule: Schedule, name: str, doing: str
 ) -> nn.Module:
-    """`net` after the schedule, taught by the unpruned network; kept in the run's file `name`."""
+    """`net` after the schedule, taught by the unpruned network; kept in the run's file `name`,
+    which is replaced where it is of other inputs."""
     done, state = pruning.run.path(name), pruning.run.path(STATE)
     channels_last(net)  # as training leaves it: other memory formats round otherwise
+    inputs = {"pruning": pruning.key}
     if done.exists():
-        checkpoint.fill(net, checkpoint.read(done)[0], done)
-        return net.eval()
+        tensors, said = checkpoint.read(done)
+        if said == inputs:
+            checkpoint.fill(net, tensors, done)
+            return net.eval()
     teacher = pruning.subject.net if schedule.imitation else None
     steps = multitask_training.train(
         net, pruning.subject.task, schedule, teacher=teacher, resume=state
@@ -281,7 +288,7 @@ def trained(
             if stop() and step.step < schedule.steps:
                 steps.close()  # which saves the state
                 raise KeyboardInterrupt
-    checkpoint.write(done, net.state_dict(), {})
+    checkpoint.write(done, net.state_dict(), inputs)
     state.unlink(missing_ok=True)
     return net.eval()
 
@@ -311,6 +318,8 @@ def delivered(pruning: Pruning, found: Pruned, net: nn.Module, seconds: float) -
         "nasctl": metadata.version("nasctl"),
         "spec": pruning.spec.model_dump(mode="json"),
         "origin": pruning.subject.origin,
+        "device": {"name": pruning.device.name},
+        "budget": _budget(pruning.spec),
         "tasks": [_judged(pruning, goal, net) for goal in task.goals],
         "counts": counts,
         "latency": _timed(pruning, files),
@@ -329,6 +338,12 @@ def delivered(pruning: Pruning, found: Pruned, net: nn.Module, seconds: float) -
     )
     bundling.seal(run.path(BUNDLE), contents)
     return content
+
+
+def _budget(spec: PruneSpec) -> dict[str, float] | None:
+    """What the file can be held to without the unpruned one."""
+    absolute = spec.quantity == "latency" and not spec.relative
+    return {"latency_ms": spec.target} if absolute else None
 
 
 def _judged(pruning: Pruning, goal: Goal, net: nn.Module) -> dict[str, Any]:

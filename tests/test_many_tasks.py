@@ -145,6 +145,8 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_files(
         (["--latency", "class=5"], 2, "'5' has no unit"),
         (["--latency", "1ms", "--macs", "box=1MMACs"], 2, "two budgets for box"),
         (["--latency", "1us"], 3, "task 'class': no network fits 0.001ms: the smallest needs"),
+        (["--latency", "1us", "--dry-run"], 3, "task 'class': no network fits 0.001ms"),
+        (["--latency", "class=1ms,class=9ms"], 2, "--latency: names class twice"),
         (["--macs", "box=1kMACs"], 3, "task 'box': no network fits 1000 MACs: the smallest"),
         (["--batch", "32"], 2, "--batch: 32 images per step, but 80 training images"),
         (["--trainer", "train.py"], 2, "--trainer: 'train.py'; allowed: my_pkg.my_mod:train"),
