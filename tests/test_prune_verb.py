@@ -386,20 +386,14 @@ def test_what_was_trained_for_other_inputs_is_not_taken(trained, mine, workdir, 
     words |= dict(hw="cpu", on="local", method="random", epochs=1.0, divisor=4)
     words |= prune.parse_target("macs=-50%")
     told = []
+    images, train = mine.split, multitask_training.train
+    monkeypatch.setattr(
+        multitask_training, "train", lambda *a, **k: told.append(1) or train(*a, **k)
+    )
     for change in (0, 0, 1):
-        images = mine.split
-
-        def moved(n, seed, change=change):
-            return images(n, seed + (10 * change if n == 256 else 0))
-
         with monkeypatch.context() as patch:
-            patch.setattr(mine, "split", moved)
+            patch.setattr(mine, "split", lambda n, seed, by=change: images(n, seed + by * (n > 99)))
             found = prune.prepare(dict(words), None, "20%", workdir / "r")
-        steps = multitask_training.train
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                multitask_training, "train", lambda *a, **k: told.append(1) or steps(*a, **k)
-            )
-            net = pruning.trained(found, mine.build(), found.schedule, pruning.TUNED, "training")
+        net = pruning.trained(found, mine.build(), found.schedule, pruning.TUNED, "training")
         assert not net.training
     assert len(told) == 2
