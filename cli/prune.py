@@ -216,11 +216,15 @@ def prepare(
 
 def plan(pruning: Pruning) -> dict[str, Any]:
     """What can be pruned and what not, without doing it."""
+    import tempfile
     from dataclasses import asdict
 
+    from cli import pruning as stages
     from compress import units
 
     _say_inputs(pruning)
+    with tempfile.TemporaryDirectory() as folder:
+        stages.check_network(pruning, Path(folder) / "unpruned.onnx")
     found = units.find(pruning.subject.net, pruning.subject.example)
     for unit in found.units:
         console.say(f"  {unit.root}: {unit.width} channels, with {len(unit.members) - 1} others")
@@ -246,6 +250,7 @@ def execute(pruning: Pruning, *, force: bool) -> dict[str, Any]:
             content: dict[str, Any] = run.read_json(stages.REPORT)
         else:
             began = time.monotonic()
+            stages.check_network(pruning, run.path(stages.WHOLE_MODEL))
             stages.check_scores(pruning)
             found = stages.pruned(pruning)
             doing = "training what is left"

@@ -27,6 +27,7 @@ from cli.subject import Subject
 from compress import baselines, cost
 from compress import prune as pagcp
 from compress.cost import Cost
+from compress.graph import Graph
 from compress.job import Job, Pruned, Settings, Steps
 from compress.objective import Objective
 from compress.record import Record
@@ -53,11 +54,12 @@ RECORD, HISTORY, PRUNED = "prune.jsonl", "history.json", "pruned.safetensors"
 BETWEEN, TUNED = "round-{}.safetensors", "tuned.safetensors"
 STATE, CANDIDATES = "finetune.safetensors", "candidates"
 BUNDLE, MODEL, WEIGHTS = "bundle", "bundle/model.onnx", "model.safetensors"
+WHOLE_MODEL = "bundle/unpruned.onnx"
 
 
 STAGE, REPORT = "prune", "report.json"
-FILES = [MODEL, f"{BUNDLE}/unpruned.onnx", WEIGHTS, HISTORY, REPORT]
-UNPRUNED: dict[str, Role] = {"unpruned.onnx": "model"}
+FILES = [MODEL, WHOLE_MODEL, WEIGHTS, HISTORY, REPORT]
+UNPRUNED: dict[str, Role] = {Path(WHOLE_MODEL).name: "model"}
 
 
 class PruneSpec(BaseModel):
@@ -215,6 +217,14 @@ def settings(spec: PruneSpec) -> Settings:
     return Settings(bound=bound, divisor=spec.divisor, seed=spec.seed)
 
 
+def check_network(pruning: Pruning, path: Path) -> None:
+    """Write the unpruned network to `path`, before any work: raises NasctlError where it cannot be
+    followed or exported, which would else be told after all of it."""
+    Graph(copy.deepcopy(pruning.subject.net), pruning.subject.example)
+    shape = pruning.subject.task.shape
+    onnx.export(pruning.subject.net, path, input_shape=shape, metadata=_metadata(pruning))
+
+
 def check_scores(pruning: Pruning) -> None:
     """That there is something to lose: raises NasctlError naming the task where there is not."""
     task = pruning.subject.task
@@ -301,13 +311,11 @@ def delivered(pruning: Pruning, found: Pruned, net: nn.Module, seconds: float) -
     once, for both."""
     run, task = pruning.run, pruning.subject.task
     net, whole = net.cpu(), pruning.subject.net.cpu()  # where their files are compared with them
-    run.path(BUNDLE).mkdir(exist_ok=True)
-    files = {"before": run.path(f"{BUNDLE}/unpruned.onnx"), "after": run.path(MODEL)}
+    files = {"before": run.path(WHOLE_MODEL), "after": run.path(MODEL)}
+    onnx.export(net, files["after"], input_shape=task.shape, metadata=_metadata(pruning))
     images = next(task.batches(task.val, 64))[0].numpy()
-    parity = {}
-    for name, each in (("before", whole), ("after", net)):
-        onnx.export(each, files[name], input_shape=task.shape, metadata=_metadata(pruning))
-        parity[name] = verify.parity(each, files[name], images)
+    nets = {"before": whole, "after": net}
+    parity = {name: verify.parity(each, files[name], images) for name, each in nets.items()}
     checkpoint.write(run.path(WEIGHTS), net.state_dict(), {})
     example = pruning.subject.example
     counts = {

@@ -264,11 +264,14 @@ def draft(net: nn.Module, path: Path, example: torch.Tensor) -> None:
 
     By torch's older exporter: it takes a tenth of the other's seconds, and the runtime ends up with
     the same operators (the same milliseconds on three files of two networks), but it follows one
-    path through the network's code and fixes the batch.
+    path through the network's code and fixes the batch. Raises NasctlError for what it cannot write.
     """
     part = path.with_suffix(".part")
     with _eval_mode(net), _quiet():
-        torch.onnx.export(net, (example,), part, dynamo=False, opset_version=OPSET)
+        try:
+            torch.onnx.export(net, (example,), part, dynamo=False, opset_version=OPSET)
+        except RuntimeError as error:
+            raise _cannot_export(net, (example,), error) from error
     part.replace(path)
 
 

@@ -84,6 +84,11 @@ def test_an_operator_without_a_translation_is_named_with_its_module(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_draft_of_an_operator_without_a_translation_is_refused(tmp_path):
+    with pytest.raises(NasctlError, match=r"torch cannot export Bessel .*special_bessel_j0"):
+        files.draft(Bessel(), tmp_path / "m.onnx", torch.zeros(2, 4))
+
+
 @pytest.mark.slow
 def test_control_flow_on_values_is_quoted(tmp_path):
     with pytest.raises(NasctlError, match="at `return x if x.sum.. > 0 else -x`"):

@@ -66,6 +66,17 @@ class Steps(nn.Module):
         return {"quadrant": torch.tensor(self.a(x).tolist()), "where": torch.zeros(len(x), 4)}
 
 
+class Branching(Net):
+    def forward(self, x):
+        out = super().forward(x)
+        return {k: v * 2 for k, v in out.items()} if x.mean() > 100 else out
+
+
+def branching():
+    torch.manual_seed(0)
+    return Branching()
+
+
 def build():
     torch.manual_seed(0)
     return Net()
@@ -330,6 +341,15 @@ def test_models_that_cannot_be_pruned(mine, nasctl, model, fragments):
     assert "Traceback" not in outcome.err
     for fragment in fragments:
         assert fragment in outcome.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("words", [[], ["--dry-run"]])
+def test_what_cannot_be_exported_is_told_before_any_work(mine, nasctl, monkeypatch, words):
+    for place in ("trained", "pruned"):
+        monkeypatch.setattr(pruning, place, lambda *_: pytest.fail("work was begun"))
+    outcome = nasctl("prune", "mine:branching", *LITTLE[2:], "--target", "macs=-50%", *words)
+    assert outcome.code == 1
+    assert "torch cannot export Branching" in outcome.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("typed", "goes_on"), [([], "MIT"), (["--licence", "BSD"], "BSD")])
