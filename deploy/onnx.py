@@ -40,7 +40,10 @@ _ENDS = ("padded.lowest", "padded.largest")  # names of constants
 INLINE = (2 << 30) - (64 << 20)
 EXTERNAL = 1024  # bytes from which a tensor of a larger network moves out of the file
 #: how the exporter names what it has no translation for
-_UNTRANSLATED = re.compile(r"translating node .*?target=torch\.ops\.([\w.]+)", re.DOTALL)
+_UNTRANSLATED = re.compile(
+    r"translating node .*?target=torch\.ops\.([\w.]+)|Exporting the operator '(\w+::\w+)'",
+    re.DOTALL,
+)
 
 
 def export(
@@ -264,7 +267,7 @@ def draft(net: nn.Module, path: Path, example: torch.Tensor) -> None:
 
     By torch's older exporter: it takes a tenth of the other's seconds, and the runtime ends up with
     the same operators (the same milliseconds on three files of two networks), but it follows one
-    path through the network's code and fixes the batch. Raises NasctlError for what it cannot write.
+    path through the network's code and fixes the batch. Raises NasctlError as `export_inputs` does.
     """
     part = path.with_suffix(".part")
     with _eval_mode(net), _quiet():
@@ -312,7 +315,7 @@ def _cannot_export(net: nn.Module, inputs: tuple[Tensor, ...], error: RuntimeErr
     """What could not be exported, and in which module or line."""
     name, cause = type(net).__name__, error.__cause__ or error
     if untranslated := _UNTRANSLATED.search(str(cause)):
-        operator = untranslated[1]
+        operator = untranslated[1] or untranslated[2].replace("::", ".")
         return NasctlError(
             f"torch cannot export {name}: operator {operator} has no ONNX form",
             where=_module_of(net, inputs, operator),
