@@ -219,12 +219,12 @@ def plan(pruning: Pruning) -> dict[str, Any]:
     import tempfile
     from dataclasses import asdict
 
-    from cli import pruning as stages
+    from cli import pruning_delivery as delivery
     from compress import units
 
     _say_inputs(pruning)
     with tempfile.TemporaryDirectory() as folder:
-        stages.check_network(pruning, Path(folder) / "unpruned.onnx")
+        delivery.check_network(pruning, Path(folder) / "unpruned.onnx", {})
     found = units.find(pruning.subject.net, pruning.subject.example)
     for unit in found.units:
         console.say(f"  {unit.root}: {unit.width} channels, with {len(unit.members) - 1} others")
@@ -240,6 +240,7 @@ def plan(pruning: Pruning) -> dict[str, Any]:
 def execute(pruning: Pruning, *, force: bool) -> dict[str, Any]:
     """Prune, train on, deliver; what is finished already is not repeated."""
     from cli import pruning as stages
+    from cli import pruning_delivery as delivery
 
     run = pruning.run
     with run.locked(pruning.spec, force=force):
@@ -250,12 +251,13 @@ def execute(pruning: Pruning, *, force: bool) -> dict[str, Any]:
             content: dict[str, Any] = run.read_json(stages.REPORT)
         else:
             began = time.monotonic()
-            stages.check_network(pruning, run.path(stages.WHOLE_MODEL))
-            stages.check_scores(pruning)
+            delivery.check_network(
+                pruning, run.path(stages.WHOLE_MODEL), stages.check_scores(pruning)
+            )
             found = stages.pruned(pruning)
             doing = "training what is left"
             net = stages.trained(pruning, found.net, pruning.schedule, stages.TUNED, doing)
-            content = stages.delivered(pruning, found, net, time.monotonic() - began)
+            content = delivery.delivered(pruning, found, net, time.monotonic() - began)
             run.write_json(stages.REPORT, content)
             run.finish(stages.STAGE, pruning.key, content["seconds"], stages.FILES)
             stages.forget(run)

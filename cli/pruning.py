@@ -8,33 +8,29 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from cli import accelerator, bundling, console, measuring
+from cli import accelerator, console, measuring
 from cli.subject import Subject
 from compress import baselines, cost
 from compress import prune as pagcp
 from compress.cost import Cost
-from compress.graph import Graph
 from compress.job import Job, Pruned, Settings, Steps
 from compress.objective import Objective
 from compress.record import Record
-from deploy import onnx, verify
+from deploy import onnx
 from deploy.bundle import Role
 from hw_profiles.device import Device
-from nas import checkpoint, file, multitask, multitask_training, paired
+from nas import checkpoint, multitask, multitask_training
 from nas import run as runs
 from nas.data.examples import Examples
 from nas.elastic import channels_last
@@ -217,20 +213,14 @@ def settings(spec: PruneSpec) -> Settings:
     return Settings(bound=bound, divisor=spec.divisor, seed=spec.seed)
 
 
-def check_network(pruning: Pruning, path: Path) -> None:
-    """Write the unpruned network to `path`, before any work: raises NasctlError where it cannot be
-    followed or exported, which would else be told after all of it."""
-    Graph(copy.deepcopy(pruning.subject.net), pruning.subject.example)
-    shape = pruning.subject.task.shape
-    onnx.export(pruning.subject.net, path, input_shape=shape, metadata=_metadata(pruning))
-
-
-def check_scores(pruning: Pruning) -> None:
-    """That there is something to lose: raises NasctlError naming the task where there is not."""
+def check_scores(pruning: Pruning) -> dict[str, float]:
+    """The unpruned network's, on the images that judge. Raises NasctlError naming the task that has
+    nothing to lose."""
     task = pruning.subject.task
     net = pruning.subject.net.to(pruning.accelerator)
     seen = multitask.evidence(net, task, pruning.halves[1])
-    for name, score in multitask.scores(task, seen).items():
+    scores = multitask.scores(task, seen)
+    for name, score in scores.items():
         console.say(f"  {name} {score:.4f} on {len(pruning.halves[1])} validation images")
         if not score > 0:
             raise NasctlError(
@@ -238,6 +228,7 @@ def check_scores(pruning: Pruning) -> None:
                 where=f"task '{name}'",
                 next="Are these its trained weights (--weights), and its data?",
             )
+    return scores
 
 
 def pruned(pruning: Pruning) -> Pruned:
@@ -301,96 +292,3 @@ def trained(
     checkpoint.write(done, net.state_dict(), inputs)
     state.unlink(missing_ok=True)
     return net.eval()
-
-
-# ---- deliver -------------------------------------------------------------------------------------
-
-
-def delivered(pruning: Pruning, found: Pruned, net: nn.Module, seconds: float) -> dict[str, Any]:
-    """Export, run and judge both networks; the content of the report. Test images are read here,
-    once, for both."""
-    run, task = pruning.run, pruning.subject.task
-    net, whole = net.cpu(), pruning.subject.net.cpu()  # where their files are compared with them
-    files = {"before": run.path(WHOLE_MODEL), "after": run.path(MODEL)}
-    onnx.export(net, files["after"], input_shape=task.shape, metadata=_metadata(pruning))
-    images = next(task.batches(task.val, 64))[0].numpy()
-    nets = {"before": whole, "after": net}
-    parity = {name: verify.parity(each, files[name], images) for name, each in nets.items()}
-    checkpoint.write(run.path(WEIGHTS), net.state_dict(), {})
-    example = pruning.subject.example
-    counts = {
-        unit.unit: {"before": unit.of(whole, example), "after": unit.of(net, example)}
-        for unit in (cost.Macs(), cost.Params())
-    }
-    content = {
-        "nasctl": metadata.version("nasctl"),
-        "spec": pruning.spec.model_dump(mode="json"),
-        "origin": pruning.subject.origin,
-        "device": {"name": pruning.device.name},
-        "budget": _budget(pruning.spec),
-        "tasks": [_judged(pruning, goal, net) for goal in task.goals],
-        "counts": counts,
-        "latency": _timed(pruning, files),
-        "parity": parity,
-        "units": [asdict(row) for row in found.rows],
-        "left_alone": [asdict(left) for left in found.left_alone],
-        "seconds": round(seconds, 1),
-        "environment": verify.environment(),
-    }
-    arch = {**pruning.subject.origin, "pruned": json.loads(found.history.to_json())}
-    given = pruning.subject.interface
-    sample = bundling.sample(given, task.train.images)
-    licence = pruning.spec.licence
-    contents = bundling.Contents(
-        given, arch, content, sample, pruning.device, licence=licence, also=UNPRUNED
-    )
-    bundling.seal(run.path(BUNDLE), contents)
-    return content
-
-
-def _budget(spec: PruneSpec) -> dict[str, float] | None:
-    """What the file can be held to without the unpruned one."""
-    absolute = spec.quantity == "latency" and not spec.relative
-    return {"latency_ms": spec.target} if absolute else None
-
-
-def _judged(pruning: Pruning, goal: Goal, net: nn.Module) -> dict[str, Any]:
-    """A task's metric before and after, on validation and on test images."""
-    task = pruning.subject.task.only([goal.name])
-    row: dict[str, Any] = {"task": goal.name, "max_drop": pruning.spec.max_drop[goal.name]}
-    for name, split in (("val", pruning.halves[1]), ("test", task.test)):
-        before, after = (
-            multitask.evidence(each, task, split)[goal.name] for each in (pruning.subject.net, net)
-        )
-        rng = np.random.default_rng((pruning.spec.seed, 21))
-        change = paired.change(goal, [before], [after], rng=rng)
-        scores = {"before": goal.score(before), "after": goal.score(after)}
-        row[name] = {**scores, "change": asdict(change), "images": len(split)}
-    return row
-
-
-def _timed(pruning: Pruning, files: Mapping[str, Path]) -> dict[str, Any] | None:
-    """Both files on the device, in turn with each other; None where it cannot be reached."""
-    if pruning.device.local != (pruning.spec.on == measuring.LOCAL):
-        return None
-    timings = measuring.timer(pruning.spec.on, pruning.device, pruning.spec.seed)(
-        list(files.values())
-    )
-    found = {name: asdict(timing) for name, timing in zip(files, timings, strict=True)}
-    return {"device": pruning.device.name, "on": pruning.spec.on, **found}
-
-
-def _metadata(pruning: Pruning) -> dict[str, str]:
-    task = pruning.subject.task
-    channels, height, width = task.shape
-    return {
-        "nasctl": metadata.version("nasctl"),
-        "commit": file.commit(),
-        "model": str(pruning.subject.origin["model"]),
-        "input": f"float32 N x {channels} x {height} x {width}, (pixel / 255 - mean) / std",
-        "mean": json.dumps(list(task.moments[0])),
-        "std": json.dumps(list(task.moments[1])),
-        "data_sha256": task.fingerprint,
-        "run": pruning.run.folder.name,
-        **onnx.licensed(pruning.spec.licence),
-    }

@@ -66,6 +66,7 @@ def test_it_ends_in_a_verified_file_per_task_inside_its_budget(nasctl, data):
         path = data / "run" / row["file"]["path"]
         said = {p.key: p.value for p in onnx.load(path).metadata_props}
         assert said["task"] == name and json.loads(said["genes"]) == row["genes"]
+        assert "commit" in said and json.loads(said["validation"]) == {name: row["val"]}
         images = task.normalise(task.test.images[:3]).numpy()
         (output,) = verify.outputs(path, images).values()
         assert output.shape == (3, {"class": 2, "box": 4}[name]) and np.isfinite(output).all()

@@ -123,6 +123,10 @@ def by_weights(on, board, seed, rough=False):
     return lambda paths: [timing(path) for path in paths]
 
 
+def read(bundle, name):
+    return json.loads(bundle.path(name).read_text())
+
+
 @contextlib.contextmanager
 def at_home(folder):
     """In that folder with a network and its data in a module, which it gives, and a pretended
@@ -191,6 +195,12 @@ def test_a_network_of_two_tasks_of_ones_own(pruned, mine, nasctl, workdir):
             assert np.abs(value - net.eval()(images)[name].numpy()).max() < 1e-4
     made = bundles.read(workdir / "r/bundle")
     assert set(made.of("model")) == {"model.onnx", "unpruned.onnx"}
+    for name, which in (("unpruned.onnx", "before"), ("model.onnx", "after")):
+        told = {p.key: p.value for p in onnx_file.load(made.path(name)).metadata_props}
+        assert {"commit", "run", "input", "data_sha256"} < set(told)
+        scores = {row["task"]: row["val"][which] for row in report["tasks"]}
+        assert json.loads(told["validation"]) == pytest.approx(scores)
+        assert json.loads(told["arch"]) | {"pruned": 0} == read(made, "arch.json") | {"pruned": 0}
     said = interface.read(made.path("task.json"))
     assert list(said.outputs) == list(session.outputs) and said.shape == tuple(images.shape[1:])
     assert said.data_sha256 == mine.task().fingerprint
