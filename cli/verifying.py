@@ -99,9 +99,11 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
             expected = source.runner()(inputs)
             links.append(_link(name, delivered, inputs, expected, car.observed))
         why = ""
+    scores: Scores | None = None
+    bound: Scores = {}
     measured = None
     if why:
-        scores, bound, missing = None, {}, [f"metric, latency and memory: {why}"]
+        missing = [f"metric, latency and memory: {why}"]
     else:
         scores, bound, missing = _scores(bundle, delivered, asked)
         measured = _measured(delivered, asked, inputs)

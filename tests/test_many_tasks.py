@@ -162,6 +162,15 @@ def test_what_is_refused_before_any_training(nasctl, data, arguments, code, said
     assert not (data / "run" / "shared.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("flag", "words"), [("together", []), ("trainer", ["two_sides:fit"])], ids=lambda of: str(of)
+)
+def test_flags_of_several_tasks_need_them(nasctl, workdir, flag, words):
+    result = nasctl("search", "--hw", "jetson-tx2", f"--{flag}", *words, "--dry-run")
+    assert result.code == 2
+    assert f"--{flag}: is of searches for several tasks. Name them" in " ".join(result.err.split())
+
+
 def test_a_table_that_lacks_an_operator_is_told(nasctl, data, monkeypatch):
     table = latency.table(device.load("jetson-tx2"))
     lacking = table.model_copy(
