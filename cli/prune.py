@@ -61,7 +61,7 @@ def command(
     quick: Annotated[bool, typer.Option("--quick", help="4 epochs: a try-out.")] = False,
     force: options.Force = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what can be pruned, and stop.")
+        bool, typer.Option("--dry-run", help="Say what can be pruned, how long it takes, and stop.")
     ] = False,
     json: options.Json = False,
 ) -> None:
@@ -215,10 +215,11 @@ def prepare(
 
 
 def plan(pruning: Pruning) -> dict[str, Any]:
-    """What can be pruned and what not, without doing it."""
+    """What can be pruned and what not, and about how long it takes, without doing it."""
     import tempfile
     from dataclasses import asdict
 
+    from cli import pruning as stages
     from cli import pruning_delivery as delivery
     from compress import units
 
@@ -230,10 +231,14 @@ def plan(pruning: Pruning) -> dict[str, Any]:
         console.say(f"  {unit.root}: {unit.width} channels, with {len(unit.members) - 1} others")
     for left in found.left_alone:
         console.say(f"  {left.root} is left alone: {left.reason}")
+    parts = stages.estimated(pruning, found.units)
+    for name, seconds in parts.items():
+        console.say(console.format_seconds(seconds), name)
     return {
         "spec": pruning.spec.model_dump(mode="json"),
         "units": [asdict(unit) for unit in found.units],
         "left_alone": [asdict(left) for left in found.left_alone],
+        "estimated_seconds": {name: round(seconds, 1) for name, seconds in parts.items()},
     }
 
 

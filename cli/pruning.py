@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +28,7 @@ from compress.cost import Cost
 from compress.job import Job, Pruned, Settings, Steps
 from compress.objective import Objective
 from compress.record import Record
+from compress.units import Unit
 from deploy import onnx
 from deploy.bundle import Role
 from hw_profiles.device import Device
@@ -44,6 +46,7 @@ PAGCP = "pagcp"
 LOOSEST = 6.0  # D, the factor by which the loss of the task that may drop most may grow (PAGCP)
 STEERING = 1024  # images, at most, that losses are measured on while channels go
 BATCH = 128
+DELIVER_S = 20.0  # seconds, about: exports, runs and judgements
 MARGIN = 1.02  # aimed below a target in ms: files are timed roughly while channels go
 WHOLE = "prune-whole.jsonl"
 RECORD, HISTORY, PRUNED = "prune.jsonl", "history.json", "pruned.safetensors"
@@ -133,6 +136,12 @@ class Pruning:
             steps=steps, batch=spec.batch, lr=spec.lr, imitation=spec.imitation, seed=spec.seed
         )
 
+    @property
+    def little(self) -> Schedule:
+        """Between two rounds, which is enough to prune on: as many as there are rounds would take
+        half of what the last training takes."""
+        return replace(self.schedule, steps=self.schedule.steps // (2 * self.spec.rounds))
+
 
 def forget(run: Run) -> None:
     """Remove what a pruning keeps in order to go on."""
@@ -141,6 +150,38 @@ def forget(run: Run) -> None:
     for path in kept:
         path.unlink(missing_ok=True)
     shutil.rmtree(run.path(CANDIDATES), ignore_errors=True)
+
+
+def estimated(pruning: Pruning, found: Sequence[Unit]) -> dict[str, float]:
+    """About how many seconds the parts take, from two steps of training and one judgement of the
+    unpruned network, timed now. Of PAGCP's pruning the most that it can be: every width of every
+    unit in every round. Timing files for a target in ms is not in it, nor is a rival's pruning,
+    which judges nothing."""
+    spec, schedule = pruning.spec, pruning.schedule
+    whole = pruning.subject.net.to(pruning.accelerator)
+    few = replace(schedule, steps=3)
+    steps = multitask_training.train(
+        copy.deepcopy(whole),
+        pruning.subject.task,
+        few,
+        teacher=whole if schedule.imitation else None,
+    )
+    next(steps)  # which is slower than others
+    began = time.monotonic()
+    next(steps), next(steps)
+    step_s = (time.monotonic() - began) / 2
+    if spec.method != PAGCP:
+        return {"training": step_s * schedule.steps, "deliver": DELIVER_S}
+    began = time.monotonic()
+    multitask.evidence(whole.eval(), pruning.subject.task, pruning.halves[0], BATCH)
+    judged_s = time.monotonic() - began
+    widths = sum(unit.width // spec.divisor for unit in found)
+    between = (spec.rounds - 1) * pruning.little.steps
+    return {
+        "pruning, at most": judged_s * widths * spec.rounds,
+        "training": step_s * (schedule.steps + between),
+        "deliver": DELIVER_S,
+    }
 
 
 # ---- prune ---------------------------------------------------------------------------------------
@@ -258,12 +299,8 @@ def pruned(pruning: Pruning) -> Pruned:
 
 
 def _recover(pruning: Pruning, net: nn.Module, number: int) -> nn.Module:
-    """`net` after a little training, which is enough to prune on: between them, all rounds take
-    half of what the last training takes."""
-    schedule = pruning.schedule
-    little = replace(schedule, steps=schedule.steps // (2 * pruning.spec.rounds))
     name = BETWEEN.format(number)
-    return trained(pruning, net, little, name, f"training after round {number + 1}")
+    return trained(pruning, net, pruning.little, name, f"training after round {number + 1}")
 
 
 def trained(

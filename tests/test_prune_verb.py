@@ -353,6 +353,16 @@ def test_models_that_cannot_be_pruned(mine, nasctl, model, fragments):
         assert fragment in outcome.err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("method", ["pagcp", "magnitude"])
+def test_a_dry_run_says_how_long(mine, nasctl, workdir, method):
+    words = (*LITTLE, "--target", "macs=-50%", "--method", method, "--dry-run", "--json")
+    outcome = nasctl(*words, "--run", "r")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)["estimated_seconds"]
+    assert ("pruning, at most" in found) is (method == "pagcp")
+    assert all(seconds > 0 for seconds in found.values()) and not (workdir / "r").exists()
+
+
 @pytest.mark.parametrize("words", [[], ["--dry-run"]])
 def test_what_cannot_be_exported_is_told_before_any_work(mine, nasctl, monkeypatch, words):
     for place in ("trained", "pruned"):
