@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from cli import properties
 from cli.training import Training, require_same, space_for
-from deploy import onnx
+from deploy import interface, onnx
 from hw_profiles import op
 from nas import checkpoint, file, supernet, tasks
 from nas import run as runs
@@ -128,25 +130,17 @@ def describe(training: Training, genes: Genes) -> dict[str, Any]:
     }
 
 
-def properties(training: Training, genes: Genes, metrics: dict[str, float]) -> dict[str, str]:
-    """What the ONNX file of a network says of itself: enough to feed it and to trace it back.
-    `metrics` are of validation images."""
-    task, arch = training.task, training.space.decode(genes)
-    return {
-        "nasctl": metadata.version("nasctl"),
-        "commit": file.commit(),
-        "space": training.spec.space,
-        "arch": json.dumps(arch_to_dict(arch)),
-        "genes": json.dumps(genes.tolist()),
-        "classes": json.dumps(list(task.classes)),
-        "input": f"float32 NCHW, {arch.resolution} px, (pixel / 255 - mean) / std per channel",
-        "mean": json.dumps(list(task.mean)),
-        "std": json.dumps(list(task.std)),
-        "validation": json.dumps(metrics),
-        "data_sha256": task.fingerprint,
-        "run": training.run.folder.name,
-        **onnx.licensed(training.spec.licence),
-    }
+def said(training: Training, genes: Genes, metrics: Mapping[str, float]) -> dict[str, str]:
+    """What the ONNX file of a network says of itself; `metrics` are of validation images."""
+    spec, arch = training.spec, training.space.decode(genes)
+    origin = {"space": spec.space, "genes": json.dumps(genes.tolist())}
+    return properties.of(
+        {**origin, "run": training.run.folder.name},
+        arch=arch_to_dict(arch),
+        fed=interface.of_task(training.task, spec.data, spec.size, arch.resolution),
+        validation=metrics,
+        licence=spec.licence,
+    )
 
 
 def read(path: Path, data: str | None) -> tuple[Training, Genes, Network]:

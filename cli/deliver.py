@@ -254,7 +254,7 @@ class Delivery:
 def _export(job: Job, net: Network, candidate: Candidate, path: Path) -> Delivery:
     arch, net = net.arch, net.cpu()  # which from here on is what the file computes
     shape = (job.task.channels, arch.resolution, arch.resolution)
-    said = child.properties(job, np.array(candidate.genes), {"accuracy": candidate.accuracy})
+    said = child.said(job, np.array(candidate.genes), {"accuracy": candidate.accuracy})
     onnx.export(net, path, input_shape=shape, metadata=said)
     images = _inputs(job, job.task.val.images[:64], arch.resolution)
     error = verify.parity(net, path, images)

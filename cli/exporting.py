@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cli import bundling, subject
+from cli import bundling, properties, subject
 from cli.bundling import Feeds
 from cli.subject import Subject
 from deploy import onnx, verify
@@ -29,7 +29,7 @@ from deploy.interface import Interface
 from deploy.onnx import Free
 from hw_profiles.device import Device
 from hw_profiles.runtimes import SIZES
-from nas import checkpoint, file
+from nas import checkpoint, multitask
 from nas.errors import NasctlError, UsageError
 from nas.outputs import named
 
@@ -83,6 +83,7 @@ class Job:
     sample: Feeds
     interface: Interface | None
     asked: Asked
+    validation: Mapping[str, float]  # metrics by task; none without data
 
 
 # ---- what was typed ------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def prepare(asked: Asked) -> Job:
     net, origin = subject.built(asked.model, asked.weights)
     sample = {port.name: _made_up(port, at) for at, port in enumerate(ports)}
     _try(net, sample, asked.model)
-    return Job(net, origin, ports, sample, None, asked)
+    return Job(net, origin, ports, sample, None, asked, {})
 
 
 def _with_data(asked: Asked, found: Subject, ports: Sequence[Port]) -> Job:
@@ -164,7 +165,9 @@ def _with_data(asked: Asked, found: Subject, ports: Sequence[Port]) -> Job:
         )
     said = found.interface.model_copy(update={"input": port.name})
     sample = bundling.sample(said, found.task.train.images)
-    return Job(found.net, found.origin, (port,), sample, said, asked)
+    task = found.task
+    scores = multitask.scores(task, multitask.evidence(found.net, task, task.val))
+    return Job(found.net, found.origin, (port,), sample, said, asked, scores)
 
 
 def _made_up(port: Port, seed: int) -> np.ndarray:
@@ -253,21 +256,12 @@ def _metadata(job: Job) -> dict[str, str]:
         for name, size in zip(port.free[1:], port.sizes, strict=True)
         if name
     }
-    found = {
-        "nasctl": metadata.version("nasctl"),
-        "commit": file.commit(),
-        "model": job.asked.model,
-        "weights_sha256": checkpoint.digest(job.net),
-        **onnx.licensed(job.asked.licence),
-    }
-    if sizes:
-        found[SIZES] = json.dumps(sizes)
-    if (said := job.interface) is not None:
-        channels, height, width = said.shape
-        found |= {
-            "input": f"float32 N x {channels} x {height} x {width}, (pixel / 255 - mean) / std",
-            "mean": json.dumps(list(said.mean)),
-            "std": json.dumps(list(said.std)),
-            "data_sha256": said.data_sha256,
-        }
-    return found
+    asked, fed = job.asked, job.interface
+    found = properties.of(
+        {"model": asked.model, "weights_sha256": checkpoint.digest(job.net)},
+        arch=job.origin,
+        fed=fed,
+        validation=job.validation,
+        licence=asked.licence,
+    )
+    return {**found, SIZES: json.dumps(sizes)} if sizes else found

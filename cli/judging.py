@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,9 @@ def singly(feeds: Feeds) -> Iterator[Feeds]:
 def spent(
     before: Mapping[str, float], after: Mapping[str, float], bound: dict[str, float]
 ) -> float:
-    """The largest share of its bound (a relative drop) that any goal uses; 1 is all of it."""
-    return max(
+    """The largest share of its bound (a relative drop) that any goal uses; 1 is all of it. A metric
+    that is not a number is beyond any bound."""
+    shares = [
         (before[name] - after[name]) / max(abs(before[name]), 1e-12) / bound[name] for name in bound
-    )
+    ]
+    return max(share if math.isfinite(share) else math.inf for share in shares)

@@ -104,9 +104,11 @@ def _budgets(text: str | None, flag: str, names: list[str]) -> dict[str, float]:
     read = _latency if flag == "latency" else _macs
     if "=" not in text:
         return dict.fromkeys(names, read(text))
-    found = {}
+    found: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = (piece.strip() for piece in part.partition("="))
+        if name in found:
+            raise UsageError(f"names {name} twice", where=f"--{flag}")
         found[name] = read(value)
     return found
 
@@ -120,10 +122,15 @@ def _macs(text: str) -> float:
 
 
 def plan(job: Job) -> dict[str, Any]:
-    """What would be done and for how long, from two steps timed now."""
+    """What would be done and for how long, from two steps timed now. Raises BudgetInfeasible
+    where a table tells that no network fits; this machine's is measured by the search itself."""
     from cli import many_tasks_stages as stages
 
     _say_inputs(job)
+    if not job.device.local:
+        stages.asked(job, stages.latency_table(job))
+    elif job.spec.latency_ms:
+        console.say("whether any network fits is known once this machine is measured", "budget")
     step_s = stages.step_seconds(job)
     parts = {
         "profile": 45.0 if job.device.local else 0.0,

@@ -8,7 +8,6 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cli import bundling, console, several
+from cli import bundling, console, properties, several
 from cli import many_tasks_stages as stages
 from cli.many_tasks_stages import BUNDLE, OWN_STATE, PICK, RESULT, WEIGHTS, Job, Part
 from deploy import onnx, verify
@@ -135,7 +134,8 @@ def _rows(
     path = job.own(part).path(MODEL)
     arch = space.decode(np.array(finalist.genes))
     ops = space.ops(arch)
-    described = _described(job, part, finalist, arch_to_dict(arch))
+    val = multitask.scores(task, multitask.evidence(net, task, task.val))
+    described = _described(job, part, finalist, arch_to_dict(arch), val)
     onnx.export(net, path, input_shape=task.shape, metadata=described)
     parity = verify.parity(net, path, next(task.batches(task.val, 64))[0].numpy())
     timing = _timed(job, path) if job.device.local else None
@@ -152,7 +152,6 @@ def _rows(
         "parity_error": parity,
         "file": {**file.record(path), "path": str(Path(part.folder, MODEL))},
     }
-    val = multitask.scores(task, multitask.evidence(net, task, task.val))
     test = _test(task, path)
     budgets = {"latency": job.spec.latency_ms, "macs": job.spec.macs}
     rows = {}
@@ -172,19 +171,19 @@ def _test(task: MultiTask, path: Path) -> dict[str, float]:
     return {goal.name: goal.score(goal.evidence(given, task.test.targets)) for goal in task.goals}
 
 
-def _described(job: Job, part: Part, finalist: Finalist, arch: Mapping[str, Any]) -> dict[str, str]:
-    """What the file says of itself."""
-    task = job.task
-    return {
-        "nasctl": metadata.version("nasctl"),
-        "space": job.spec.space,
-        "task": ",".join(part.tasks),
-        "genes": json.dumps(finalist.genes),
-        "arch": json.dumps(arch),
-        "input": f"float32 N x {' x '.join(map(str, task.shape))}, (pixel / 255 - mean) / std",
-        "mean": json.dumps(list(task.moments[0])),
-        "std": json.dumps(list(task.moments[1])),
-        "data_sha256": task.fingerprint,
-        "run": job.run.folder.name,
-        **onnx.licensed(job.spec.licence),
-    }
+def _described(
+    job: Job, part: Part, finalist: Finalist, arch: Mapping[str, Any], val: Mapping[str, float]
+) -> dict[str, str]:
+    """What the file says of itself; `val` are its tasks' metrics."""
+    return properties.of(
+        {
+            "space": job.spec.space,
+            "task": ",".join(part.tasks),
+            "genes": json.dumps(finalist.genes),
+            "run": job.run.folder.name,
+        },
+        arch=arch,
+        fed=several.interface_of(job.task.only(part.tasks), job.spec.data, job.spec.size),
+        validation=val,
+        licence=job.spec.licence,
+    )

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from cli import accelerator, bundling, console, measuring
+from cli import accelerator, console, measuring
 from cli.subject import Subject
 from compress import baselines, cost
 from compress import prune as pagcp
@@ -30,10 +28,11 @@ from compress.cost import Cost
 from compress.job import Job, Pruned, Settings, Steps
 from compress.objective import Objective
 from compress.record import Record
-from deploy import onnx, verify
+from compress.units import Unit
+from deploy import onnx
 from deploy.bundle import Role
 from hw_profiles.device import Device
-from nas import checkpoint, file, multitask, multitask_training, paired
+from nas import checkpoint, multitask, multitask_training
 from nas import run as runs
 from nas.data.examples import Examples
 from nas.elastic import channels_last
@@ -47,16 +46,19 @@ PAGCP = "pagcp"
 LOOSEST = 6.0  # D, the factor by which the loss of the task that may drop most may grow (PAGCP)
 STEERING = 1024  # images, at most, that losses are measured on while channels go
 BATCH = 128
+DELIVER_S = 20.0  # seconds, about: exports, runs and judgements
+MARGIN = 1.02  # aimed below a target in ms: files are timed roughly while channels go
 WHOLE = "prune-whole.jsonl"
 RECORD, HISTORY, PRUNED = "prune.jsonl", "history.json", "pruned.safetensors"
 BETWEEN, TUNED = "round-{}.safetensors", "tuned.safetensors"
 STATE, CANDIDATES = "finetune.safetensors", "candidates"
 BUNDLE, MODEL, WEIGHTS = "bundle", "bundle/model.onnx", "model.safetensors"
+WHOLE_MODEL = "bundle/unpruned.onnx"
 
 
 STAGE, REPORT = "prune", "report.json"
-FILES = [MODEL, f"{BUNDLE}/unpruned.onnx", WEIGHTS, HISTORY, REPORT]
-UNPRUNED: dict[str, Role] = {"unpruned.onnx": "model"}
+FILES = [MODEL, WHOLE_MODEL, WEIGHTS, HISTORY, REPORT]
+UNPRUNED: dict[str, Role] = {Path(WHOLE_MODEL).name: "model"}
 
 
 class PruneSpec(BaseModel):
@@ -134,6 +136,12 @@ class Pruning:
             steps=steps, batch=spec.batch, lr=spec.lr, imitation=spec.imitation, seed=spec.seed
         )
 
+    @property
+    def little(self) -> Schedule:
+        """Between two rounds, which is enough to prune on: as many as there are rounds would take
+        half of what the last training takes."""
+        return replace(self.schedule, steps=self.schedule.steps // (2 * self.spec.rounds))
+
 
 def forget(run: Run) -> None:
     """Remove what a pruning keeps in order to go on."""
@@ -142,6 +150,38 @@ def forget(run: Run) -> None:
     for path in kept:
         path.unlink(missing_ok=True)
     shutil.rmtree(run.path(CANDIDATES), ignore_errors=True)
+
+
+def estimated(pruning: Pruning, found: Sequence[Unit]) -> dict[str, float]:
+    """About how many seconds the parts take, from two steps of training and one judgement of the
+    unpruned network, timed now. Of PAGCP's pruning the most that it can be: every width of every
+    unit in every round. Timing files for a target in ms is not in it, nor is a rival's pruning,
+    which judges nothing."""
+    spec, schedule = pruning.spec, pruning.schedule
+    whole = pruning.subject.net.to(pruning.accelerator)
+    few = replace(schedule, steps=3)
+    steps = multitask_training.train(
+        copy.deepcopy(whole),
+        pruning.subject.task,
+        few,
+        teacher=whole if schedule.imitation else None,
+    )
+    next(steps)  # which is slower than others
+    began = time.monotonic()
+    next(steps), next(steps)
+    step_s = (time.monotonic() - began) / 2
+    if spec.method != PAGCP:
+        return {"training": step_s * schedule.steps, "deliver": DELIVER_S}
+    began = time.monotonic()
+    multitask.evidence(whole.eval(), pruning.subject.task, pruning.halves[0], BATCH)
+    judged_s = time.monotonic() - began
+    widths = sum(unit.width // spec.divisor for unit in found)
+    between = (spec.rounds - 1) * pruning.little.steps
+    return {
+        "pruning, at most": judged_s * widths * spec.rounds,
+        "training": step_s * (schedule.steps + between),
+        "deliver": DELIVER_S,
+    }
 
 
 # ---- prune ---------------------------------------------------------------------------------------
@@ -181,6 +221,8 @@ def job(pruning: Pruning, net: nn.Module) -> Job:
     spec, counted = pruning.spec, costs(pruning)
     whole = counted.of(net, pruning.subject.example)
     target = whole * spec.target if spec.relative else spec.target
+    if spec.quantity == "latency":
+        target /= MARGIN
     if target >= whole:
         raise UsageError(
             f"the network has {whole:.4g} {counted.unit}, the target is {target:.4g}",
@@ -212,12 +254,14 @@ def settings(spec: PruneSpec) -> Settings:
     return Settings(bound=bound, divisor=spec.divisor, seed=spec.seed)
 
 
-def check_scores(pruning: Pruning) -> None:
-    """That there is something to lose: raises NasctlError naming the task where there is not."""
+def check_scores(pruning: Pruning) -> dict[str, float]:
+    """The unpruned network's, on the images that judge. Raises NasctlError naming the task that has
+    nothing to lose."""
     task = pruning.subject.task
     net = pruning.subject.net.to(pruning.accelerator)
     seen = multitask.evidence(net, task, pruning.halves[1])
-    for name, score in multitask.scores(task, seen).items():
+    scores = multitask.scores(task, seen)
+    for name, score in scores.items():
         console.say(f"  {name} {score:.4f} on {len(pruning.halves[1])} validation images")
         if not score > 0:
             raise NasctlError(
@@ -225,6 +269,7 @@ def check_scores(pruning: Pruning) -> None:
                 where=f"task '{name}'",
                 next="Are these its trained weights (--weights), and its data?",
             )
+    return scores
 
 
 def pruned(pruning: Pruning) -> Pruned:
@@ -254,23 +299,23 @@ def pruned(pruning: Pruning) -> Pruned:
 
 
 def _recover(pruning: Pruning, net: nn.Module, number: int) -> nn.Module:
-    """`net` after a little training, which is enough to prune on: between them, all rounds take
-    half of what the last training takes."""
-    schedule = pruning.schedule
-    little = replace(schedule, steps=schedule.steps // (2 * pruning.spec.rounds))
     name = BETWEEN.format(number)
-    return trained(pruning, net, little, name, f"training after round {number + 1}")
+    return trained(pruning, net, pruning.little, name, f"training after round {number + 1}")
 
 
 def trained(
     pruning: Pruning, net: nn.Module, schedule: Schedule, name: str, doing: str
 ) -> nn.Module:
-    """`net` after the schedule, taught by the unpruned network; kept in the run's file `name`."""
+    """`net` after the schedule, taught by the unpruned network; kept in the run's file `name`,
+    which is replaced where it is of other inputs."""
     done, state = pruning.run.path(name), pruning.run.path(STATE)
     channels_last(net)  # as training leaves it: other memory formats round otherwise
+    inputs = {"pruning": pruning.key}
     if done.exists():
-        checkpoint.fill(net, checkpoint.read(done)[0], done)
-        return net.eval()
+        tensors, said = checkpoint.read(done)
+        if said == inputs:
+            checkpoint.fill(net, tensors, done)
+            return net.eval()
     teacher = pruning.subject.net if schedule.imitation else None
     steps = multitask_training.train(
         net, pruning.subject.task, schedule, teacher=teacher, resume=state
@@ -281,93 +326,6 @@ def trained(
             if stop() and step.step < schedule.steps:
                 steps.close()  # which saves the state
                 raise KeyboardInterrupt
-    checkpoint.write(done, net.state_dict(), {})
+    checkpoint.write(done, net.state_dict(), inputs)
     state.unlink(missing_ok=True)
     return net.eval()
-
-
-# ---- deliver -------------------------------------------------------------------------------------
-
-
-def delivered(pruning: Pruning, found: Pruned, net: nn.Module, seconds: float) -> dict[str, Any]:
-    """Export, run and judge both networks; the content of the report. Test images are read here,
-    once, for both."""
-    run, task = pruning.run, pruning.subject.task
-    net, whole = net.cpu(), pruning.subject.net.cpu()  # where their files are compared with them
-    run.path(BUNDLE).mkdir(exist_ok=True)
-    files = {"before": run.path(f"{BUNDLE}/unpruned.onnx"), "after": run.path(MODEL)}
-    images = next(task.batches(task.val, 64))[0].numpy()
-    parity = {}
-    for name, each in (("before", whole), ("after", net)):
-        onnx.export(each, files[name], input_shape=task.shape, metadata=_metadata(pruning))
-        parity[name] = verify.parity(each, files[name], images)
-    checkpoint.write(run.path(WEIGHTS), net.state_dict(), {})
-    example = pruning.subject.example
-    counts = {
-        unit.unit: {"before": unit.of(whole, example), "after": unit.of(net, example)}
-        for unit in (cost.Macs(), cost.Params())
-    }
-    content = {
-        "nasctl": metadata.version("nasctl"),
-        "spec": pruning.spec.model_dump(mode="json"),
-        "origin": pruning.subject.origin,
-        "tasks": [_judged(pruning, goal, net) for goal in task.goals],
-        "counts": counts,
-        "latency": _timed(pruning, files),
-        "parity": parity,
-        "units": [asdict(row) for row in found.rows],
-        "left_alone": [asdict(left) for left in found.left_alone],
-        "seconds": round(seconds, 1),
-        "environment": verify.environment(),
-    }
-    arch = {**pruning.subject.origin, "pruned": json.loads(found.history.to_json())}
-    given = pruning.subject.interface
-    sample = bundling.sample(given, task.train.images)
-    licence = pruning.spec.licence
-    contents = bundling.Contents(
-        given, arch, content, sample, pruning.device, licence=licence, also=UNPRUNED
-    )
-    bundling.seal(run.path(BUNDLE), contents)
-    return content
-
-
-def _judged(pruning: Pruning, goal: Goal, net: nn.Module) -> dict[str, Any]:
-    """A task's metric before and after, on validation and on test images."""
-    task = pruning.subject.task.only([goal.name])
-    row: dict[str, Any] = {"task": goal.name, "max_drop": pruning.spec.max_drop[goal.name]}
-    for name, split in (("val", pruning.halves[1]), ("test", task.test)):
-        before, after = (
-            multitask.evidence(each, task, split)[goal.name] for each in (pruning.subject.net, net)
-        )
-        rng = np.random.default_rng((pruning.spec.seed, 21))
-        change = paired.change(goal, [before], [after], rng=rng)
-        scores = {"before": goal.score(before), "after": goal.score(after)}
-        row[name] = {**scores, "change": asdict(change), "images": len(split)}
-    return row
-
-
-def _timed(pruning: Pruning, files: Mapping[str, Path]) -> dict[str, Any] | None:
-    """Both files on the device, in turn with each other; None where it cannot be reached."""
-    if pruning.device.local != (pruning.spec.on == measuring.LOCAL):
-        return None
-    timings = measuring.timer(pruning.spec.on, pruning.device, pruning.spec.seed)(
-        list(files.values())
-    )
-    found = {name: asdict(timing) for name, timing in zip(files, timings, strict=True)}
-    return {"device": pruning.device.name, "on": pruning.spec.on, **found}
-
-
-def _metadata(pruning: Pruning) -> dict[str, str]:
-    task = pruning.subject.task
-    channels, height, width = task.shape
-    return {
-        "nasctl": metadata.version("nasctl"),
-        "commit": file.commit(),
-        "model": str(pruning.subject.origin["model"]),
-        "input": f"float32 N x {channels} x {height} x {width}, (pixel / 255 - mean) / std",
-        "mean": json.dumps(list(task.moments[0])),
-        "std": json.dumps(list(task.moments[1])),
-        "data_sha256": task.fingerprint,
-        "run": pruning.run.folder.name,
-        **onnx.licensed(pruning.spec.licence),
-    }

@@ -133,6 +133,11 @@ def command(
         else:
             report = many_tasks.search(all_of, force=force, quiet=json)
         return console.emit_json(report) if json else None
+    for name in ("trainer", "together"):
+        if given.get(name):
+            raise UsageError(
+                "is of searches for several tasks", where=f"--{name}", next="Name them: --tasks."
+            )
     if macs is not None:
         given["macs"] = budgets.parse(macs, budgets.MACS, "--macs")
     latencies = [console.parse_latency(text) for text in latency.split(",")] if latency else []

@@ -26,9 +26,10 @@ def command(
     """Verify a bundle: its files, that every form of the network computes the same, its metric on
     the delivered file, and its measured latency and memory against the budget.
 
-    Exit codes: 4 a budget is missed, 5 the forms differ.
+    Exit codes: 1 a budget that was typed could not be checked, 4 a budget or the accuracy bound of
+    `nasctl quantize` is missed, 5 the forms differ or a metric is not a number.
     """
-    from cli import bundling, verifying
+    from cli import bundling, verdict, verifying
     from hw_profiles import device
 
     board = device.load(hw)
@@ -37,13 +38,13 @@ def command(
             board, engine, console.parse_latency(latency), _bytes(memory), data, split
         )
         content = verifying.verify(bundle, model, asked)
-    place = out or verifying.beside(model)
-    verifying.write(content, place)
+    place = out or verdict.beside(model)
+    verdict.write(content, place)
     if json:
         console.emit_json(content)
     else:
-        verifying.say_outcome(content, place)
-    verifying.require(content, str(place))
+        verdict.say_outcome(content, place)
+    verdict.require(content, asked, str(place))
 
 
 def _bytes(text: str | None) -> float | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,10 @@ import psutil
 import torch
 from torch import nn
 
-from cli import building, bundling, console, judging, several
+from cli import building, bundling, console, judging, quantizing, several
 from cli.bundling import Feeds
-from cli.judging import Run
-from cli.quantizing import HALVES
+from cli.judging import Judge, Run
+from cli.prune import parse_drops
 from deploy import bundle as bundles
 from deploy import chain
 from deploy import engine as engines
@@ -28,13 +26,15 @@ from hw_profiles import half, processes, runtimes
 from hw_profiles.device import Device
 from hw_profiles.measure import Plan, Setting
 from nas import checkpoint, file
-from nas.errors import BudgetMissed, NasctlError, UsageError
+from nas.data.examples import Examples
+from nas.errors import NasctlError, UsageError
 from nas.outputs import named as outputs_of
 from nas.run import Run as RunFolder
 
 WEIGHTS = "model.safetensors"
 MEASURING = Plan(rounds=10, time_limit_s=10.0)
 PLAIN = "onnxruntime"
+Scores = dict[str, dict[str, float]]  # by task
 COMPARED = "network = ONNX: it was compared when the file was written"
 
 
@@ -66,10 +66,10 @@ class Delivered:
 
 
 def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
-    """Everything that was found; nothing is raised for what it finds, see `require`."""
+    """Everything that was found; nothing is raised for what it finds, see `verdict.require`."""
     if asked.split not in ("val", "test"):
         raise UsageError(f"unknown split '{asked.split}'", where="--split", allowed="val, test")
-    inputs = bundling.sample_of(bundle)
+    inputs = _inputs(bundle)
     plain = bundle.path(bundling.FLOAT)
     expected = judging.runner(plain, PLAIN)(inputs)
     links, notes = _before(bundle, named, asked.data, inputs, expected)
@@ -99,10 +99,13 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
             expected = source.runner()(inputs)
             links.append(_link(name, delivered, inputs, expected, car.observed))
         why = ""
+    scores: Scores | None = None
+    bound: Scores = {}
+    measured = None
     if why:
-        scores, missing, measured = None, [f"metric, latency and memory: {why}"], None
+        missing = [f"metric, latency and memory: {why}"]
     else:
-        scores, missing = _scores(bundle, delivered, asked)
+        scores, bound, missing = _scores(bundle, delivered, asked)
         measured = _measured(delivered, asked, inputs)
     if measured is None and not why:
         missing.append(f"latency and memory: {asked.board.name} is not this machine")
@@ -113,6 +116,7 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
         "file": {**file.record(delivered.path), "runtime": delivered.runtime},
         "chain": [{**asdict(one), "tolerance": one.tolerance, "holds": one.holds} for one in links],
         "metric": scores,
+        "bound": bound,
         "split": asked.split,
         "measured": measured,
         "budget": {"latency_ms": budget_ms, "memory_bytes": asked.memory_bytes},
@@ -122,10 +126,23 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
     }
 
 
+def _inputs(bundle: Bundle) -> Feeds:
+    """What all forms are compared on. Raises NasctlError for values that compare nothing."""
+    found = bundling.sample_of(bundle)
+    for name, values in found.items():
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise NasctlError(
+                f"input '{name}' of its examples holds values that are not finite",
+                where=str(bundle.folder),
+                next="Export it again: nothing can be compared on such inputs.",
+            )
+    return found
+
+
 def _lower(path: Path) -> str | None:
     """The half precision that an ONNX file says it computes in, by the types of its weights: ONNX
     Runtime on processors casts, and is seen to compute in float32. None of any other file."""
-    if path.name not in HALVES.values():
+    if path.name not in quantizing.HALVES.values():
         return None
     kinds = {tensor.data_type for tensor in files.read(path).graph.initializer}
     return next((name for name, code in half.CODES.items() if code in kinds), None)
@@ -205,21 +222,51 @@ def _exported(net: nn.Module, inputs: Feeds, expected: Outputs) -> Link:
 
 def _scores(
     bundle: Bundle, delivered: Delivered, asked: Asked
-) -> tuple[dict[str, Any] | None, list[str]]:
-    """Each task's metric, of the float file and of what is delivered."""
+) -> tuple[Scores | None, Scores, list[str]]:
+    """Each task's metric, of the float file and of what is delivered; the same on the images that
+    the bound of `nasctl quantize` was held on, where there is one; and what is not told."""
     try:
         judge = judging.judge(bundling.interface_of(bundle), asked.data)
     except NasctlError as error:
         if asked.data is not None:
             raise
-        return None, [f"metric: {error}"]
-    images = judge.task.splits[asked.split]
-    plain = Delivered(bundle.path(bundling.FLOAT), PLAIN, None, 1)
-    both = [judge.scores(each.runner(), images) for each in (plain, delivered)]
+        return None, {}, [f"metric: {error}"]
+    runs = Delivered(bundle.path(bundling.FLOAT), PLAIN, None, 1).runner(), delivered.runner()
+    found, held = _scored(judge, runs, judge.task.splits[asked.split]), {}
+    names = [goal.name for goal in judge.task.goals]
+    if (promised := _promised(bundle, names)) is not None:
+        bound, seed = promised
+        deciding = _scored(judge, runs, judge.halves(seed)[0])
+        held = {name: {**each, "max_drop": bound[name]} for name, each in deciding.items()}
+    unseen = [name for name in names if name not in found]
+    return found, held, [f"metric: no {asked.split} image has a label of {n}" for n in unseen]
+
+
+def _scored(judge: Judge, runs: tuple[Run, Run], images: Examples) -> Scores:
+    """Of the float file and the delivered one, of the tasks that any image is labelled for."""
+    plain, delivered = (judge.scores(run, images) for run in runs)
     return {
-        name: {"float": both[0][name], "delivered": both[1][name], "images": len(images)}
-        for name in both[0]
-    }, []
+        goal.name: {
+            "float": plain[goal.name],
+            "delivered": delivered[goal.name],
+            "images": len(images),
+        }
+        for goal in judge.task.goals
+        if goal.labelled is None or goal.labelled(images.targets).any()
+    }
+
+
+def _promised(bundle: Bundle, names: list[str]) -> tuple[dict[str, float], int] | None:
+    """The bound that `nasctl quantize` held, relative, by task; and the seed of the images that it
+    held it on."""
+    if quantizing.REPORT not in bundle.manifest.members:
+        return None
+    path = bundle.path(quantizing.REPORT)
+    said = deployed.read(path)
+    drops, seed = said.get("max_drop"), said.get("seed")
+    if not isinstance(drops, str) or not isinstance(seed, int):
+        raise NasctlError("says no bound, or no seed", where=str(path))
+    return parse_drops(drops, names), seed
 
 
 def _measured(delivered: Delivered, asked: Asked, inputs: Feeds) -> dict[str, Any] | None:
@@ -260,65 +307,3 @@ def _budget(bundle: Bundle, asked: Asked) -> tuple[float | None, list[str]]:
     if found is None or device == asked.board.name:
         return None if found is None else float(found), []
     return None, [f"the run's budget of {console.format_ms(found)}: it is for {device}"]
-
-
-# ---- the outcome ---------------------------------------------------------------------------------
-
-
-def beside(named: Path) -> Path:
-    """Where the report goes: never into the bundle, which it would change."""
-    named = named.resolve()
-    folder = named if (named / bundling.FOLDER).is_dir() else named.parent
-    return folder / ("verify.json" if folder == named else f"{named.stem}.verify.json")
-
-
-def write(content: Mapping[str, Any], path: Path) -> None:
-    file.write(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def say_outcome(content: Mapping[str, Any], path: Path) -> None:
-    for one in content["chain"]:
-        sign = "holds" if one["holds"] else "DOES NOT HOLD"
-        console.say(
-            f"{one['name']}: {one['error']:.1e} of the outputs' size, up to "
-            f"{one['tolerance']:g} in {one['precision']}: {sign}",
-            "chain",
-        )
-    for name, both in (content["metric"] or {}).items():
-        console.say(
-            f"{name} {both['delivered']:.4f} on {both['images']} {content['split']} images "
-            f"(float file {both['float']:.4f})",
-            "metric",
-        )
-    if (found := content["measured"]) is not None:
-        budget = content["budget"]["latency_ms"]
-        against = f", budget {console.format_ms(budget)}" if budget else ""
-        console.say(
-            f"median {console.format_ms(found['median_ms'])}, p95 "
-            f"{console.format_ms(found['p95_ms'])}{against}",
-            "latency",
-        )
-        console.say(f"{found['memory_bytes'] / 1e6:.1f} MB more than the library alone", "memory")
-    for note in content["not_measured"]:
-        console.say(f"not verified: {note}")
-    console.say(str(path), "report")
-
-
-def require(content: Mapping[str, Any], where: str) -> None:
-    """Raises ParityFailed for a broken chain, then BudgetMissed for a budget missed."""
-    chain.require([Link(one["name"], one["precision"], one["error"]) for one in content["chain"]])
-    found, budget = content["measured"], content["budget"]
-    if found is None:
-        return
-    limit, memory = budget["latency_ms"], budget["memory_bytes"]
-    if limit is not None and found["median_ms"] > limit:
-        raise BudgetMissed(
-            f"took {console.format_ms(found['median_ms'])}, the budget is "
-            f"{console.format_ms(limit)}",
-            where=where,
-        )
-    if memory is not None and found["memory_bytes"] > memory:
-        raise BudgetMissed(
-            f"needs {found['memory_bytes'] / 1e6:.1f} MB, the budget is {memory / 1e6:.1f} MB",
-            where=where,
-        )

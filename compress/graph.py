@@ -75,6 +75,8 @@ class Graph:
                     where="model",
                     next="A concatenation of parts whose channels it does not know is one cause.",
                 ) from error
+        #: the first operation that passed numbers on and no gradient; empty without one
+        self.severed = seen.severed
         _place_joins(self._graph, seen.joins)
         self._freeze()
         self._names = {module: name for name, module in self.net.named_modules()}
@@ -157,6 +159,7 @@ class _Followed(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.last = self.cut = ""  # the last function called; the first that no gradient passed
+        self.severed = ""  # the first of those that gave numbers on, not a comparison or an index
         #: first and last channel of each part of what was joined, by its gradient
         self.joins: dict[Any, list[tuple[int, int]]] = {}
 
@@ -175,11 +178,16 @@ class _Followed(TorchFunctionMode):
             out = _slices(args[0], out)
         elif name in _JOINS:
             self._join(args[0] if args else (kwargs or {})["tensors"], out)
-        if not self.cut and name not in _NO_VALUES and any(_follows(arg) for arg in args):
-            produced = tensors(out)
-            if name in _LEAVES or (produced and not any(map(_follows, produced))):
-                self.cut = name
+        if name not in _NO_VALUES and any(_follows(arg) for arg in args):
+            self._note_cut(name, tensors(out))
         return out
+
+    def _note_cut(self, name: str, produced: Sequence[Tensor]) -> None:
+        leaves = name in _LEAVES
+        if leaves or (produced and not any(map(_follows, produced))):
+            self.cut = self.cut or name
+            if leaves or any(tensor.is_floating_point() for tensor in produced):
+                self.severed = self.severed or name
 
     def _join(self, parts: Sequence[Tensor], out: Tensor) -> None:
         channel = channel_of(out)

@@ -167,7 +167,7 @@ def relative_error(
     expected: Sequence[Sequence[np.ndarray]], found: Sequence[Sequence[np.ndarray]]
 ) -> float:
     """Root of the squared difference over the squared expectation, of the output where it is
-    largest; both are outputs per batch."""
+    largest; both are outputs per batch. Infinite where an output is not a number."""
     worst = 0.0
     for wanted, got in zip(zip(*expected, strict=True), zip(*found, strict=True), strict=True):
         difference = sum(
@@ -175,7 +175,8 @@ def relative_error(
             for a, b in zip(wanted, got, strict=True)
         )
         scale = sum(float(np.square(a, dtype=np.float64).sum()) for a in wanted)
-        worst = max(worst, math.sqrt(difference / max(scale, 1e-30)))
+        error = math.sqrt(difference / max(scale, 1e-30))
+        worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst
 
 

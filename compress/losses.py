@@ -70,6 +70,7 @@ def _check(
         raise NasctlError(
             f"the unpruned network's loss is {loss}",
             where=f"task '{objective.name}', batch {batch}",
+            next="Are these its trained weights, and its data? Look at its outputs on that batch.",
         )
 
 

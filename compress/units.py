@@ -93,16 +93,21 @@ def find(net: nn.Module, example_inputs: Inputs) -> Found:
             continue
         units.append(found)
         done |= {m.name for m in members if not m.inputs}
-    return Found(tuple(units), tuple(_left_alone(net, refused, done)))
+    unreached = "the graph does not reach it from the outputs"
+    if graph.severed:
+        unreached += f": operation '{graph.severed}' passes no gradient"
+    return Found(tuple(units), tuple(_left_alone(net, refused, done, unreached)))
 
 
-def _left_alone(net: nn.Module, refused: dict[str, str], done: set[str]) -> Iterator[LeftAlone]:
+def _left_alone(
+    net: nn.Module, refused: dict[str, str], done: set[str], unreached: str
+) -> Iterator[LeftAlone]:
     """In the network's order."""
     for name, module in net.named_modules():
         # the projections of attention go with it, whatever they are called
         if not isinstance(module, LAYERS) or {name, name.rpartition(".")[0]} & done:
             continue
-        yield LeftAlone(name, refused.get(name, "the graph does not reach it from the outputs"))
+        yield LeftAlone(name, refused.get(name, unreached))
 
 
 def _unit(

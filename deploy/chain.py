@@ -40,7 +40,8 @@ def link(name: str, precision: str, before: Outputs, after: Outputs) -> Link:
     shapes = [{key: value.shape for key, value in side.items()} for side in (before, after)]
     if shapes[0] != shapes[1]:
         raise ParityFailed(f"outputs are {shapes[0]} and {shapes[1]}", where=name)
-    return Link(name, precision, max(_relative(before[key], after[key]) for key in before))
+    errors = [_relative(before[key], after[key]) for key in before]
+    return Link(name, precision, max(errors) if all(map(math.isfinite, errors)) else math.inf)
 
 
 def require(links: list[Link]) -> None:

@@ -229,7 +229,7 @@ def read(path: Path) -> dict[str, Any]:
         raise NasctlError(
             f"cannot read the report: {error}",
             where=str(path),
-            next="It is written at the end of a run: run the same command again to finish it.",
+            next="Of a run, the same command again finishes it; a bundle, get or make it again.",
         ) from error
     if not isinstance(report, dict):
         raise NasctlError("is no report: a JSON object is expected", where=str(path))

@@ -161,7 +161,8 @@ def _damaged(path: Path, why: str) -> NasctlError:
     return NasctlError(
         f"damaged or not a safetensors file ({why})",
         where=str(path),
-        next="Delete it to train this stage again; the rest of the run is kept.",
+        next="A file of your own: write it again. One that a run keeps: delete it, and the same "
+        "command makes it again.",
     )
 
 

@@ -4,6 +4,9 @@ boundaries, which classes are in the picture. One constructor each.
 A goal judges in two steps: `evidence` is what its metric needs to know of each image, `score` makes
 the metric of the evidence of any set of images. So every metric, a mean over images or not, can be
 resampled over images (`nas.paired`).
+
+An answer that is NaN, as a network gives that overflows in half precision, is a wrong one. NaN as
+evidence means that nobody labelled the image, and nothing else.
 """
 
 from __future__ import annotations
@@ -58,8 +61,9 @@ def classes(name: str, *, target: str, n_classes: int | None = None) -> Goal:
         return F.cross_entropy(outputs[name], targets[target], ignore_index=UNLABELLED)
 
     def evidence(outputs: Outputs, targets: Targets) -> Tensor:
-        right = (outputs[name].argmax(1) == targets[target]).float()
-        return right.masked_fill(~known(targets), torch.nan)
+        answers = outputs[name]  # argmax takes NaN for the largest
+        right = (answers.argmax(1) == targets[target]) & ~answers.isnan().any(1)
+        return right.float().masked_fill(~known(targets), torch.nan)
 
     def known(targets: Targets) -> Tensor:
         return targets[target] != UNLABELLED
@@ -114,14 +118,22 @@ def box(name: str, *, target: str) -> Goal:
     The answer is the logits of centre x, centre y, width and height. Loss: generalised IoU
     (Rezatofighi et al., CVPR 2019) plus the mean distance of the four sides.
     """
+
+    def evidence(outputs: Outputs, targets: Targets) -> Tensor:
+        iou, _ = _iou(corners(outputs[name]), targets[target])
+        return iou.masked_fill(iou.isnan() & known(targets), 0)
+
+    def known(targets: Targets) -> Tensor:
+        return ~targets[target].isnan().any(1)
+
     return Goal(
         name,
         loss=lambda outputs, targets: _box_loss(corners(outputs[name]), targets[target]),
-        evidence=lambda outputs, targets: _iou(corners(outputs[name]), targets[target])[0],
+        evidence=evidence,
         score=_mean,
         imitate=lambda own, taught: _box_loss(corners(own), corners(taught)),
         answer=Answer("box"),
-        labelled=lambda targets: ~targets[target].isnan().any(1),
+        labelled=known,
     )
 
 
@@ -167,7 +179,8 @@ def segmentation(name: str, *, target: str, n_classes: int) -> Goal:
         return F.cross_entropy(outputs[name], truth.long(), ignore_index=VOID)
 
     def evidence(outputs: Outputs, targets: Targets) -> Tensor:
-        return _areas(outputs[name].argmax(1), targets[target], n_classes)
+        found = outputs[name].argmax(1).masked_fill(outputs[name].isnan().any(1), VOID)
+        return _areas(found, targets[target], n_classes)
 
     answer = Answer("map", n_classes)
     known = _known_pixels(target)
@@ -179,7 +192,8 @@ def _known_pixels(target: str) -> Callable[[Targets], Tensor]:
 
 
 def _areas(found: Tensor, truth: Tensor, n_classes: int) -> Tensor:
-    """Pixels [N, C, 3] of each class: found rightly, found, there; VOID pixels do not count."""
+    """Pixels [N, C, 3] of each class: found rightly, found, there; pixels that are VOID in `truth`
+    do not count, those that are VOID in `found` are of no class."""
     found = torch.where(truth == VOID, VOID, found)
     rows = []
     for label in range(n_classes):
@@ -281,7 +295,10 @@ def presence(name: str, *, target: str, n_classes: int) -> Goal:
 
     def evidence(outputs: Outputs, targets: Targets) -> Tensor:
         wanted = present(targets[target], n_classes).to(outputs[name])
-        rows = torch.stack([outputs[name], wanted], 2)
+        # the worst rank for what is no number: below all others if it is there, else above
+        worst = torch.where(wanted > 0, -torch.inf, torch.inf).to(wanted)
+        answers = outputs[name].where(~outputs[name].isnan(), worst)
+        rows = torch.stack([answers, wanted], 2)
         return rows.masked_fill(~known(targets)[:, None, None], torch.nan)
 
     answer = Answer("vector", n_classes)

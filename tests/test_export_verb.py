@@ -51,6 +51,7 @@ def test_a_network_with_its_data_becomes_a_bundle_that_other_verbs_take(nasctl, 
     assert found.manifest.licence == "Apache-2.0"
     properties = {p.key: p.value for p in onnx.load(found.model).metadata_props}
     assert properties["licence"] == "Apache-2.0" and properties["model"] == "mine:build"
+    assert set(json.loads(properties["validation"])) == {"quadrant", "where"}
     assert bundling.interface_of(found).goals == ("quadrant", "where")
     assert bundling.sample_of(found)["input"].shape == (64, 1, 8, 8)
     verified = nasctl("verify", "b", "--data", "mine:task", "--json")

@@ -67,6 +67,41 @@ def test_boxes_by_hand():
     assert goal.loss(outputs, targets).item() == pytest.approx(loss, abs=1e-5)
 
 
+GOALS = {
+    "class": classes("x", target="class"),
+    "box": box("x", target="box"),
+    "segmentation": segmentation("x", target="map", n_classes=2),
+    "boundary": boundary("x", target="map"),
+    "presence": presence("x", target="map", n_classes=2),
+}
+
+
+@pytest.mark.parametrize("bad", [3, 4])
+@pytest.mark.parametrize("kind", GOALS)
+def test_answers_that_are_not_numbers_are_wrong_ones(kind, bad):
+    """Right on four images, then NaN on most or all of them; the fifth is labelled by nobody."""
+    goal, boxes = GOALS[kind], torch.tensor([[0.1, 0.1, 0.5, 0.5]] * 5)
+    truth = torch.zeros(5, 8, 8, dtype=torch.uint8)
+    truth[1:4, :, 4:] = 1
+    each = {
+        "class": torch.tensor([[9.0, 0.0]] * 5),
+        "box": answer_for(boxes.tolist()),
+        "segmentation": torch.stack([truth == 0, truth == 1], 1) * 20.0 - 10,
+        "boundary": boundaries(truth)[:, None] * 20.0 - 10,
+        "presence": present(truth, 2) * 20.0 - 10,
+    }
+    truth[4], boxes[4] = VOID, NAN
+    targets = {"class": torch.tensor([0, 0, 0, 0, -1]), "box": boxes, "map": truth}
+    answers = each[kind]
+    assert goal.metric({"x": answers}, targets) == pytest.approx(1, abs=1e-5)
+    answers[:bad] = NAN
+    found = goal.evidence({"x": answers}, targets)
+    assert not found[:4].isnan().any()
+    # class 1 is in three of four pictures, of which the worst ranking has one that lacks it first
+    worst = (1 / 2 + 2 / 3 + 3 / 4) / 3 if kind == "presence" else 0
+    assert goal.score(found) <= max(worst + 1e-6, {3: 0.5, 4: 0}[bad])
+
+
 def test_a_batch_without_any_box_gives_no_gradient():
     answer = random(3, 4).requires_grad_()
     loss = box("b", target="t").loss({"b": answer}, {"t": torch.full((3, 4), NAN)})

@@ -127,6 +127,7 @@ def test_a_bound_that_nothing_holds_is_one_clear_error(fragile):
 def test_the_relative_error_is_that_of_the_worst_output():
     one, zero = np.ones((2, 3)), np.zeros((2, 3))
     assert relative_error([[one, one]], [[one, zero]]) == 1
+    assert relative_error([[one, one]], [[one, one * np.nan]]) == np.inf
     assert relative_error([[one], [one]], [[one], [zero]]) == pytest.approx(0.5**0.5)
 
 

@@ -66,6 +66,7 @@ def test_it_ends_in_a_verified_file_per_task_inside_its_budget(nasctl, data):
         path = data / "run" / row["file"]["path"]
         said = {p.key: p.value for p in onnx.load(path).metadata_props}
         assert said["task"] == name and json.loads(said["genes"]) == row["genes"]
+        assert "commit" in said and json.loads(said["validation"]) == {name: row["val"]}
         images = task.normalise(task.test.images[:3]).numpy()
         (output,) = verify.outputs(path, images).values()
         assert output.shape == (3, {"class": 2, "box": 4}[name]) and np.isfinite(output).all()
@@ -146,6 +147,8 @@ def test_killed_anywhere_the_same_command_goes_on_to_the_same_files(
         (["--latency", "class=5"], 2, "'5' has no unit"),
         (["--latency", "1ms", "--macs", "box=1MMACs"], 2, "two budgets for box"),
         (["--latency", "1us"], 3, "task 'class': no network fits 0.001ms: the smallest needs"),
+        (["--latency", "1us", "--dry-run"], 3, "task 'class': no network fits 0.001ms"),
+        (["--latency", "class=1ms,class=9ms"], 2, "--latency: names class twice"),
         (["--macs", "box=1kMACs"], 3, "task 'box': no network fits 1000 MACs: the smallest"),
         (["--batch", "32"], 2, "--batch: 32 images per step, but 80 training images"),
         (["--trainer", "train.py"], 2, "--trainer: 'train.py'; allowed: my_pkg.my_mod:train"),
@@ -158,6 +161,15 @@ def test_what_is_refused_before_any_training(nasctl, data, arguments, code, said
     assert result.code == code, result.err
     assert said in " ".join(result.err.split())
     assert not (data / "run" / "shared.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"), [("together", []), ("trainer", ["two_sides:fit"])], ids=lambda of: str(of)
+)
+def test_flags_of_several_tasks_need_them(nasctl, workdir, flag, words):
+    result = nasctl("search", "--hw", "jetson-tx2", f"--{flag}", *words, "--dry-run")
+    assert result.code == 2
+    assert f"--{flag}: is of searches for several tasks. Name them" in " ".join(result.err.split())
 
 
 def test_a_table_that_lacks_an_operator_is_told(nasctl, data, monkeypatch):

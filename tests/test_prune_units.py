@@ -249,6 +249,16 @@ def test_a_fixed_width_in_the_code_is_left_alone():
     assert [unit.root for unit in units.find(net, IMAGES).units] == ["next.0"]
 
 
+@pytest.mark.parametrize(
+    "operation",
+    [lambda x: x.detach(), lambda x: torch.from_numpy(x.detach().numpy()) * (x > 0)],
+)
+def test_what_hides_a_layer_from_the_graph_is_named(operation):
+    net = settled(Wrapped(operation))
+    assert reason(net, "stem.0").endswith("from the outputs: operation 'detach' passes no gradient")
+    assert [unit.root for unit in units.find(net, IMAGES).units] == ["next.0"]
+
+
 def test_softmax_over_channels_is_left_alone():
     assert "mixes its channels" in reason(settled(Wrapped(lambda x: x.softmax(1))), "stem.0")
 

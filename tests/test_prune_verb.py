@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx as onnx_file
 import pytest
 import torch
 
-from cli import child, main, measuring, prune
+from cli import child, main, measuring, prune, pruning
 from cli.training import Training, space_for
 from compress.history import History
 from deploy import bundle as bundles
@@ -27,7 +28,7 @@ from hw_profiles.protocol import Timing
 from hw_profiles.runtimes import onnxruntime
 from nas import checkpoint, multitask_training, tasks
 from nas import run as runs
-from nas.errors import UsageError
+from nas.errors import NasctlError, UsageError
 
 pytestmark = pytest.mark.usefixtures("drafts")
 
@@ -65,6 +66,17 @@ class Steps(nn.Module):
         for _ in range(int(x.sum() > 0)):
             x = x * 2
         return {"quadrant": torch.tensor(self.a(x).tolist()), "where": torch.zeros(len(x), 4)}
+
+
+class Branching(Net):
+    def forward(self, x):
+        out = super().forward(x)
+        return {k: v * 2 for k, v in out.items()} if x.mean() > 100 else out
+
+
+def branching():
+    torch.manual_seed(0)
+    return Branching()
 
 
 def build():
@@ -111,6 +123,10 @@ def by_weights(on, board, seed, rough=False):
         return Timing(ms, ms, ms, ms, 0.0, 9)
 
     return lambda paths: [timing(path) for path in paths]
+
+
+def read(bundle, name):
+    return json.loads(bundle.path(name).read_text())
 
 
 @contextlib.contextmanager
@@ -181,6 +197,12 @@ def test_a_network_of_two_tasks_of_ones_own(pruned, mine, nasctl, workdir):
             assert np.abs(value - net.eval()(images)[name].numpy()).max() < 1e-4
     made = bundles.read(workdir / "r/bundle")
     assert set(made.of("model")) == {"model.onnx", "unpruned.onnx"}
+    for name, which in (("unpruned.onnx", "before"), ("model.onnx", "after")):
+        told = {p.key: p.value for p in onnx_file.load(made.path(name)).metadata_props}
+        assert {"commit", "run", "input", "data_sha256"} < set(told)
+        scores = {row["task"]: row["val"][which] for row in report["tasks"]}
+        assert json.loads(told["validation"]) == pytest.approx(scores)
+        assert json.loads(told["arch"]) | {"pruned": 0} == read(made, "arch.json") | {"pruned": 0}
     said = interface.read(made.path("task.json"))
     assert list(said.outputs) == list(session.outputs) and said.shape == tuple(images.shape[1:])
     assert said.data_sha256 == mine.task().fingerprint
@@ -281,11 +303,13 @@ def test_a_task_that_lost_too_much_is_exit_3_and_the_files_are_kept(mine, nasctl
     ("words", "code", "fragments"),
     [
         (("--target", "macs=-50%", "--max-drop", "0%"), 2, ("0 %", "above zero")),
-        (("--target", "macs=-50%", "--max-drop", "quadrant=1%"), 2, ("nothing of where",)),
+        (("--target", "macs=-50%", "--max-drop", "quadrant=1%"), 2, ("where=2%",)),
         (("--target", "macs=-50%", "--max-drop", "wher=1%"), 2, ("'wher'", "mean where")),
         (("--target", "macs=-50%", "--tasks", "quadrnt"), 2, ("--tasks", "mean quadrant")),
         (("--target", "macs=50"), 2, ("--target", "MMACs")),
         (("--target", "latency=-100%"), 2, ("leaves nothing",)),
+        (("--target", "macs=-0%"), 2, ("leaves everything",)),
+        (("--target", "latency=3"), 2, ("--target: '3' has no unit",)),
         (("--target", "flops=-50%"), 2, ("macs=-60%",)),
         (("--target", "macs=100GMACs"), 2, ("less than it has",)),
         (("--target", "macs=-50%", "--method", "pacgp"), 2, ("mean pagcp",)),
@@ -331,6 +355,25 @@ def test_models_that_cannot_be_pruned(mine, nasctl, model, fragments):
         assert fragment in outcome.err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("method", ["pagcp", "magnitude"])
+def test_a_dry_run_says_how_long(mine, nasctl, workdir, method):
+    words = (*LITTLE, "--target", "macs=-50%", "--method", method, "--dry-run", "--json")
+    outcome = nasctl(*words, "--run", "r")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)["estimated_seconds"]
+    assert ("pruning, at most" in found) is (method == "pagcp")
+    assert all(seconds > 0 for seconds in found.values()) and not (workdir / "r").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["--dry-run"]])
+def test_what_cannot_be_exported_is_told_before_any_work(mine, nasctl, monkeypatch, words):
+    for place in ("trained", "pruned"):
+        monkeypatch.setattr(pruning, place, lambda *_: pytest.fail("work was begun"))
+    outcome = nasctl("prune", "mine:branching", *LITTLE[2:], "--target", "macs=-50%", *words)
+    assert outcome.code == 1
+    assert "torch cannot export Branching" in outcome.err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(("typed", "goes_on"), [([], "MIT"), (["--licence", "BSD"], "BSD")])
 def test_the_licence_of_a_search_goes_on_unless_another_is_stated(nasctl, workdir, typed, goes_on):
     fields = {"space": "resnet", "width": 0.25, "epochs": 1, "threads": 1, "licence": "MIT"}
@@ -348,5 +391,51 @@ def test_the_licence_of_a_search_goes_on_unless_another_is_stated(nasctl, workdi
 def test_drops_as_typed():
     assert prune.parse_drops("2%", ["a", "b"]) == {"a": 0.02, "b": 0.02}
     assert prune.parse_drops("b=1.5%, a=3%", ["a", "b"]) == {"a": 0.03, "b": 0.015}
-    with pytest.raises(UsageError, match="0 %"):
-        prune.parse_drops("a=1%,b=0.0%", ["a", "b"])
+    for text, said in {
+        "a=1%,b=0.0%": "bound of 0.0% nothing may change",
+        "200%": "bound of 200% everything may go",
+        "a=1%,b=2%,a=20%": "names a twice",
+    }.items():
+        with pytest.raises(UsageError, match=said):
+            prune.parse_drops(text, ["a", "b"])
+
+
+def row(task, change, max_drop=0.1):
+    return {"task": task, "max_drop": max_drop, "val": {"change": {"value": change}}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "ms", "code", "said"),
+    [
+        ([row("class", -0.01), row("box", float("nan"))], 1.0, 3, "box scores no number any more"),
+        ([row("class", -0.01), row("box", -0.11)], 1.0, 3, "box lost 11.0 %"),
+        ([row("class", -0.01), row("box", -0.1)], 1.015, 4, "the target is 1 ms: 1.5 % over"),
+        ([row("class", -0.01), row("box", -0.1)], 1.0, 0, ""),
+    ],
+)
+def test_the_last_word_is_of_what_was_measured(rows, ms, code, said):
+    spec = SimpleNamespace(quantity="latency", target=1.0, relative=False)
+    pruning = SimpleNamespace(spec=spec, run=runs.Run(Path("r")))
+    timed = {"before": {"median_ms": 2.0}, "after": {"median_ms": ms}}
+    with contextlib.nullcontext() if code == 0 else pytest.raises(NasctlError, match=said) as error:
+        prune._require_bounds(pruning, {"tasks": rows, "latency": timed})
+    assert code == 0 or error.value.exit_code == code
+
+
+def test_what_was_trained_for_other_inputs_is_not_taken(trained, mine, workdir, monkeypatch):
+    """A kill before the delivery leaves the file of a training; then the images change."""
+    words = dict(model="mine:build", data="mine:task", weights="w.safetensors", threads=1)
+    words |= dict(hw="cpu", on="local", method="random", epochs=1.0, divisor=4)
+    words |= prune.parse_target("macs=-50%")
+    told = []
+    images, train = mine.split, multitask_training.train
+    monkeypatch.setattr(
+        multitask_training, "train", lambda *a, **k: told.append(1) or train(*a, **k)
+    )
+    for change in (0, 0, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(mine, "split", lambda n, seed, by=change: images(n, seed + by * (n > 99)))
+            found = prune.prepare(dict(words), None, "20%", workdir / "r")
+        net = pruning.trained(found, mine.build(), found.schedule, pruning.TUNED, "training")
+        assert not net.training
+    assert len(told) == 2

@@ -1,5 +1,6 @@
 """`nasctl verify` and deploy.chain: what holds is said, what does not has its own exit code."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -7,11 +8,15 @@ import pytest
 from bundles import network, small
 from safetensors.numpy import save
 
+from cli import verdict, verifying
 from deploy import bundle as bundles
 from deploy import chain, interface
 from deploy import onnx as files
+from hw_profiles import device
 from hw_profiles.half import half
-from nas.errors import ParityFailed
+from nas.errors import NasctlError, ParityFailed
+
+NAN = float("nan")
 
 
 def verified(nasctl, *arguments):
@@ -93,6 +98,62 @@ def test_a_file_that_cannot_be_run_here_is_not_measured(nasctl, workdir):
     for what in ("float file = delivered file: ", "metric, latency and memory: "):
         (note,) = (one for one in content["not_measured"] if one.startswith(what))
         assert "ONNX Runtime cannot load it" in note
+    code, _, error = verified(nasctl, "b", "--latency", "1s")
+    assert code == 1 and "the budget was not checked" in error
+
+
+@pytest.mark.usefixtures("stated")
+def test_a_typed_budget_of_a_device_that_is_not_here_is_not_passed_over(nasctl, workdir):
+    small(workdir / "b")
+    for words in (["--latency", "1us"], ["--memory", "80MB"]):
+        code, content, error = verified(nasctl, "b", "--hw", "jetson", *words)
+        assert code == 1 and "the budget was not checked" in error
+        assert any("is not this machine" in note for note in content["not_measured"])
+
+
+@pytest.mark.usefixtures("stated")
+def test_inputs_that_are_not_numbers_compare_nothing(nasctl, workdir):
+    made = small(workdir / "b")
+    sample = interface.sample({"input": np.full((2, 1, 8, 8), np.nan, np.float32)})
+    bundles.add(made, {"calibration.safetensors": ("calibration", sample)})
+    code, content, error = verified(nasctl, "b")
+    assert code == 1 and "input 'input' of its examples" in error and not content
+
+
+@pytest.mark.usefixtures("stated")
+def test_the_bound_of_quantize_is_held_on_the_images_that_decided(nasctl, workdir):
+    made = small(workdir / "b")
+    said = json.dumps({"max_drop": "class=1%", "seed": 3}).encode()
+    bundles.add(made, {"quantize.json": ("report", said)})
+    code, content, _ = verified(nasctl, "b")
+    assert code == 0
+    assert content["bound"]["class"]["max_drop"] == 0.01
+    assert content["bound"]["class"]["images"] == 359 // 2
+    bundles.add(made, {"quantize.json": ("report", b"{}")})
+    code, _, error = verified(nasctl, "b")
+    assert code == 1 and "says no bound" in error
+
+
+WELL = {"float": 0.8, "delivered": 0.8}
+LOST = {"float": 0.8, "delivered": 0.79, "images": 9, "max_drop": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("found", "code", "said"),
+    [
+        ({}, 0, ""),
+        ({"metric": {"class": WELL, "box": WELL | {"delivered": NAN}}}, 5, "box of the delivered"),
+        ({"bound": {"class": LOST}}, 4, "class is 0.7900 on the images"),
+        ({"bound": {"class": LOST | {"max_drop": 0.02}}}, 0, ""),
+    ],
+)
+def test_what_was_seen_to_fail_has_an_exit_code(found, code, said):
+    nothing = {"latency_ms": None, "memory_bytes": None}
+    content = {"chain": [], "metric": None, "bound": {}, "measured": None, "budget": nothing}
+    asked = verifying.Asked(device.load("cpu"), None, None, None, None, "val")
+    with contextlib.nullcontext() if code == 0 else pytest.raises(NasctlError, match=said) as error:
+        verdict.require(content | found, asked, "verify.json")
+    assert code == 0 or error.value.exit_code == code
 
 
 def test_a_changed_bundle_is_refused_before_anything_is_run(nasctl, workdir):
@@ -173,13 +234,13 @@ def test_code_is_not_run_because_a_bundle_names_it(nasctl, workdir):
 @pytest.mark.usefixtures("stated")
 def test_the_budget_of_another_device_is_not_held_to(nasctl, workdir):
     made = small(workdir / "b")
-    for device, code in (("jetson", 0), ("cpu", 4)):
-        said = {"budget": {"latency_ms": 1e-3}, "device": {"name": device}}
+    for name, code in (("jetson", 0), ("cpu", 4)):
+        said = {"budget": {"latency_ms": 1e-3}, "device": {"name": name}}
         bundles.add(made, {"report.json": ("report", json.dumps(said).encode())})
         outcome, content, _ = verified(nasctl, "b")
         assert outcome == code
         told = [note for note in content["not_measured"] if "it is for jetson" in note]
-        assert bool(told) is (device == "jetson")
+        assert bool(told) is (name == "jetson")
 
 
 @pytest.mark.usefixtures("stated")
@@ -234,9 +295,11 @@ def test_each_precision_has_its_tolerance(precision):
                 chain.require([one])
 
 
-def test_values_that_are_not_numbers_never_hold():
-    before = {"logits": np.ones((4, 3))}
-    assert not chain.link("a = b", "int8", before, {"logits": np.full((4, 3), np.nan)}).holds
+@pytest.mark.parametrize("which", ["logits", "box"])
+def test_values_that_are_not_numbers_never_hold(which):
+    before = {"logits": np.ones((4, 3)), "box": np.ones((4, 2))}
+    after = {**before, which: before[which] * np.nan}
+    assert not chain.link("a = b", "int8", before, after).holds
 
 
 def test_other_outputs_are_no_link():
