@@ -122,8 +122,8 @@ def measured(subject: Subject, runtime: str, effort: Effort) -> dict[str, Any]:
         row["clock"] = "processor"
         row["nncf"] = bool(effort.nncf)  # no path of this machine
         row["accuracy"] = hits(subject.half(1), subject.data.half(1)[1])
-        if FLOAT not in cells:
-            return row | {"choice": None, "why": []}
+        if FLOAT not in cells:  # nothing to compare with
+            return row | {"files": {}, "choice": None, "why": []}
         turns = in_turn(
             [path_of(bench, label) for label in cells], effort.processes, effort.seconds
         )

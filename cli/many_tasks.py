@@ -129,8 +129,8 @@ def plan(job: Job) -> dict[str, Any]:
     _say_inputs(job)
     if not job.device.local:
         stages.asked(job, stages.latency_table(job))
-    elif job.spec.latency_ms:
-        console.say("whether any network fits is known once this machine is measured", "budget")
+    else:
+        console.say("whether any network fits is told once this machine is measured", "budget")
     step_s = stages.step_seconds(job)
     parts = {
         "profile": 45.0 if job.device.local else 0.0,

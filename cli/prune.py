@@ -238,7 +238,7 @@ def plan(pruning: Pruning) -> dict[str, Any]:
         "spec": pruning.spec.model_dump(mode="json"),
         "units": [asdict(unit) for unit in found.units],
         "left_alone": [asdict(left) for left in found.left_alone],
-        "estimated_seconds": {name: round(seconds, 1) for name, seconds in parts.items()},
+        "estimated_seconds": {name: float(f"{seconds:.2g}") for name, seconds in parts.items()},
     }
 
 
@@ -256,9 +256,7 @@ def execute(pruning: Pruning, *, force: bool) -> dict[str, Any]:
             content: dict[str, Any] = run.read_json(stages.REPORT)
         else:
             began = time.monotonic()
-            delivery.check_network(
-                pruning, run.path(stages.WHOLE_MODEL), stages.check_scores(pruning)
-            )
+            delivery.check_network(pruning, run.path(stages.CHECKED), stages.check_scores(pruning))
             found = stages.pruned(pruning)
             doing = "training what is left"
             net = stages.trained(pruning, found.net, pruning.schedule, stages.TUNED, doing)

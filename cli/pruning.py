@@ -53,8 +53,7 @@ RECORD, HISTORY, PRUNED = "prune.jsonl", "history.json", "pruned.safetensors"
 BETWEEN, TUNED = "round-{}.safetensors", "tuned.safetensors"
 STATE, CANDIDATES = "finetune.safetensors", "candidates"
 BUNDLE, MODEL, WEIGHTS = "bundle", "bundle/model.onnx", "model.safetensors"
-WHOLE_MODEL = "bundle/unpruned.onnx"
-
+WHOLE_MODEL, CHECKED = "bundle/unpruned.onnx", "unpruned.onnx"
 
 STAGE, REPORT = "prune", "report.json"
 FILES = [MODEL, WHOLE_MODEL, WEIGHTS, HISTORY, REPORT]
@@ -221,8 +220,6 @@ def job(pruning: Pruning, net: nn.Module) -> Job:
     spec, counted = pruning.spec, costs(pruning)
     whole = counted.of(net, pruning.subject.example)
     target = whole * spec.target if spec.relative else spec.target
-    if spec.quantity == "latency":
-        target /= MARGIN
     if target >= whole:
         raise UsageError(
             f"the network has {whole:.4g} {counted.unit}, the target is {target:.4g}",
@@ -235,7 +232,7 @@ def job(pruning: Pruning, net: nn.Module) -> Job:
         [objective(goal, pruning.subject.task) for goal in pruning.goals],
         list(pruning.subject.task.batches(pruning.halves[0], BATCH, pruning.accelerator)),
         counted,
-        target,
+        target / MARGIN if spec.quantity == "latency" else target,
     )
 
 

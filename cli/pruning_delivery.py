@@ -15,7 +15,16 @@ import numpy as np
 from torch import nn
 
 from cli import bundling, measuring, properties
-from cli.pruning import BUNDLE, MODEL, UNPRUNED, WEIGHTS, WHOLE_MODEL, PruneSpec, Pruning
+from cli.pruning import (
+    BUNDLE,
+    CHECKED,
+    MODEL,
+    UNPRUNED,
+    WEIGHTS,
+    WHOLE_MODEL,
+    PruneSpec,
+    Pruning,
+)
 from compress import cost
 from compress.graph import Graph
 from compress.history import History
@@ -40,6 +49,9 @@ def delivered(pruning: Pruning, found: Pruned, net: nn.Module, seconds: float) -
     run, task = pruning.run, pruning.subject.task
     net, whole = net.cpu(), pruning.subject.net.cpu()  # where their files are compared with them
     files = {"before": run.path(WHOLE_MODEL), "after": run.path(MODEL)}
+    files["before"].parent.mkdir(exist_ok=True)
+    for part in run.folder.glob(f"{CHECKED}*"):  # and its weights, where they do not fit into it
+        part.replace(files["before"].parent / part.name)
     rows = [_judged(pruning, goal, net) for goal in task.goals]
     arch = _arch(pruning, found.history)
     said = _properties(pruning, arch, {row["task"]: row["val"]["after"] for row in rows})

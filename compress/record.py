@@ -44,7 +44,7 @@ class Record:
             raise NasctlError(
                 f"is the record of another pruning: {there} there, {inputs} here",
                 where=str(path),
-                next="Use --force to begin again, or name another file.",
+                next="Begin again without it (nasctl: --force), or name another file.",
             )
 
     def of(self, key: str, measure: Callable[[], Any]) -> Any:

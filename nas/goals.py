@@ -5,8 +5,9 @@ A goal judges in two steps: `evidence` is what its metric needs to know of each 
 the metric of the evidence of any set of images. So every metric, a mean over images or not, can be
 resampled over images (`nas.paired`).
 
-An answer that is NaN, as a network gives that overflows in half precision, is a wrong one. NaN as
-evidence means that nobody labelled the image, and nothing else.
+An answer that is NaN, as a network gives that overflows in half precision, is a wrong one, in every
+metric but a user's own (`own`), which sees it. NaN as evidence means that nobody labelled the
+image, and nothing else.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def _opened(path: Path, device: str, threads: int, precision: str | None) -> Ses
         str(path),
         {name: tuple(size) for name, size in note["inputs"].items()},
         tuple(note["outputs"]),
-        note["integers"],
+        note.get("integers", {}),  # packages of earlier versions have none
     )
 
 

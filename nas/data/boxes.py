@@ -104,6 +104,8 @@ def _of_file(file: Path, size: int | None) -> Examples:
     except (pa.ArrowException, OSError) as error:
         raise parquet.unreadable(file, error) from error
     contents, labels, boxes = (table[name] for name in _COLUMNS)
+    if not contents:
+        raise NasctlError("no rows", where=str(file), allowed="one row per image")
     rows = [f"{file} row {row}" for row in range(len(contents))]
     labels = [_label(label, where) for label, where in zip(labels, rows, strict=True)]
     boxes = [_box(box, where) for box, where in zip(boxes, rows, strict=True)]
