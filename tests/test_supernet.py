@@ -252,7 +252,7 @@ def test_a_truncated_state_is_one_clear_error(kept, saved, tiny):
     data = saved.read_bytes()
     size = kept if isinstance(kept, int) else int(kept * len(data))
     saved.write_bytes(data[:size])
-    with pytest.raises(NasctlError, match="state.safetensors: damaged.*Delete it") as caught:
+    with pytest.raises(NasctlError, match="state.safetensors: damaged.*delete it") as caught:
         next(steps_of(fresh(), tiny, resume=saved))
     assert "\n" not in str(caught.value)
 
