@@ -155,7 +155,7 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(nasctl, workdir, 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("--max-drop", "1"), 2, "--max-drop: '1'; allowed: a share above zero and below 100 %, as 2%"),
+        (("--max-drop", "1"), 2, "--max-drop: '1'; allowed: a share, as 2%"),
         (("--max-drop", "seg=1%"), 2, "unknown task 'seg'"),
         (("--calibration", "max"), 2, "unknown calibration 'max'"),
         (("--forms", "int8,fp8"), 2, "unknown form 'fp8'; allowed: bf16, fp16, int8"),
