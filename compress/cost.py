@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compress.graph import Inputs, forward
 
-SESSIONS = 3  # of a measurement that decides
+SESSIONS = 3  # of a measurement that decides, or that units are compared by
 DOUBT = 0.35  # by how much of the target one session may be wrong about a network
 
 

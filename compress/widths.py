@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from compress.cost import Latency
+from compress.cost import SESSIONS, Latency
 from compress.graph import LAYERS, Member, gives
 from compress.history import History, Step
 from compress.job import Job, Settings
@@ -75,17 +76,20 @@ def gone(unit: Unit, kept: int) -> int:
     return (unit.width - kept) // unit.parts // unit.block
 
 
-def alone(job: Job, unit: Unit, widths: Sequence[int], known: Record) -> list[float]:
-    """What the network costs with this unit alone at each width, taken together: a latency is to
-    be compared with others of the same session only."""
+def alone(job: Job, unit: Unit, widths: Sequence[int], known: Record) -> list[list[float]]:
+    """What pruning this unit alone to each width saves, a list per session; one if it is counted.
+    A latency is to be compared with others of the same session only."""
+    sessions = SESSIONS if isinstance(job.cost, Latency) else 1
 
-    def taken() -> list[float]:
+    def taken() -> list[list[float]]:
         anyhow = range(unit.places)  # which channels go is all the same to the cost
-        steps = [step(unit, anyhow, kept) for kept in widths]
+        steps = [step(unit, anyhow, kept) for kept in (unit.width, *widths)]
         nets = [History((one,)).replay(job.net, job.example_inputs) for one in steps]
-        return job.cost.many(nets, job.example_inputs)
+        taken = [job.cost.many(nets, job.example_inputs) for _ in range(sessions)]
+        return [[full - cost for cost in costs] for full, *costs in taken]
 
-    return known.of(f"{job.cost.unit} of {unit.root} alone at {list(widths)}", taken)
+    key = f"{job.cost.unit} saved by {unit.root} alone at {list(widths)}, {sessions} sessions"
+    return known.of(key, taken)
 
 
 @dataclass(frozen=True)
@@ -111,20 +115,26 @@ def stairs(job: Job, unit: Unit, settings: Settings, known: Record) -> Stairs:
         return Stairs({}, 0.0)
     probe = min(widths, key=lambda width: abs(width - (1 - settings.probe) * unit.width))
     if not isinstance(job.cost, Latency):  # counted: grows with the width
-        full, probed = alone(job, unit, (unit.width, probe), known)
-        each = (full - probed) / (unit.width - probe)  # other widths: near enough to compare units
-        return Stairs({width: each * (unit.width - width) for width in widths}, full - probed)
-    full, *costs = alone(job, unit, (unit.width, *widths), known)
-    falling = descending(widths, costs, full)
-    savings = {width: full - cost for width, cost in falling.items()}
-    return Stairs(savings, full - costs[widths.index(probe)])
+        ((probed,),) = alone(job, unit, (probe,), known)
+        each = probed / (unit.width - probe)  # other widths: near enough to compare units
+        return Stairs({width: each * (unit.width - width) for width in widths}, probed)
+    sessions = alone(job, unit, widths, known)
+    probed = statistics.median(saved[widths.index(probe)] for saved in sessions)
+    return Stairs(rising(widths, sessions), probed)
 
 
-def descending(widths: Sequence[int], costs: Sequence[float], full: float) -> dict[int, float]:
-    """Of widths from the widest on, those that cost less than the full one and all wider ones."""
+def rising(widths: Sequence[int], sessions: Sequence[Sequence[float]]) -> dict[int, float]:
+    """Of widths from the widest on, those that save more than the full one and all wider ones, by
+    the median of the sessions.
+
+    A unit often saves less than sessions differ by: what one alone thinks faster is chance, and
+    pruning would begin with layers that cost nothing.
+    """
     kept: dict[int, float] = {}
-    least = full
-    for width, cost in zip(widths, costs, strict=True):
-        if cost < least:
-            kept[width] = least = cost
+    most = 0.0
+    for width, saved in zip(
+        widths, map(statistics.median, zip(*sessions, strict=True)), strict=True
+    ):
+        if saved > most:
+            kept[width] = most = saved
     return kept

@@ -7,7 +7,7 @@ import pytest
 from compress.job import GRID, Settings
 from compress.schedule import Schedule, solve
 from compress.units import Unit
-from compress.widths import descending, offered, rounded
+from compress.widths import offered, rising, rounded
 from nas.errors import UsageError
 
 # ---- the schedule of thresholds ------------------------------------------------------------------
@@ -86,5 +86,10 @@ def test_blocks_are_kept_whole():
 
 
 def test_a_width_as_slow_as_a_wider_one_is_not_offered():
-    widths, ms = (56, 48, 40, 32), (1.1, 0.8, 0.85, 0.7)
-    assert descending(widths, ms, 1.0) == {48: 0.8, 32: 0.7}
+    widths, saved = (56, 48, 40, 32), (-0.1, 0.2, 0.15, 0.3)
+    assert rising(widths, [saved]) == {48: 0.2, 32: 0.3}
+
+
+def test_a_width_that_one_session_alone_thinks_faster_is_not_offered():
+    sessions = [(0.5, 0.2, 0.3), (-0.01, 0.22, 0.21), (-0.02, 0.1, 0.4)]
+    assert rising((48, 32, 16), sessions) == {32: 0.2, 16: 0.3}

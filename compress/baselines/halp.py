@@ -37,11 +37,11 @@ def prune(job: Job, settings: Settings = Settings()) -> Steps:
 
 def _options(job: Job, unit: Unit, scores: Scores, settings: Settings) -> Options:
     offered = widths.offered(unit, settings)
-    full, *costs = widths.alone(job, unit, (unit.width, *offered), Record())
+    sessions = widths.alone(job, unit, offered, Record())
     worth = scores[unit].sort().values.cumsum(0)  # of the first so many to go
     options = {unit.width: (0.0, 0.0)}
-    for kept, cost in widths.descending(offered, costs, full).items():
-        options[kept] = (full - cost, float(worth[widths.gone(unit, kept) - 1]))
+    for kept, saved in widths.rising(offered, sessions).items():
+        options[kept] = (saved, float(worth[widths.gone(unit, kept) - 1]))
     return options
 
 
