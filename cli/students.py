@@ -165,7 +165,7 @@ def _files(distilling: Distilling, nets: Mapping[str, Bert], task: Task) -> dict
         for kind, path in zip(KINDS, paths, strict=True):
             found[name][kind] = {**file.record(path), "accuracy": _accuracy(path, task)}
             copies[path.name] = partial(files_of.of_length, path, distilling.spec.sequence)
-    took = _milliseconds(distilling, copies)
+    took = _milliseconds(distilling, copies, as_written=True)
     for kinds in found.values():
         for kind in KINDS:
             kinds[kind]["latency_ms"] = took.get(kinds[kind]["path"])
@@ -183,11 +183,15 @@ def _drafts(distilling: Distilling, nets: Mapping[str, Bert]) -> dict[str, Write
     return {name: partial(drafts.draft, net, example=example) for name, net in nets.items()}
 
 
-def _milliseconds(distilling: Distilling, sources: Mapping[str, Write]) -> dict[str, float]:
-    """Median of each file on one text of the run's length, in turn; nothing for other machines."""
+def _milliseconds(
+    distilling: Distilling, sources: Mapping[str, Write], *, as_written: bool = False
+) -> dict[str, float]:
+    """Median of each file on one text of the run's length, in turn; nothing for other machines.
+    `as_written`: each in its own precision, not in the device's."""
     if not distilling.device.local:
         return {}
-    timer = measuring.timer(measuring.LOCAL, distilling.device, distilling.spec.seed)
+    board, seed = distilling.device, distilling.spec.seed
+    timer = measuring.timer(measuring.LOCAL, board, seed, as_written=as_written)
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{number}.onnx" for number in range(len(sources))]
         for path, write in zip(paths, sources.values(), strict=True):

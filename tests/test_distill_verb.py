@@ -25,6 +25,17 @@ from nas import checkpoint
 REPOSITORY = Path(__file__).parents[1]
 FLAGS = ["--sequence", "12", "--batch", "8", "--epochs", "0.5", "--threads", "1"]
 FLAGS += ["--subspaces", "tiny,base"]
+TIMER = students.measuring.timer  # the real one
+#: its precision is not that of every file
+BOARD = """
+name = "quantizing"
+summary = "this machine, for networks in INT8"
+kind = "cpu"
+runtime = "onnxruntime"
+precision = "int8"
+sources = ["a test"]
+local = true
+"""
 
 
 def labelled(n, seed):
@@ -61,7 +72,7 @@ def quick_draft(net, path, example):
 
 @pytest.fixture(autouse=True)
 def timed(monkeypatch):
-    monkeypatch.setattr(students.measuring, "timer", lambda *_: quick_timings)
+    monkeypatch.setattr(students.measuring, "timer", lambda *_, **__: quick_timings)
     monkeypatch.setattr(students.drafts, "draft", quick_draft)
 
 
@@ -76,7 +87,7 @@ def finished(inputs, tmp_path_factory):
     """A run without a task, made once; its files are drafted for real."""
     run = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(students.measuring, "timer", lambda *_: quick_timings)
+        patch.setattr(students.measuring, "timer", lambda *_, **__: quick_timings)
         assert main.run(words(inputs, run)) == 0
     return run
 
@@ -113,13 +124,20 @@ def test_a_finished_run_is_not_repeated(finished, inputs, nasctl):
 
 
 @pytest.mark.slow
-def test_with_a_task_it_ends_in_files_that_do_what_the_report_says(inputs, tmp_path, nasctl):
-    run = tmp_path / "run"
-    task = ["--finetune", str(inputs / "train.tsv"), "--test", str(inputs / "test.tsv")]
-    code, _, _ = nasctl(*words(inputs, run, *task, "--tuning-epochs", "6", "--tuning-lr", "0.001"))
-    assert code == 0
+def test_with_a_task_it_ends_in_files_that_do_what_the_report_says(
+    inputs, tmp_path, nasctl, monkeypatch
+):
+    monkeypatch.setattr(students.measuring, "timer", TIMER)
+    monkeypatch.setattr(students.measuring, "FILES_S", 2.0)
+    run, board = tmp_path / "run", tmp_path / "board.toml"
+    board.write_text(BOARD)
+    more = ["--finetune", str(inputs / "train.tsv"), "--test", str(inputs / "test.tsv")]
+    more += ["--tuning-epochs", "6", "--tuning-lr", "0.001", "--hw", str(board)]
+    code, _, err = nasctl(*words(inputs, run, *more))
+    assert code == 0, err
     for row in json.loads((run / "report.json").read_text())["students"]:
         assert row["accuracy"] > 0.8
+        assert 0 < row["files"]["int8"]["latency_ms"] < 1000 > row["latency_ms"] > 0
         assert row["files"]["differs_by"] < 1e-4
         assert row["files"]["int8"]["bytes"] < row["files"]["onnx"]["bytes"]
         session = onnxruntime.load(run / "students" / f"{row['name']}.onnx")
@@ -161,7 +179,7 @@ def test_a_budget_that_the_delivered_file_misses_has_exit_code_4(
         ms = next(sessions)
         return [Timing(ms, 0.0, ms, ms, ms, 9) for _ in paths]
 
-    monkeypatch.setattr(students.measuring, "timer", lambda *_: timings)
+    monkeypatch.setattr(students.measuring, "timer", lambda *_, **__: timings)
     search = ["search", "--space", "bert", "--supernet", str(run), "--latency", "9ms", "--json"]
     code, out, err = nasctl(*search)
     assert code == 4 and "took 1 s, the budget is 9 ms" in err
@@ -189,7 +207,11 @@ def test_every_delivered_file_is_itself_timed_and_judged(inputs, tmp_path, monke
             precisions.append(onnxruntime.observed_precision(session))
         return [Timing(ms, 0.0, ms, ms, ms, 9) for ms in (3, 2)]
 
-    monkeypatch.setattr(students.measuring, "timer", lambda *_: timings)
+    def timer(on, board, seed, *, as_written):
+        assert as_written
+        return timings
+
+    monkeypatch.setattr(students.measuring, "timer", timer)
     monkeypatch.setattr(students, "_accuracy", lambda path, task: next(judged))
     found = students._files(job, {"chosen": net}, job.task)["chosen"]
     assert ["int8" in precision for precision in precisions] == [False, True]
