@@ -219,7 +219,11 @@ def search(given: dict[str, Any]) -> dict[str, Any]:
         )
     distilling = _opened(Path(given["supernet"]), given.get("hw"))
     if not distilling.run.done(STAGE, distilling.key):
-        raise NasctlError("no finished distillation", where=f"--supernet {given['supernet']}")
+        raise NasctlError(
+            "no finished distillation",
+            where=f"--supernet {given['supernet']}",
+            next="The command that began it finishes it, also what an older nasctl finished.",
+        )
     with distilling.run.locked():
         student = _within(distilling, given)
         content = {
@@ -255,7 +259,9 @@ def _opened(folder: Path, hw: str | None) -> Distilling:
     if "subspaces" not in said:
         raise NasctlError("no distillation", where=f"--supernet {folder}")
     spec = DistilSpec(**{**said, "train_on": "cpu"})  # which was there, not here
-    return Distilling(spec, run, teacher.load(spec.teacher), device.load(hw or spec.hw))
+    distilling = Distilling(spec, run, teacher.load(spec.teacher), device.load(hw or spec.hw))
+    _ = distilling.lesson  # the report's notes read it: what is wrong with it is said at once
+    return distilling
 
 
 def _within(distilling: Distilling, given: dict[str, Any]) -> Student:

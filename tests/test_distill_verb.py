@@ -100,6 +100,31 @@ def test_a_run_that_trained_on_another_device_is_searched_on_this_one(finished, 
     assert students._opened(run, None).accelerator.type == "cpu"
 
 
+def test_a_lesson_that_cannot_be_is_refused_before_a_search_does_anything(
+    finished, tmp_path, nasctl, monkeypatch
+):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    said = json.loads((run / "run.json").read_text())
+    said["spec"]["relation_heads"] = 1000
+    (run / "run.json").write_text(json.dumps(said))
+    monkeypatch.setattr(students.Run, "done", lambda *_: pytest.fail("it was not said at once"))
+    code, _, err = nasctl("search", "--space", "bert", "--supernet", str(run))
+    assert code == 2 and "1000" in err
+
+
+def test_what_older_code_reported_is_delivered_again_and_nothing_trained(
+    finished, inputs, tmp_path, nasctl, monkeypatch
+):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in run.glob("*.safetensors")}
+    monkeypatch.setattr(distilling, "REPORTED", distilling.REPORTED + 1)
+    (run / "report.json").write_text(json.dumps({"students": [{"files": {"int8": {}}}]}))
+    code, _, err = nasctl(*words(inputs, run))
+    assert code == 0, err
+    assert len(json.loads((run / "report.json").read_text())["students"]) == 3
+    assert before == {path: path.stat().st_mtime_ns for path in run.glob("*.safetensors")}
+
+
 def test_a_run_ends_in_a_ranking_and_a_student_of_each_sub_space(finished):
     report = json.loads((finished / "report.json").read_text())
     assert [row["name"] for row in report["students"]] == ["teacher", "tiny", "base"]
