@@ -41,7 +41,7 @@ def command(
     place = out or verdict.beside(model)
     verdict.write(content, place)
     if json:
-        console.emit_json(content)
+        console.emit_json(verdict.strict(content))
     else:
         verdict.say_outcome(content, place)
     verdict.require(content, asked, str(place))
