@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import glob
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli import console, measuring
+from cli import console, measuring, properties
 from cli.distilling import (
     CHOSEN,
     REPORT,
@@ -156,7 +157,7 @@ def _files(distilling: Distilling, nets: Mapping[str, Bert], task: Task) -> dict
         plain, small = paths = [
             distilling.run.path(f"{STUDENTS}/{name}{ending}") for ending in KINDS.values()
         ]
-        files_of.export(net, plain)
+        files_of.export(net, plain, metadata=_properties(distilling, net))
         generator = torch.Generator().manual_seed(0)
         shape = (3, distilling.spec.sequence)
         tokens = torch.randint(1, net.frame.vocabulary, shape, generator=generator)
@@ -170,6 +171,21 @@ def _files(distilling: Distilling, nets: Mapping[str, Bert], task: Task) -> dict
         for kind in KINDS:
             kinds[kind]["latency_ms"] = took.get(kinds[kind]["path"])
     return found
+
+
+def _properties(distilling: Distilling, net: Bert) -> dict[str, str]:
+    """What a file says of itself. Nothing is judged on validation sentences, so no metrics."""
+    return properties.of(
+        {
+            "space": "bert",
+            "frame": json.dumps(asdict(net.frame)),
+            "run": distilling.run.folder.name,
+        },
+        arch=arch_to_dict(net.arch),
+        fed=None,
+        validation={},
+        licence="",
+    )
 
 
 def _accuracy(path: Path, task: Task) -> float:

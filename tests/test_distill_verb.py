@@ -18,9 +18,12 @@ import pytest
 from texts import prose, save_teacher
 
 from cli import distill, distilling, main, students
+from deploy import onnx as files
 from hw_profiles.protocol import Timing
 from hw_profiles.runtimes import onnxruntime
 from nas import checkpoint
+from nas.search_spaces.bert import Arch, Frame
+from nas.space import arch_from_dict
 
 REPOSITORY = Path(__file__).parents[1]
 FLAGS = ["--sequence", "12", "--batch", "8", "--epochs", "0.5", "--threads", "1"]
@@ -243,6 +246,12 @@ def test_every_delivered_file_is_itself_timed_and_judged(inputs, tmp_path, monke
     figures = [
         (found[k]["path"], found[k]["latency_ms"], found[k]["accuracy"]) for k in students.KINDS
     ]
+    for figure in figures:
+        said = files.read(tmp_path / "students" / figure[0]).metadata_props
+        told = {each.key: each.value for each in said}
+        assert {"nasctl", "commit", "run"} <= set(told) and told["space"] == "bert"
+        arch = arch_from_dict(Arch, json.loads(told["arch"]))
+        assert (arch, Frame(**json.loads(told["frame"]))) == (net.arch, net.frame)
     assert figures == [("chosen.onnx", 3, 0.75), ("chosen.int8.onnx", 2, 0.5)]
 
 
