@@ -48,6 +48,7 @@ NAME = re.compile(r"[\w-]+")  # of a sub-space: files are called after it
 HELD_OUT = 0.05  # of the sequences, at the end of the text
 MOST_HELD_OUT = 512
 RANKED_AT_ONCE = 64
+REPORTED = 2  # of reports: of another version, students are delivered again, nothing else
 
 
 class DistilSpec(BaseModel):
@@ -190,7 +191,7 @@ class Distilling:
         asked = self.spec.model_dump(exclude={"teacher", "text", "threads", "train_on"})
         task = [file.sha256(Path(p)) for p in (self.spec.finetune, self.spec.test) if p]
         grids = {name: [g.options for g in space.genes] for name, space in self.spaces.items()}
-        return runs.digest([asked, self.text_key, task, grids])
+        return runs.digest([REPORTED, asked, self.text_key, task, grids])
 
 
 def _grids(asked: Sequence[str], derived: dict[str, Grid]) -> list[tuple[str, Grid]]:

@@ -93,16 +93,21 @@ def prepare(bundle: Bundle, asked: Asked, data: str | None) -> Job:
             raise unknown("form", form, FORMS, where="--forms")
     if "int8" in asked.forms and asked.board.runtime not in VARIANTS:
         raise UsageError(f"{asked.board.runtime} computes no INT8", where="--hw", allowed=VARIANTS)
-    library = runtimes.load_module(asked.board.runtime)
+    runtimes.load_module(asked.board.runtime)  # raises for one that does not exist
     if asked.on != measuring.LOCAL:
         measuring.here_or_there(asked.board, asked.on)
     Scheme(calibration=asked.calibration)  # raises for one that does not exist
     judge = judging.judge(bundling.interface_of(bundle), data)
     bound = parse_drops(asked.max_drop, [goal.name for goal in judge.task.goals])
     plain = int8.prepared(files.read(bundle.path(FLOAT)))
-    here = not library.unavailable()
-    runtime = asked.board.runtime if asked.board.local and here else ELSEWHERE
-    return Job(bundle, asked, judge, bound, plain, runtime)
+    runtime = judging_runtime(asked.board)
+    here = not runtimes.load_module(runtime).unavailable()
+    return Job(bundle, asked, judge, bound, plain, runtime if here else ELSEWHERE)
+
+
+def judging_runtime(board: Device) -> str:
+    """That the bound is held in, if it is on this machine."""
+    return board.runtime if board.local else ELSEWHERE
 
 
 def quantize(job: Job) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import glob
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cli import console, measuring
+from cli import console, measuring, properties
 from cli.distilling import (
     CHOSEN,
     REPORT,
@@ -156,7 +157,7 @@ def _files(distilling: Distilling, nets: Mapping[str, Bert], task: Task) -> dict
         plain, small = paths = [
             distilling.run.path(f"{STUDENTS}/{name}{ending}") for ending in KINDS.values()
         ]
-        files_of.export(net, plain)
+        files_of.export(net, plain, metadata=_properties(distilling, net))
         generator = torch.Generator().manual_seed(0)
         shape = (3, distilling.spec.sequence)
         tokens = torch.randint(1, net.frame.vocabulary, shape, generator=generator)
@@ -165,11 +166,26 @@ def _files(distilling: Distilling, nets: Mapping[str, Bert], task: Task) -> dict
         for kind, path in zip(KINDS, paths, strict=True):
             found[name][kind] = {**file.record(path), "accuracy": _accuracy(path, task)}
             copies[path.name] = partial(files_of.of_length, path, distilling.spec.sequence)
-    took = _milliseconds(distilling, copies)
+    took = _milliseconds(distilling, copies, as_written=True)
     for kinds in found.values():
         for kind in KINDS:
             kinds[kind]["latency_ms"] = took.get(kinds[kind]["path"])
     return found
+
+
+def _properties(distilling: Distilling, net: Bert) -> dict[str, str]:
+    """What a file says of itself. Nothing is judged on validation sentences, so no metrics."""
+    return properties.of(
+        {
+            "space": "bert",
+            "frame": json.dumps(asdict(net.frame)),
+            "run": distilling.run.folder.name,
+        },
+        arch=arch_to_dict(net.arch),
+        fed=None,
+        validation={},
+        licence="",
+    )
 
 
 def _accuracy(path: Path, task: Task) -> float:
@@ -183,11 +199,15 @@ def _drafts(distilling: Distilling, nets: Mapping[str, Bert]) -> dict[str, Write
     return {name: partial(drafts.draft, net, example=example) for name, net in nets.items()}
 
 
-def _milliseconds(distilling: Distilling, sources: Mapping[str, Write]) -> dict[str, float]:
-    """Median of each file on one text of the run's length, in turn; nothing for other machines."""
+def _milliseconds(
+    distilling: Distilling, sources: Mapping[str, Write], *, as_written: bool = False
+) -> dict[str, float]:
+    """Median of each file on one text of the run's length, in turn; nothing for other machines.
+    `as_written`: each in its own precision, not in the device's."""
     if not distilling.device.local:
         return {}
-    timer = measuring.timer(measuring.LOCAL, distilling.device, distilling.spec.seed)
+    board, seed = distilling.device, distilling.spec.seed
+    timer = measuring.timer(measuring.LOCAL, board, seed, as_written=as_written)
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{number}.onnx" for number in range(len(sources))]
         for path, write in zip(paths, sources.values(), strict=True):
@@ -215,7 +235,11 @@ def search(given: dict[str, Any]) -> dict[str, Any]:
         )
     distilling = _opened(Path(given["supernet"]), given.get("hw"))
     if not distilling.run.done(STAGE, distilling.key):
-        raise NasctlError("no finished distillation", where=f"--supernet {given['supernet']}")
+        raise NasctlError(
+            "no finished distillation",
+            where=f"--supernet {given['supernet']}",
+            next="The command that began it finishes it, also what an older nasctl finished.",
+        )
     with distilling.run.locked():
         student = _within(distilling, given)
         content = {
@@ -251,7 +275,9 @@ def _opened(folder: Path, hw: str | None) -> Distilling:
     if "subspaces" not in said:
         raise NasctlError("no distillation", where=f"--supernet {folder}")
     spec = DistilSpec(**{**said, "train_on": "cpu"})  # which was there, not here
-    return Distilling(spec, run, teacher.load(spec.teacher), device.load(hw or spec.hw))
+    distilling = Distilling(spec, run, teacher.load(spec.teacher), device.load(hw or spec.hw))
+    _ = distilling.lesson  # the report's notes read it: what is wrong with it is said at once
+    return distilling
 
 
 def _within(distilling: Distilling, given: dict[str, Any]) -> Student:

@@ -24,7 +24,17 @@ def beside(named: Path) -> Path:
 
 
 def write(content: Mapping[str, Any], path: Path) -> None:
-    file.write(path, (json.dumps(content, indent=1) + "\n").encode())
+    text = json.dumps(strict(content), indent=1, allow_nan=False)
+    file.write(path, (text + "\n").encode())
+
+
+def strict(value: Any) -> Any:
+    """`value` with null for what is no number or not finite: JSON has neither."""
+    if isinstance(value, Mapping):
+        return {key: strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def say_outcome(content: Mapping[str, Any], path: Path) -> None:
@@ -62,8 +72,9 @@ def say_outcome(content: Mapping[str, Any], path: Path) -> None:
 
 
 def require(content: Mapping[str, Any], asked: Asked, where: str) -> None:
-    """Raises ParityFailed for a broken chain or a metric that is not a number, BudgetMissed for a
-    bound or a budget missed, NasctlError for a budget that was typed and could not be checked."""
+    """Raises ParityFailed for a broken chain or a metric that is a number of the float file only,
+    BudgetMissed for a bound or a budget missed, NasctlError for a budget that was typed and could
+    not be checked."""
     chain.require([Link(one["name"], one["precision"], one["error"]) for one in content["chain"]])
     _require_metrics(content, where)
     found, budget = content["measured"], content["budget"]
@@ -91,13 +102,15 @@ def require(content: Mapping[str, Any], asked: Asked, where: str) -> None:
 
 def _require_metrics(content: Mapping[str, Any], where: str) -> None:
     for name, both in {**(content["metric"] or {}), **content["bound"]}.items():
-        if not math.isfinite(both["delivered"]):
+        if math.isfinite(both["float"]) and not math.isfinite(both["delivered"]):
             raise ParityFailed(
                 f"{name} of the delivered file is {both['delivered']}",
                 where=where,
                 next="What it gives is no number on some images: export or quantize it again.",
             )
     for name, both in content["bound"].items():
+        if not math.isfinite(both["float"]):
+            continue  # a note says so: there is nothing that a share could be lost of
         sides = ({name: both[side]} for side in ("float", "delivered", "max_drop"))
         if judging.spent(*sides) > 1:
             raise BudgetMissed(

@@ -27,7 +27,7 @@ def command(
     the delivered file, and its measured latency and memory against the budget.
 
     Exit codes: 1 a budget that was typed could not be checked, 4 a budget or the accuracy bound of
-    `nasctl quantize` is missed, 5 the forms differ or a metric is not a number.
+    `nasctl quantize` is missed, 5 the forms differ or a metric is a number of the float file only.
     """
     from cli import bundling, verdict, verifying
     from hw_profiles import device
@@ -41,7 +41,7 @@ def command(
     place = out or verdict.beside(model)
     verdict.write(content, place)
     if json:
-        console.emit_json(content)
+        console.emit_json(verdict.strict(content))
     else:
         verdict.say_outcome(content, place)
     verdict.require(content, asked, str(place))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from deploy import onnx as files
 from deploy import verify as deployed
 from deploy.bundle import Bundle
 from deploy.chain import Link, Outputs
-from hw_profiles import half, processes, runtimes
+from hw_profiles import device, half, processes, runtimes
 from hw_profiles.device import Device
 from hw_profiles.measure import Plan, Setting
 from nas import checkpoint, file
@@ -63,6 +64,15 @@ class Delivered:
         return judging.runner(
             self.path, self.runtime, threads=self.threads, precision=self.precision
         )
+
+
+@dataclass(frozen=True)
+class Promised:
+    """The bound that `nasctl quantize` held."""
+
+    drops: dict[str, float]  # relative, by task
+    seed: int  # of the images that it held it on
+    board: str  # the device that it held it for
 
 
 def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
@@ -232,14 +242,44 @@ def _scores(
             raise
         return None, {}, [f"metric: {error}"]
     runs = Delivered(bundle.path(bundling.FLOAT), PLAIN, None, 1).runner(), delivered.runner()
-    found, held = _scored(judge, runs, judge.task.splits[asked.split]), {}
+    found = _scored(judge, runs, judge.task.splits[asked.split])
     names = [goal.name for goal in judge.task.goals]
-    if (promised := _promised(bundle, names)) is not None:
-        bound, seed = promised
-        deciding = _scored(judge, runs, judge.halves(seed)[0])
-        held = {name: {**each, "max_drop": bound[name]} for name, each in deciding.items()}
-    unseen = [name for name in names if name not in found]
-    return found, held, [f"metric: no {asked.split} image has a label of {n}" for n in unseen]
+    notes = [f"metric: no {asked.split} image has a label of {n}" for n in names if n not in found]
+    held, why = _held(bundle, delivered, judge, asked.board)
+    return found, held, [*notes, *why, *_undefined("metric", found), *_undefined("bound", held)]
+
+
+def _held(
+    bundle: Bundle, delivered: Delivered, judge: Judge, board: Device
+) -> tuple[Scores, list[str]]:
+    """Scores on the images that the bound of `nasctl quantize` was held on, in the runtime that it
+    was held in, where there is one; an engine stays in its own. And why there are none."""
+    promised = _promised(bundle, [goal.name for goal in judge.task.goals])
+    if promised is None:
+        return {}, []
+    try:
+        runtime = quantizing.judging_runtime(
+            board if promised.board == board.name else device.load(promised.board)
+        )
+        if missing := runtimes.load_module(runtime).unavailable():
+            return {}, [f"bound: {promised.board} runs {runtime}: {missing}"]
+    except NasctlError as error:
+        return {}, [f"bound: {error}"]
+    plain = Delivered(bundle.path(bundling.FLOAT), runtime, None, 1)
+    if delivered.path == bundle.model:
+        delivered = replace(delivered, runtime=runtime)
+    runs = plain.runner(), delivered.runner()
+    deciding = _scored(judge, runs, judge.halves(promised.seed)[0])
+    return {name: {**each, "max_drop": promised.drops[name]} for name, each in deciding.items()}, []
+
+
+def _undefined(what: str, found: Scores) -> list[str]:
+    """Metrics that are no number even of the float file: they say nothing of what is delivered."""
+    return [
+        f"{what}: {name} of the float file is {both['float']} on these images"
+        for name, both in found.items()
+        if not math.isfinite(both["float"])
+    ]
 
 
 def _scored(judge: Judge, runs: tuple[Run, Run], images: Examples) -> Scores:
@@ -256,17 +296,15 @@ def _scored(judge: Judge, runs: tuple[Run, Run], images: Examples) -> Scores:
     }
 
 
-def _promised(bundle: Bundle, names: list[str]) -> tuple[dict[str, float], int] | None:
-    """The bound that `nasctl quantize` held, relative, by task; and the seed of the images that it
-    held it on."""
+def _promised(bundle: Bundle, names: list[str]) -> Promised | None:
     if quantizing.REPORT not in bundle.manifest.members:
         return None
     path = bundle.path(quantizing.REPORT)
     said = deployed.read(path)
-    drops, seed = said.get("max_drop"), said.get("seed")
-    if not isinstance(drops, str) or not isinstance(seed, int):
-        raise NasctlError("says no bound, or no seed", where=str(path))
-    return parse_drops(drops, names), seed
+    drops, seed, board = said.get("max_drop"), said.get("seed"), said.get("board")
+    if not isinstance(drops, str) or not isinstance(seed, int) or not isinstance(board, str):
+        raise NasctlError("says no bound, no seed or no board", where=str(path))
+    return Promised(parse_drops(drops, names), seed, board)
 
 
 def _measured(delivered: Delivered, asked: Asked, inputs: Feeds) -> dict[str, Any] | None:

@@ -18,13 +18,27 @@ import pytest
 from texts import prose, save_teacher
 
 from cli import distill, distilling, main, students
+from deploy import onnx as files
 from hw_profiles.protocol import Timing
 from hw_profiles.runtimes import onnxruntime
 from nas import checkpoint
+from nas.search_spaces.bert import Arch, Frame
+from nas.space import arch_from_dict
 
 REPOSITORY = Path(__file__).parents[1]
 FLAGS = ["--sequence", "12", "--batch", "8", "--epochs", "0.5", "--threads", "1"]
 FLAGS += ["--subspaces", "tiny,base"]
+TIMER = students.measuring.timer  # the real one
+#: its precision is not that of every file
+BOARD = """
+name = "quantizing"
+summary = "this machine, for networks in INT8"
+kind = "cpu"
+runtime = "onnxruntime"
+precision = "int8"
+sources = ["a test"]
+local = true
+"""
 
 
 def labelled(n, seed):
@@ -61,7 +75,7 @@ def quick_draft(net, path, example):
 
 @pytest.fixture(autouse=True)
 def timed(monkeypatch):
-    monkeypatch.setattr(students.measuring, "timer", lambda *_: quick_timings)
+    monkeypatch.setattr(students.measuring, "timer", lambda *_, **__: quick_timings)
     monkeypatch.setattr(students.drafts, "draft", quick_draft)
 
 
@@ -76,7 +90,7 @@ def finished(inputs, tmp_path_factory):
     """A run without a task, made once; its files are drafted for real."""
     run = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(students.measuring, "timer", lambda *_: quick_timings)
+        patch.setattr(students.measuring, "timer", lambda *_, **__: quick_timings)
         assert main.run(words(inputs, run)) == 0
     return run
 
@@ -87,6 +101,31 @@ def test_a_run_that_trained_on_another_device_is_searched_on_this_one(finished, 
     said["spec"]["train_on"] = "cuda:7"
     (run / "run.json").write_text(json.dumps(said))
     assert students._opened(run, None).accelerator.type == "cpu"
+
+
+def test_a_lesson_that_cannot_be_is_refused_before_a_search_does_anything(
+    finished, tmp_path, nasctl, monkeypatch
+):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    said = json.loads((run / "run.json").read_text())
+    said["spec"]["relation_heads"] = 1000
+    (run / "run.json").write_text(json.dumps(said))
+    monkeypatch.setattr(students.Run, "done", lambda *_: pytest.fail("it was not said at once"))
+    code, _, err = nasctl("search", "--space", "bert", "--supernet", str(run))
+    assert code == 2 and "1000" in err
+
+
+def test_what_older_code_reported_is_delivered_again_and_nothing_trained(
+    finished, inputs, tmp_path, nasctl, monkeypatch
+):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in run.glob("*.safetensors")}
+    monkeypatch.setattr(distilling, "REPORTED", distilling.REPORTED + 1)
+    (run / "report.json").write_text(json.dumps({"students": [{"files": {"int8": {}}}]}))
+    code, _, err = nasctl(*words(inputs, run))
+    assert code == 0, err
+    assert len(json.loads((run / "report.json").read_text())["students"]) == 3
+    assert before == {path: path.stat().st_mtime_ns for path in run.glob("*.safetensors")}
 
 
 def test_a_run_ends_in_a_ranking_and_a_student_of_each_sub_space(finished):
@@ -113,13 +152,20 @@ def test_a_finished_run_is_not_repeated(finished, inputs, nasctl):
 
 
 @pytest.mark.slow
-def test_with_a_task_it_ends_in_files_that_do_what_the_report_says(inputs, tmp_path, nasctl):
-    run = tmp_path / "run"
-    task = ["--finetune", str(inputs / "train.tsv"), "--test", str(inputs / "test.tsv")]
-    code, _, _ = nasctl(*words(inputs, run, *task, "--tuning-epochs", "6", "--tuning-lr", "0.001"))
-    assert code == 0
+def test_with_a_task_it_ends_in_files_that_do_what_the_report_says(
+    inputs, tmp_path, nasctl, monkeypatch
+):
+    monkeypatch.setattr(students.measuring, "timer", TIMER)
+    monkeypatch.setattr(students.measuring, "FILES_S", 2.0)
+    run, board = tmp_path / "run", tmp_path / "board.toml"
+    board.write_text(BOARD)
+    more = ["--finetune", str(inputs / "train.tsv"), "--test", str(inputs / "test.tsv")]
+    more += ["--tuning-epochs", "6", "--tuning-lr", "0.001", "--hw", str(board)]
+    code, _, err = nasctl(*words(inputs, run, *more))
+    assert code == 0, err
     for row in json.loads((run / "report.json").read_text())["students"]:
         assert row["accuracy"] > 0.8
+        assert 0 < row["files"]["int8"]["latency_ms"] < 1000 > row["latency_ms"] > 0
         assert row["files"]["differs_by"] < 1e-4
         assert row["files"]["int8"]["bytes"] < row["files"]["onnx"]["bytes"]
         session = onnxruntime.load(run / "students" / f"{row['name']}.onnx")
@@ -161,7 +207,7 @@ def test_a_budget_that_the_delivered_file_misses_has_exit_code_4(
         ms = next(sessions)
         return [Timing(ms, 0.0, ms, ms, ms, 9) for _ in paths]
 
-    monkeypatch.setattr(students.measuring, "timer", lambda *_: timings)
+    monkeypatch.setattr(students.measuring, "timer", lambda *_, **__: timings)
     search = ["search", "--space", "bert", "--supernet", str(run), "--latency", "9ms", "--json"]
     code, out, err = nasctl(*search)
     assert code == 4 and "took 1 s, the budget is 9 ms" in err
@@ -189,13 +235,23 @@ def test_every_delivered_file_is_itself_timed_and_judged(inputs, tmp_path, monke
             precisions.append(onnxruntime.observed_precision(session))
         return [Timing(ms, 0.0, ms, ms, ms, 9) for ms in (3, 2)]
 
-    monkeypatch.setattr(students.measuring, "timer", lambda *_: timings)
+    def timer(on, board, seed, *, as_written):
+        assert as_written
+        return timings
+
+    monkeypatch.setattr(students.measuring, "timer", timer)
     monkeypatch.setattr(students, "_accuracy", lambda path, task: next(judged))
     found = students._files(job, {"chosen": net}, job.task)["chosen"]
     assert ["int8" in precision for precision in precisions] == [False, True]
     figures = [
         (found[k]["path"], found[k]["latency_ms"], found[k]["accuracy"]) for k in students.KINDS
     ]
+    for figure in figures:
+        said = files.read(tmp_path / "students" / figure[0]).metadata_props
+        told = {each.key: each.value for each in said}
+        assert {"nasctl", "commit", "run"} <= set(told) and told["space"] == "bert"
+        arch = arch_from_dict(Arch, json.loads(told["arch"]))
+        assert (arch, Frame(**json.loads(told["frame"]))) == (net.arch, net.frame)
     assert figures == [("chosen.onnx", 3, 0.75), ("chosen.int8.onnx", 2, 0.5)]
 
 

@@ -8,11 +8,11 @@ import pytest
 from bundles import network, small
 from safetensors.numpy import save
 
-from cli import verdict, verifying
+from cli import judging, verdict, verifying
 from deploy import bundle as bundles
 from deploy import chain, interface
 from deploy import onnx as files
-from hw_profiles import device
+from hw_profiles import device, runtimes
 from hw_profiles.half import half
 from nas.errors import NasctlError, ParityFailed
 
@@ -123,15 +123,55 @@ def test_inputs_that_are_not_numbers_compare_nothing(nasctl, workdir):
 @pytest.mark.usefixtures("stated")
 def test_the_bound_of_quantize_is_held_on_the_images_that_decided(nasctl, workdir):
     made = small(workdir / "b")
-    said = json.dumps({"max_drop": "class=1%", "seed": 3}).encode()
-    bundles.add(made, {"quantize.json": ("report", said)})
+    said = {"max_drop": "class=1%", "seed": 3, "board": "cpu"}
+    bundles.add(made, {"quantize.json": ("report", json.dumps(said).encode())})
     code, content, _ = verified(nasctl, "b")
     assert code == 0
     assert content["bound"]["class"]["max_drop"] == 0.01
     assert content["bound"]["class"]["images"] == 359 // 2
+    bundles.add(made, {"quantize.json": ("report", json.dumps(said | {"board": "gone"}).encode())})
+    code, content, _ = verified(nasctl, "b")
+    assert code == 0 and not content["bound"] and content["metric"]
+    assert any("unknown device 'gone'" in note for note in content["not_measured"])
     bundles.add(made, {"quantize.json": ("report", b"{}")})
     code, _, error = verified(nasctl, "b")
     assert code == 1 and "says no bound" in error
+
+
+@pytest.mark.usefixtures("stated")
+def test_the_bound_is_held_in_the_runtime_that_it_was_held_in(nasctl, workdir, monkeypatch):
+    made = small(workdir / "b")
+    said = {"max_drop": "class=1%", "seed": 3, "board": "other"}
+    bundles.add(made, {"quantize.json": ("report", json.dumps(said).encode())})
+    own = device.load("cpu").model_copy(update={"name": "other", "runtime": "openvino"})
+    load = device.load
+    monkeypatch.setattr(device, "load", lambda name: own if name == "other" else load(name))
+    if not runtimes.load_module("openvino").unavailable():
+        used = []
+        runner = judging.runner
+        monkeypatch.setattr(
+            judging, "runner", lambda *args, **how: used.append(args[1]) or runner(*args, **how)
+        )
+        code, content, _ = verified(nasctl, "b")
+        assert code == 0 and content["bound"]["class"]["delivered"] > 0.8
+        assert used.count("openvino") == 2
+    library = runtimes.load_module("openvino")
+    monkeypatch.setattr(library, "unavailable", lambda: "not here")
+    _, content, _ = verified(nasctl, "b")
+    assert not content["bound"]
+    assert "bound: other runs openvino: not here" in content["not_measured"]
+
+
+def test_a_metric_that_the_float_file_has_not_is_a_note():
+    both = {"float": NAN, "delivered": NAN, "images": 9}
+    (note,) = verifying._undefined("metric", {"class": WELL, "presence": both})
+    assert note == "metric: presence of the float file is nan on these images"
+
+
+def test_reports_are_strict_json(tmp_path):
+    verdict.write({"chain": [{"error": float("inf")}], "metric": {"box": NAN}}, tmp_path / "r")
+    text = (tmp_path / "r").read_text()
+    assert json.loads(text) == {"chain": [{"error": None}], "metric": {"box": None}}
 
 
 WELL = {"float": 0.8, "delivered": 0.8}
@@ -143,6 +183,8 @@ LOST = {"float": 0.8, "delivered": 0.79, "images": 9, "max_drop": 0.01}
     [
         ({}, 0, ""),
         ({"metric": {"class": WELL, "box": WELL | {"delivered": NAN}}}, 5, "box of the delivered"),
+        ({"metric": {"presence": {"float": NAN, "delivered": NAN}}}, 0, ""),
+        ({"bound": {"class": LOST | {"float": NAN, "delivered": NAN}}}, 0, ""),
         ({"bound": {"class": LOST}}, 4, "class is 0.7900 on the images"),
         ({"bound": {"class": LOST | {"max_drop": 0.02}}}, 0, ""),
     ],
