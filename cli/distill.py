@@ -128,6 +128,7 @@ def plan(distilling: Distilling) -> dict[str, Any]:
             f"at {distilling.spec.sequence} tokens",
             name,
         )
+    content["notes"] = distilling.notes
     for note in distilling.notes:
         console.say(note, "note")
     took = distil_plan.seconds(distilling)

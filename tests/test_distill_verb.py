@@ -388,10 +388,11 @@ def test_bad_input_is_one_line(flags, message, inputs, tmp_path, nasctl):
 
 
 def test_channels_that_relation_heads_leave_out_are_said(inputs, tmp_path, nasctl):
-    flags = ["--relation-heads", "32", "--dry-run"]
-    code, _, err = nasctl(*words(inputs, tmp_path / "run", *flags))
+    flags = ["--relation-heads", "32", "--dry-run", "--json"]
+    code, out, err = nasctl(*words(inputs, tmp_path / "run", *flags))
     assert code == 0
-    assert "32 relation heads leave out up to 16 of 48 channels" in " ".join(err.split())
+    said = "32 relation heads leave out up to 16 of 48 channels"
+    assert said in " ".join(err.split()) and said in json.loads(out)["notes"][0]
 
 
 def test_judging_on_what_was_trained_on_is_refused_and_a_part_of_it_is_said(
