@@ -116,7 +116,7 @@ def prepare(given: dict[str, Any], folder: Path | None) -> Distilling:
 
 def plan(distilling: Distilling) -> dict[str, Any]:
     """The teacher, its sub-spaces and for how long, without doing anything but a few steps."""
-    from cli import distil_plan
+    from cli import distill_plan
     from cli.distilling import described
 
     content = described(distilling)
@@ -131,8 +131,8 @@ def plan(distilling: Distilling) -> dict[str, Any]:
     content["notes"] = distilling.notes
     for note in distilling.notes:
         console.say(note, "note")
-    took = distil_plan.seconds(distilling)
-    distil_plan.say(took, tuned=distilling.task is not None)
+    took = distill_plan.seconds(distilling)
+    distill_plan.say(took, tuned=distilling.task is not None)
     content["estimated_seconds"] = {name: round(value, 1) for name, value in took.items()}
     content["estimated_total_seconds"] = round(sum(took.values()), 1)
     return content
