@@ -15,8 +15,8 @@ import torch
 from benchmarks import autodistil_images, autodistil_tables, contract
 from benchmarks.autodistil_rows import Bench, Source, cut, follow, judged
 from benchmarks.autodistil_setup import FULL, QUICK, SPACES, UNION, Setup, moved, teacher_folder
-from compress import finetune, inherit, members
-from compress.adamw import Plan, shuffled
+from compress import finetune, members
+from compress.adamw import Plan
 from compress.distill import Course, distill
 from compress.lessons.logits import Logits
 from compress.members import Member
@@ -26,6 +26,7 @@ from hw_profiles import measure
 from nas.search_spaces.bert import Arch, Bert
 
 PARTS = ("claim", "controls", "images", "latency")
+SHORT = 2  # seeds of what takes long
 ROWS = contract.RESULTS / "autodistil.rows.jsonl"
 WORK = Path("runs/autodistil-benchmark")  # weights and states: large, and not kept
 
@@ -64,7 +65,7 @@ def run(doc: str | None, argv: list[str] | None) -> int:
         bench = Bench(Setup(size, work), contract.Rows(path))
         if not arguments.table:
             make(bench, arguments.parts.split(","), quick=arguments.quick)
-        autodistil_tables.show(bench.rows, outcome)
+        autodistil_tables.show(bench.rows, size.digest, outcome)
     return outcome.finish(save=arguments.save and not arguments.quick)
 
 
@@ -74,7 +75,7 @@ def make(bench: Bench, parts: list[str], *, quick: bool) -> None:
     if "controls" in parts:
         controls(bench)
     if "images" in parts:
-        autodistil_images.make(bench.rows, quick=quick)
+        autodistil_images.make(bench.row, bench.setup.folder, quick=quick)
     if "latency" in parts:
         latencies(bench)
 
@@ -83,30 +84,45 @@ def make(bench: Bench, parts: list[str], *, quick: bool) -> None:
 
 
 def own(bench: Bench, name: str) -> Source:
-    return Source(f"k3 {name}", name, bench.setup.size.steps)
+    return Source(f"k3 {name}", name, bench.setup.size.steps, bench.rate(name))
 
 
 def unions(bench: Bench) -> tuple[Source, Source]:
     """One supernet over all, at equal tokens and at the compute of the three together."""
-    steps = bench.setup.size.steps
-    same = Source("k1 tokens", UNION, steps)
+    steps, lr = bench.setup.size.steps, bench.rate(UNION)
+    same = Source("k1 tokens", UNION, steps, lr)
     each = [bench.step_macs(own(bench, name)) for name in SPACES]
-    return same, Source("k1 compute", UNION, round(steps * sum(each) / bench.step_macs(same)))
+    return same, Source("k1 compute", UNION, round(steps * sum(each) / bench.step_macs(same)), lr)
 
 
 def claim(bench: Bench) -> None:
     chosen = list(students(bench))
-    same, compute = unions(bench)
-    for source in (same, compute):
+    for seed in range(bench.setup.size.seeds):
+        bench.teacher_tuned(seed)
+    for student in chosen:
+        every_seed(bench, own(bench, student.space), student)
+    for source in unions(bench):
         for name in SPACES:
             losses(bench, source, name)
-    for seed in range(bench.setup.size.seeds):
-        bench.tuned({"net": "teacher", "seed": seed}, lambda: bench.setup.teacher.net)
         for student in chosen:
-            tune(bench, own(bench, student.space), student, seed)
-        for source in (same, compute):
-            for student in chosen:
-                tune(bench, source, student, seed)
+            every_seed(bench, source, student)
+        for student in middles(chosen):
+            every_seed(bench, source, rivals(bench, source, student), instead_of=student)
+
+
+def middles(chosen: list[Chosen]) -> list[Chosen]:
+    """Of each sub-space the student between the ends."""
+    listed = [[one for one in chosen if one.space == name] for name in SPACES]
+    return [some[len(some) // 2] for some in listed]
+
+
+def rivals(bench: Bench, source: Source, student: Chosen) -> Chosen:
+    """What one supernet over all would itself have chosen in the student's place: its member of
+    that sub-space of the lowest loss that costs no more."""
+    listed = losses(bench, source, student.space)
+    macs = np.array([member.macs for member in listed], float)
+    at = members.best_within(listed, macs, student.member.macs)
+    return followed(bench, student.space, listed[at])
 
 
 def losses(bench: Bench, source: Source, name: str) -> list[Member]:
@@ -139,11 +155,17 @@ def followed(bench: Bench, name: str, member: Member) -> Chosen:
     )
 
 
-def tune(bench: Bench, source: Source, student: Chosen, seed: int) -> dict[str, Any]:
+def every_seed(
+    bench: Bench, source: Source, student: Chosen, instead_of: Chosen | None = None
+) -> None:
+    """The student cut from the source, on the task."""
     arch = student.of_union if source.space == UNION else student.arch
     space = bench.setup.space(source.space)
-    key = {"source": source.name, "net": student.name, "seed": seed}
-    return bench.tuned(key, lambda: cut(bench.net(source), space, arch))
+    key = {"source": source.name, "net": student.name}
+    if instead_of is not None:
+        key = {"source": f"{source.name}, its own", "net": instead_of.name, "chosen": student.name}
+    for seed in range(bench.setup.size.seeds):
+        bench.tuned({**key, "seed": seed}, lambda: cut(bench.net(source), space, arch))
 
 
 def latencies(bench: Bench) -> None:
@@ -165,7 +187,7 @@ def latencies(bench: Bench) -> None:
         names = [f"{name}{kind}" for name in nets for kind in ("", " int8")]
         return {"ms": {n: [t.median_ms, t.noisy] for n, t in zip(names, timed, strict=True)}}
 
-    bench.row({"part": "latency", "length": bench.setup.size.length}, work)
+    bench.row({"part": "latency", "networks": list(nets)}, work)
 
 
 # ---- controls ------------------------------------------------------------------------------------
@@ -173,27 +195,29 @@ def latencies(bench: Bench) -> None:
 
 def controls(bench: Bench) -> None:
     chosen = list(students(bench))
-    middle = [one for name in SPACES for one in [c for c in chosen if c.space == name][1:2]]
+    middle = middles(chosen)
     for student in middle:
         at_random(bench, student)
-    ordered = Source("ranked small", "small", bench.setup.size.steps, ranked=True)
+    steps, small = bench.setup.size.steps, bench.rate("small")
+    ordered = Source("ranked small", "small", steps, small, ranked=True)
     losses(bench, ordered, "small")
     for student in middle:
         for source in alone(bench, student):
+            bench.loss(source, bench.net(source))
             tune_whole(bench, source, student)
         by_logits(bench, student)
     for student in (c for c in chosen if c.space == "small"):
-        for seed in range(bench.setup.size.seeds):
-            tune(bench, ordered, student, seed)
+        every_seed(bench, ordered, student)
 
 
 def alone(bench: Bench, student: Chosen) -> Iterator[Source]:
-    """This size distilled alone: at the tokens, and at the compute, of its sub-space's supernet."""
-    steps = bench.setup.size.steps
-    shared = bench.step_macs(own(bench, student.space))
-    more = round(steps * shared / bench.setup.macs(student.arch))
-    for what, number in (("tokens", steps), ("compute", more)):
-        yield Source(f"alone {what} {student.space}", student.space, number, alone=student.arch)
+    """This size distilled alone, by its sub-space's rate: at the tokens, and at the compute, of its
+    sub-space's supernet."""
+    shared = own(bench, student.space)
+    more = round(shared.steps * bench.step_macs(shared) / bench.setup.macs(student.arch))
+    for what, steps in (("tokens", shared.steps), ("compute", more)):
+        name = f"alone {what} {student.name}"
+        yield Source(name, student.space, steps, shared.lr, alone=student.arch)
 
 
 def at_random(bench: Bench, student: Chosen) -> None:
@@ -221,25 +245,32 @@ def tune_whole(bench: Bench, source: Source, student: Chosen) -> None:
 
 
 def by_logits(bench: Bench, student: Chosen) -> None:
-    """The teacher's truncation, taught on the task by the fine-tuned teacher's predictions, for as
-    many steps as fine-tuning has."""
+    """The teacher's truncation, taught on the task by the fine-tuned teacher's predictions: for as
+    many steps as fine-tuning has, and for as many tokens as distilling and fine-tuning have (by the
+    first seeds: it takes long)."""
     setup = bench.setup
     train, test = setup.task
+    size = setup.size
+    tuning = bench.tuning(0).plan.steps
+    tokens = float((train.tokens != setup.teacher.net.frame.padding).sum(1).float().mean())
+    text = size.steps * size.batch * size.length / (tokens * size.tuning_batch)
+    lengths = {"tuning": (tuning, size.seeds), "tokens": (tuning + round(text), SHORT)}
 
-    def taught(seed: int) -> dict[str, Any]:
-        how, teacher = bench.tuning(seed), bench.tuned_teacher(seed)
-        small = inherit.inherit(Bert(student.arch, setup.teacher.net.frame, 2), setup.teacher.net)
-        net = finetune.with_classes(small, 2, seed)
-        rows = shuffled(len(train.labels), how.batch, seed)
+    def taught(seed: int, steps: int) -> dict[str, Any]:
+        how, teacher = bench.tuning(seed), bench.teacher_tuned(seed)
+        space = setup.space(student.space)
+        net = finetune.with_classes(bench.begun(space, student.arch), 2, seed)
+        padding = net.frame.padding
+        rows = finetune.batches(finetune.lengths(train.tokens, padding), how.batch, seed)
 
         def batch(step: int) -> Any:
-            return finetune.trimmed(train.tokens[rows(step)], net.frame.padding)
+            return finetune.trimmed(train.tokens[rows(step)], padding)
 
         course = Course(teacher.look, Logits(), batch, f"{student.name} {seed}")
-        plan = Plan(how.plan.steps, how.plan.lr)
-        follow(distill(net, lambda step: [net.arch], course, plan))
+        follow(distill(net, lambda step: [net.arch], course, Plan(steps, how.plan.lr)))
         return judged(net, test)
 
-    for seed in range(setup.size.seeds):
-        key = {"part": "task", "source": "truncated by logits", "net": student.name, "seed": seed}
-        bench.row(key, partial(taught, seed))
+    for what, (steps, seeds) in lengths.items():
+        for seed in range(seeds):
+            key = {"part": "task", "source": f"truncated by logits, {what}", "net": student.name}
+            bench.row({**key, "seed": seed}, partial(taught, seed, steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks import contract
@@ -22,7 +24,7 @@ from compress.lessons.relations import Relations
 from hw_profiles import op
 from nas.data import sentences, text
 from nas.search_spaces.bert import Arch, Grid, Space, within
-from nas.seen import Seen
+from nas.seen import Heads, Seen
 from nas.space import Genes
 
 SPACES = ("tiny", "small", "base")
@@ -36,22 +38,31 @@ class Size:
     steps: int  # of a supernet
     batch: int = 64
     length: int = 32  # tokens
-    #: of distilling, at the peak. Held-out loss of the sub-space tiny after 80 steps: 0.482 by
-    #: 1e-3, 0.404 by 3e-3, 0.504 by 1e-2
-    lr: float = 3e-3
-    held_out: int = 256  # sequences, at the end of the text
-    phrases: int = 3000
+    #: of distilling, at the peak: each arm takes the best of these, by the held-out loss of its
+    #: own smallest and largest network after `trial` steps
+    rates: tuple[float, ...] = (1e-3, 3e-3)
+    trial: int = 40
+    held_out: int = 128  # sequences, at the end of the text
+    phrases: int = 2000
     tuning_batch: int = 32
     tuning_lr: float = 2e-4  # not tuned
     seeds: int = 5  # of fine-tuning
     judged: int = 872
     students: int = 3  # of each sub-space's front
     members: int | None = None  # that are ranked; None: all
+    sequences: int | None = None  # of the text; None: all
+
+    @property
+    def digest(self) -> str:
+        """Names files and rows: what was made by other sizes is not read."""
+        return hashlib.sha256(str(self).encode()).hexdigest()[:8]
 
 
-FULL = Size(steps=240)  # half a million tokens
+FULL = Size(steps=120)  # a quarter of a million tokens, .42 of the text
 QUICK = Size(
     *(1, 4, 16),
+    rates=(1e-3,),
+    trial=1,
     held_out=8,
     phrases=16,
     tuning_batch=16,
@@ -59,6 +70,7 @@ QUICK = Size(
     judged=16,
     students=1,
     members=2,
+    sequences=32,
 )
 
 
@@ -68,12 +80,47 @@ def teacher_folder() -> Path | None:
     return Path(found.origin).parent / "model" if found and found.origin else None
 
 
+class Shown:
+    """Queries, keys and values of the teacher's last layer, of every sequence, in float16 on disk:
+    computed once, for all trainings read them in the same order. `batch` says whose are looked at
+    next."""
+
+    def __init__(self, teacher: teachers.Teacher, sequences: Tensor, path: Path) -> None:
+        self.sequences, self.padding = sequences, teacher.net.frame.padding
+        arch = teacher.net.arch
+        self.heads = arch.heads
+        shape = (len(sequences), 3, sequences.shape[1], arch.heads * teacher.net.frame.head)
+        if not path.is_file():
+            part = path.with_suffix(".part")
+            kept = np.memmap(part, np.float16, "w+", shape=shape)
+            at = 0
+            with torch.no_grad():
+                for some in sequences.split(256):
+                    last = teacher.net.look(some).attention[-1]
+                    kept[at : at + len(some)] = torch.stack(list(last), 1).half().numpy()
+                    at += len(some)
+            kept.flush()
+            part.replace(path)
+        self.kept = np.memmap(path, np.float16, "r", shape=shape)
+        self.rows = np.zeros(0, np.int64)
+
+    def batch(self, rows: NDArray[np.int64]) -> Tensor:
+        self.rows = rows
+        return self.sequences[torch.from_numpy(rows)]
+
+    def look(self, x: Tensor) -> Seen:
+        last = torch.from_numpy(self.kept[self.rows]).float()
+        return Seen(
+            attention=(Heads(*last.unbind(1)),), heads=(self.heads,), mask=x != self.padding
+        )
+
+
 class Setup:
     """Loaded when first asked for."""
 
     def __init__(self, size: Size, folder: Path) -> None:
-        self.size, self.folder = size, folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self.size, self.folder = size, folder / size.digest
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
     def teacher(self) -> teachers.Teacher:
@@ -89,12 +136,18 @@ class Setup:
         if not packed.is_file():
             files = [source / "valid.txt", source / "test.txt"]
             text.pack(files, self.size.length, teacher.encode, teacher.wrapping, packed)
-        return torch.from_numpy(np.array(text.sequences(packed, self.size.length))).long()
+        every = np.array(text.sequences(packed, self.size.length))[: self.size.sequences]
+        return torch.from_numpy(every).long()
 
     @cached_property
     def held_out(self) -> tuple[Sequence[Tensor], Sequence[Seen]]:
         batches = self.sequences[-self.size.held_out :].split(64)
         return batches, members.taught(self.teacher.net.look, batches, self.lesson)
+
+    @cached_property
+    def shown(self) -> Shown:
+        """What the teacher shows of every sequence."""
+        return Shown(self.teacher, self.sequences, self.folder / "teacher.bin")
 
     @cached_property
     def task(self) -> tuple[Labelled, Labelled]:
