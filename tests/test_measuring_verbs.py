@@ -16,6 +16,7 @@ from hw_profiles.graph import onnx_graph
 from hw_profiles.latency import LatencyTable
 from hw_profiles.op import Tape
 from hw_profiles.protocol import Plan, Timing
+from hw_profiles.remote.over_ssh import RemoteResult
 from nas.errors import NasctlError
 from tests.test_boards import write_model
 
@@ -212,6 +213,26 @@ def test_a_gate_measures_in_several_processes(nasctl, workdir, monkeypatch):
         outcome = nasctl("bench", "model.onnx", "--duration", "7s", *words, "--json")
         assert outcome.code == 0 and json.loads(outcome.out)["processes"] == len(limits)
         assert limits == ([1.0] * gate.PROCESSES if words else [7.0])
+
+
+def test_a_gate_on_a_board_is_a_parcel_per_process(nasctl, workdir, monkeypatch):
+    write_model(workdir / "model.onnx")
+    seeds = []
+
+    def on_board(content, on, setting, plan, seed, folder):
+        seeds.append(seed)
+        each = {name: Timing(1.0 + int(name), 0.01, 2.0, 2.0, 2.0, 9) for name in content}
+        rounds = {name: [0.9] for name in content}
+        return RemoteResult(each, rounds, [0.1, 0.1], {"runtime": "onnxruntime 1"})
+
+    monkeypatch.setattr(bench, "on_board", on_board)
+    words = ("--against", "model.onnx", "--budget", "0.9ms", "--seed", "3", "--json")
+    outcome = nasctl("bench", "model.onnx", *BOARD, *words)
+    assert outcome.code == 4 and "the budget is 900 us" in outcome.err
+    assert seeds == list(range(3, 3 + gate.PROCESSES))
+    found = json.loads(outcome.out)
+    assert found["against"]["change"] == -0.5 and found["against"]["answer"] == "held"
+    assert found["precision"] == found["against"]["precision"] == "as the file is"
 
 
 def test_files_that_compute_in_different_precisions_are_told(capsys):
