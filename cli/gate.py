@@ -3,8 +3,9 @@
 Where a process lies in memory makes a file some per cent faster or slower for as long as the
 process lives, so one process decides nothing: every one of several has to say it. A file against
 itself seems slower in a process as often as faster, whatever the noise; in PROCESSES of them at
-once, by chance, in at most one run of 128. Where they do not agree, their middle decides, if the
-machine was quiet. On a busy one nothing is decided.
+once, by chance, in at most one run of 128. (Callers swap the two in every other process, so that
+what comes second has no lasting disadvantage.) Where they do not agree, their middle decides, if
+the machine was quiet. On a busy one nothing is decided.
 """
 
 from __future__ import annotations

@@ -215,12 +215,25 @@ def test_a_gate_measures_in_several_processes(nasctl, workdir, monkeypatch):
         assert limits == ([1.0] * gate.PROCESSES if words else [7.0])
 
 
+def test_the_second_of_two_files_has_no_disadvantage(nasctl, workdir, monkeypatch):
+    write_model(workdir / "model.onnx")
+
+    def session(models, setting, *, rng, plan, pace):
+        both = [Timing(ms, 0.01, ms, ms, ms, 9) for ms in (1.1, 1.0)]
+        return protocol.Session(both, [[1.1], [1.0]], [0.1], 0.1, 1.0, [])
+
+    monkeypatch.setattr("hw_profiles.measure.fresh_session", session)
+    outcome = nasctl("bench", "model.onnx", "--against", "model.onnx")
+    assert outcome.code == 1 and "+10.0% (-9.1% to +10.0%); the processes differ" in outcome.err
+
+
 def test_a_gate_on_a_board_is_a_parcel_per_process(nasctl, workdir, monkeypatch):
     write_model(workdir / "model.onnx")
     seeds = []
 
     def on_board(content, on, setting, plan, seed, folder):
         seeds.append(seed)
+        assert list(content) == (["0", "1"] if seed % 2 else ["1", "0"])
         each = {name: Timing(1.0 + int(name), 0.01, 2.0, 2.0, 2.0, 9) for name in content}
         rounds = {name: [0.9] for name in content}
         return RemoteResult(each, rounds, [0.1, 0.1], {"runtime": "onnxruntime 1"})
