@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class File:
 
     model: onnx.ModelProto | Path
     precision: str | None = None  # demanded of the runtime
-    kept: int = 0  # nodes that a guard left in float, or was told to
+    kept: int = 0  # nodes that a guard took back to float, or was told to: see `in_float`
     seconds: float = 0.0  # of the processor, to make it
     more: dict[str, Any] = field(default_factory=dict)
 
@@ -113,7 +113,7 @@ def hits(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def measured(subject: Subject, runtime: str, effort: Effort) -> dict[str, Any]:
-    """The row: {"files": {label: cell}, "refused": {label: why}, "choice", "why", "accuracy"}."""
+    """The row: {"files": {label: cell}, "refused": {label: why}, "accuracy", "processes", ...}."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(subject, runtime, effort, Path(folder))
         prepare(bench)
@@ -123,13 +123,13 @@ def measured(subject: Subject, runtime: str, effort: Effort) -> dict[str, Any]:
         row["nncf"] = bool(effort.nncf)  # no path of this machine
         row["accuracy"] = hits(subject.half(1), subject.data.half(1)[1])
         if FLOAT not in cells:  # nothing to compare with
-            return row | {"files": {}, "choice": None, "why": []}
+            return row | {"files": {}}
         turns = in_turn(
             [path_of(bench, label) for label in cells], effort.processes, effort.seconds
         )
         for cell, each in zip(cells.values(), turns, strict=True):
             cell |= asdict(each)
-        return row | chosen(cells, turns, effort)
+        return row
 
 
 def prepare(bench: Bench) -> None:
@@ -278,17 +278,27 @@ def files_of(source: Path) -> list[Path]:
     return [source, weights] if source.suffix == ".xml" else [source]
 
 
-def chosen(
-    cells: dict[str, dict[str, Any]], turns: Sequence[Turns], effort: Effort
-) -> dict[str, Any]:
-    """What the speed guard takes of the files that are offered to it, and why."""
-    base, variants = turns[0].ms, []
-    for (label, cell), each in zip(cells.items(), turns, strict=True):
+def chosen(row: Mapping[str, Any]) -> guard.Choice | None:
+    """What the speed guard takes of the files that are offered to it, and why; None where there is
+    nothing to compare with. It is no part of a row, so that old ones are told by today's rules."""
+    cells = row["files"]
+    if FLOAT not in cells:
+        return None
+    variants = []
+    for label, cell in cells.items():
         if label == FLOAT or (label in OFFERED and is_lower(label, cell)):
-            timing = each.timing(base, effort.processes)
+            turns = Turns(**{each.name: cell[each.name] for each in fields(Turns)})
+            timing = turns.timing(cells[FLOAT]["ms"], row["processes"])
             variants.append(Variant(label, cell.get("spent", 0.0), timing))
-    choice = guard.fastest(variants)
-    return {"choice": choice.name, "why": list(choice.why)}
+    return guard.fastest(variants)
+
+
+def in_float(cell: Mapping[str, Any]) -> float:
+    """The share of the multiplying operators that compute in float in the loaded file, whoever
+    left them there: a guard, a default, or the runtime itself."""
+    parts = [part.split() for part in cell["observed"].split(", ")]
+    counts = {name: int(count[0]) if count else 1 for name, *count in parts}
+    return 1 - counts.get("int8", 0) / sum(counts.values())
 
 
 def is_lower(label: str, cell: dict[str, Any]) -> bool:

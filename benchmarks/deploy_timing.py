@@ -40,10 +40,11 @@ class Turns:
 
     def timing(self, base_ms: float, processes: int) -> Timing:
         """For the speed guard, whose doubt is then the lower end of the ratios: this file is faster
-        beyond the spread exactly if that is above 1."""
+        beyond the spread exactly if that is above 1. A process in doubt leaves it in doubt, as a
+        busy machine decides nothing in `nasctl quantize` either."""
         ms = base_ms / self.ratio
         spread = max(0.0, 2 * (base_ms / self.low - ms))
-        return Timing(ms, spread, self.ms, self.ms, self.ms, processes)
+        return Timing(ms, spread, self.ms, self.ms, self.ms, processes, self.noisy)
 
 
 def in_turn(paths: Sequence[Path], n: int, seconds: float) -> list[Turns]:

@@ -46,6 +46,9 @@ def test_a_file_is_taken_if_the_lower_end_of_its_ratios_is_above_1(low, taken):
         for name, each in (("fp32", base), ("u8", other))
     ]
     assert guard.fastest(variants).name == taken
+    doubtful = replace(other, noisy="1 of 5 processes: busy").timing(base.ms, 5)
+    choice = guard.fastest([variants[0], replace(variants[1], timing=doubtful)])
+    assert choice.name == "fp32" and "the machine was busy" in choice.why[0]
 
 
 class Logits(nn.Module):
@@ -93,8 +96,9 @@ def test_every_form_is_a_cell_or_a_refusal(small, timed):
     assert all(cell["holds"] for cell in cells.values())
     assert cells["fp32"]["error"] < 1e-5 < cells["fp16"]["error"] < cells["u8"]["error"]
     # it computes in float32, so it is no file in half precision, however fast it may look
-    assert cells["fp16"]["observed"] == "fp32" and row["choice"] in ("u8", "u8 but depthwise")
-    assert not any(line.startswith("fp16") for line in row["why"])
+    choice = deploy_rows.chosen(row)
+    assert cells["fp16"]["observed"] == "fp32" and choice.name in ("u8", "u8 but depthwise")
+    assert not any(line.startswith("fp16") for line in choice.why)
     assert cells["u8 but depthwise"]["observed"] == "int8 2, fp32 1"
 
 
@@ -108,7 +112,7 @@ def test_aoti_says_why_it_takes_no_quantized_file(small, monkeypatch):
 
     monkeypatch.setattr(deploy_rows.engines, "build", no_compiler)
     row = deploy_rows.measured(small, "aoti", Effort(1, 0.1))
-    assert row["files"] == {} and row["choice"] is None
+    assert row["files"] == {} and deploy_rows.chosen(row) is None
     assert row["refused"]["fp32"] == "would be compiled"
     assert "offers no fp16" in row["refused"]["fp16"]
     assert "DequantizeLinear" in row["refused"]["u8, no guard"]
@@ -145,15 +149,15 @@ def cell(ratio, low, high, drop=0.0, **more):
     parts = {"ms": 1.0, "noisy": "", "error": 0.0, "error_largest": 0.0, "holds": True, "kept": 0}
     sizes = {"observed": "int8", "model_bytes": 1, "engine_bytes": 1, "build_seconds": 1.0}
     found = {"ratio": ratio, "low": low, "high": high, "drop_told": drop, "spent": 0.0}
-    return {**parts, **sizes, **found, "make_seconds": 2.0, **more}
+    return {**parts, **sizes, **found, **more}
 
 
-def row(choice, **files):
-    plain = {**cell(1, 1, 1), "make_seconds": 0.0}
+def row(**files):
+    plain = cell(1, 1, 1, observed="fp32")
     return {
         "files": {"fp32": plain, **files},
         "refused": {},
-        "choice": choice,
+        "processes": 5,
         "nncf": True,
         "clock": "wall",
     }
@@ -167,26 +171,51 @@ def test_a_claim_counts_where_the_lower_end_makes_it():
     outcome = contract.Outcome("deploy")
     beyond, in_doubt = cell(1.7, 1.6, 1.8), cell(1.7, 1.4, 2.0)
     lossy, outside = cell(1.7, 1.6, 1.8, drop=0.006), cell(1.7, 1.6, 1.8, spent=1.1)
-    rows = [row("u8", u8=one) for one in (beyond, in_doubt, lossy, outside)]
-    slow = row("fp32", u8=cell(0.8, 0.7, 0.9), NNCF=cell(0.5, 0.4, 0.6, kept=3))
+    rows = [row(u8=one) for one in (beyond, in_doubt, lossy, outside)]
+    theirs = cell(0.5, 0.4, 0.6, observed="fp32 3, int8 1")
+    slow = row(u8=cell(0.8, 0.7, 0.9), NNCF=theirs)
     deploy.figures(outcome, found(*rows, slow))
     assert next(iter(outcome.aims.values()))["got"] == 1
-    assert outcome.figures["kept_in_float"] == outcome.figures["rows_where_int8_loses"] == 1
-    assert outcome.figures["NNCF: nodes in float, theirs"] == 3
+    assert outcome.figures["networks_int8_faster_1_5"] == 2
+    assert outcome.figures["networks_int8_faster_1_5_inside_the_bound_told"] == 1
+    assert outcome.figures["kept_in_float"] == 2  # also where u8 is outside the bound
+    assert outcome.figures["rows_where_int8_loses"] == 1
+    assert outcome.figures["NNCF: share in float, theirs"] == 0.75
+    assert outcome.figures["NNCF: share in float, ours"] == 0
     assert outcome.figures["NNCF: ours faster beyond the spread"] == 1
 
 
+def test_the_half_that_is_told_has_no_part_in_what_is_chosen():
+    lossy, slower = cell(1.9, 1.8, 2.0, drop=0.006), cell(1.7, 1.6, 1.8)
+    (taken,) = deploy.best(found(row(u8=lossy, s8=slower))).values()
+    assert taken is lossy
+
+
+def test_old_rows_are_told_by_the_rules_of_today():
+    busy = row(u8=cell(1.7, 1.6, 1.8, noisy="1 of 5 processes: busy")) | {"choice": "u8"}
+    assert deploy_rows.chosen(busy).name == "fp32"
+    assert deploy_rows.chosen(row(u8=cell(1.7, 1.6, 1.8))).name == "u8"
+
+
+@pytest.mark.parametrize(
+    ("observed", "share"),
+    [("int8", 0), ("fp32", 1), ("int8 63, fp32 46", 46 / 109), ("bf16 1, fp32 2, int8 1", 0.75)],
+)
+def test_in_float_is_what_is_seen_to_compute_so(observed, share):
+    assert deploy_rows.in_float({"observed": observed, "kept": 0}) == pytest.approx(share)
+
+
 def test_rows_without_a_time_and_refusals_are_lines():
-    lines = deploy.table_lines(*found(row(None) | {"files": {}, "refused": {"fp32": "why"}})[0])
+    lines = deploy.table_lines(*found(row() | {"files": {}, "refused": {"fp32": "why"}})[0])
     assert [line[3:5] for line in lines] == [["fp32", "refused"]]
-    (name, one), *_ = found(row("u8", u8=cell(1.7, 1.6, 1.8, noisy="busy")))
+    (name, one), *_ = found(row(u8=cell(1.7, 1.6, 1.8, noisy="busy")))
     lines = deploy.table_lines(name, one)
     assert {len(line) for line in lines} == {len(deploy.HEADER)} and "wall noisy" in lines[1]
 
 
 def test_a_row_is_measured_again_only_if_it_lacks_what_is_asked_for():
     work = deploy.Work("digits", None, Effort(1, 1.0), quick=False, again=False)
-    noisy = row("u8", u8=cell(1.7, 1.6, 1.8, noisy="busy"))
+    noisy = row(u8=cell(1.7, 1.6, 1.8, noisy="busy"))
     assert not work.wanting(noisy, "onnxruntime")
     assert replace(work, again=True).wanting(noisy, "onnxruntime")
     asked = replace(work, effort=Effort(1, 1.0, "python"))

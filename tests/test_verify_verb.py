@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,6 +197,28 @@ def test_what_was_seen_to_fail_has_an_exit_code(found, code, said):
     with contextlib.nullcontext() if code == 0 else pytest.raises(NasctlError, match=said) as error:
         verdict.require(content | found, asked, "verify.json")
     assert code == 0 or error.value.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("limit", "noisy", "code"),
+    [
+        *[(4.9, "", 4), (5.1, "", 0)],
+        *[(4.7, "busy", 4), (4.9, "busy", 1), (5.1, "busy", 1), (5.3, "busy", 0)],
+    ],
+)
+def test_a_budget_is_not_decided_by_a_busy_machine(limit, noisy, code, capsys):
+    measured = {"median_ms": 5.0, "spread_ms": 0.4, "p95_ms": 6.0, "memory_bytes": 1}
+    content = {
+        **{"chain": [], "metric": None, "bound": {}, "measured": measured | {"noisy": noisy}},
+        **{"budget": {"latency_ms": limit, "memory_bytes": None}, "not_measured": []},
+    }
+    verdict.say_outcome(content, Path("verify.json"))
+    assert ("in doubt: busy" in capsys.readouterr().err) is bool(noisy)
+    asked = verifying.Asked(device.load("cpu"), None, limit, None, None, "val")
+    with contextlib.nullcontext() if code == 0 else pytest.raises(NasctlError) as error:
+        verdict.require(content, asked, "verify.json")
+    assert code == 0 or error.value.exit_code == code
+    assert code != 1 or str(error.value).startswith("verify.json: not decided, took 5 ms")
 
 
 def test_a_changed_bundle_is_refused_before_anything_is_run(nasctl, workdir):
