@@ -45,6 +45,7 @@ def command(
     if commands:
         words = {"--layout": layout, "--out": out, **of_engine}
         options.refuse(words, "changes nothing of trtexec's command (--commands)")
+        bundling.require_folder(model, "trtexec reads no archive (--commands)")
     if (layout is None) != (out is None):
         raise UsageError("a layout and its folder go together", where="--layout, --out")
     if layout is not None:

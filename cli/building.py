@@ -12,7 +12,7 @@ import numpy as np
 from cli import bundling, console, measuring
 from deploy import bundle as bundles
 from deploy import engine as engines
-from deploy import layouts, recipes, verify
+from deploy import external, layouts, recipes, verify
 from deploy import onnx as files
 from deploy.bundle import Bundle
 from deploy.engine import SideCar
@@ -59,7 +59,7 @@ def build(bundle: Bundle, asked: Asked) -> SideCar:
             next=f"Engines are built where they run: --on ssh://…, or copy the bundle to "
             f"{board.name}.",
         )
-    source = bundle.path(asked.member or bundle.manifest.model)
+    source = bundle.onnx(asked.member or bundle.manifest.model)
     _check_free(source, runtime)
     module = runtimes.compiled(runtime)
     name = f"{FOLDER}/{source.stem}.{board.name}.{runtime}{module.ENGINE}"
@@ -103,7 +103,7 @@ def _built_here(source: Path, made: Path, runtime: str, asked: Asked) -> SideCar
 
 
 def _built_there(source: Path, made: Path, runtime: str, asked: Asked) -> SideCar:
-    if held := files.beside(source):
+    if held := external.beside(source):
         raise NasctlError(
             f"its weights are in {held[0].name}, and one file alone goes to a board",
             where=str(source),
@@ -144,19 +144,22 @@ def runtime_of(board: Device, engine: str | None) -> str:
 
 
 def trtexec(bundle: Bundle, member: str | None) -> str:
-    """The command lines that build the engine with TensorRT's own tool, of 10 and of 11."""
-    source = bundle.path(member or bundle.manifest.model)
+    """The command lines that build the engine with TensorRT's own tool, of 10 and of 11, into the
+    folder that one is in: it stays outside the bundle, which lists all of its files."""
+    source = bundle.onnx(member or bundle.manifest.model)
     shapes = bundling.free_shapes(source, bundling.sample_of(bundle))
+    within = Path.cwd().is_relative_to(bundle.folder.resolve())
+    engine = (bundle.folder.resolve().parent if within else Path()) / f"{source.stem}.engine"
     lines = []
     for major in (10, 11):
-        words = recipes.trtexec(source, source.with_suffix(".engine"), shapes, major=major)
+        words = recipes.trtexec(source, engine, shapes, major=major)
         lines.append(f"# TensorRT {major}\n{shlex.join(words)}")
     return "\n".join(lines)
 
 
 def laid_out(bundle: Bundle, member: str | None, layout: str, folder: Path) -> list[str]:
     """The files of a layout of one of the bundle's ONNX files, in a new folder."""
-    source = bundle.path(member or bundle.manifest.model)
+    source = bundle.onnx(member or bundle.manifest.model)
     interface = bundling.interface_of(bundle) if bundle.of("task") else None  # exported without
     paths = layouts.written(layout, source, interface, folder)
     return [str(path) for path in paths]

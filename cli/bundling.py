@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deploy import bundle, interface, onnx, recipes
+from deploy import bundle, external, interface, onnx, recipes
 from deploy.bundle import Bundle, Role
 from deploy.interface import Interface
 from hw_profiles.device import Device
@@ -62,7 +62,7 @@ def seal(folder: Path, contents: Contents) -> Bundle:
     roles: dict[str, Role] = {FLOAT: "model", **(contents.also or {})}
     roles |= {name: role for name, (role, _) in parts.items()}
     for name in [name for name, role in roles.items() if role == "model"]:
-        roles |= {path.name: "weights" for path in onnx.beside(folder / name)}
+        roles |= {path.name: "weights" for path in external.beside(folder / name)}
     return bundle.seal(
         folder,
         roles,
@@ -99,12 +99,8 @@ def opened(path: Path, *, changes: bool = False) -> Iterator[Bundle]:
     anything else."""
     if path.name in ("", ".."):  # "." has no name, and its parent is itself
         path = path.resolve()
-    if path.suffix == ".zip" and changes:
-        raise UsageError(
-            "an archive cannot be added to",
-            where=str(path),
-            next=f"Unpack it first: python -m zipfile -e {path.name} FOLDER",
-        )
+    if changes:
+        require_folder(path, "an archive cannot be added to")
     if path.suffix == ".zip":
         with tempfile.TemporaryDirectory() as folder:
             yield bundle.unpack(path, Path(folder) / FOLDER)
@@ -112,6 +108,16 @@ def opened(path: Path, *, changes: bool = False) -> Iterator[Bundle]:
     if (path / FOLDER / bundle.MANIFEST).is_file():
         path /= FOLDER
     yield bundle.read(path)
+
+
+def require_folder(path: Path, why: str) -> None:
+    """Raises UsageError for an archive."""
+    if path.suffix == ".zip":
+        raise UsageError(
+            why,
+            where=str(path),
+            next=f"Unpack it first: python -m zipfile -e {path.name} FOLDER",
+        )
 
 
 def interface_of(found: Bundle) -> Interface:
@@ -134,7 +140,7 @@ def sample_of(found: Bundle) -> dict[str, np.ndarray]:
     names = [*found.of("calibration"), *found.of("inputs")]
     if not names:
         raise NasctlError("has no inputs to run it on", where=str(found.folder))
-    path, wanted = found.path(names[0]), onnx.inputs(found.path(FLOAT))
+    path, wanted = found.path(names[0]), onnx.inputs(found.onnx(FLOAT))
     try:
         values = load_file(path)
     except (SafetensorError, KeyError) as error:  # a KeyError: of a type that numpy lacks

@@ -17,6 +17,7 @@ from deploy import interface, onnx
 from hw_profiles import op
 from nas import checkpoint, file, supernet, tasks
 from nas import run as runs
+from nas.data import module
 from nas.elastic import Network, channels_last, extract, resize
 from nas.errors import NasctlError, ParityFailed, UsageError
 from nas.run import Run
@@ -146,7 +147,8 @@ def said(training: Training, genes: Genes, metrics: Mapping[str, float]) -> dict
 def read(path: Path, data: str | None) -> tuple[Training, Genes, Network]:
     """A network's file, with the data it was trained on (at `data`, if it is not where it was).
 
-    Raises NasctlError naming the difference if the space or the data here are others.
+    Raises NasctlError naming the difference if the space or the data here are others, and for data
+    that are code which the user did not name.
     """
     tensors, meta = checkpoint.read(path)
     said = checkpoint.description(meta, path)
@@ -157,6 +159,7 @@ def read(path: Path, data: str | None) -> tuple[Training, Genes, Network]:
         raise UsageError(
             f"{path} is a whole supernet", where="MODEL", next="Name its run directory instead."
         )
+    module.require_typed(data, said["task"]["data"])
     fields = {"space": said["space"], "width": said["width"], "size": said["task"]["size"]}
     fields["licence"] = said.get("licence", "")  # of older files: in none
     given = {"epochs": 1, "threads": 1, "data": data or said["task"]["data"]}

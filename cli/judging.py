@@ -67,12 +67,7 @@ def judge(interface: Interface, data: str | None) -> Judge:
     Raises NasctlError for other data than those, and for data that are code, which nobody but the
     user names: a bundle may be a stranger's.
     """
-    if data is None and module.is_reference(interface.data):
-        raise NasctlError(
-            "the data are code, which is not run because a bundle says so",
-            where=interface.data,
-            next=f"Name it yourself: --data {interface.data}",
-        )
+    module.require_typed(data, interface.data)
     reference = data or interface.data
     if interface.classification:
         single = tasks.load(reference, size=interface.data_size)

@@ -7,9 +7,10 @@ makes of the file, judged whole. All that are inside the bound go before the spe
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def prepare(bundle: Bundle, asked: Asked, data: str | None) -> Job:
     Scheme(calibration=asked.calibration)  # raises for one that does not exist
     judge = judging.judge(bundling.interface_of(bundle), data)
     bound = parse_drops(asked.max_drop, [goal.name for goal in judge.task.goals])
-    plain = int8.prepared(files.read(bundle.path(FLOAT)))
+    plain = int8.prepared(files.read(bundle.onnx(FLOAT)))
     runtime = judging_runtime(asked.board)
     here = not runtimes.load_module(runtime).unavailable()
     return Job(bundle, asked, judge, bound, plain, runtime if here else ELSEWHERE)
@@ -123,7 +124,7 @@ def quantize(job: Job) -> dict[str, Any]:
         except NasctlError as error:  # what cannot be lowered, or not be run here
             refused[name] = str(error)
     with tempfile.TemporaryDirectory() as folder:
-        paths = {FLOAT: job.bundle.path(FLOAT)}
+        paths = {FLOAT: job.bundle.onnx(FLOAT)}
         for name, each in found.items():
             paths[name] = Path(folder) / f"{len(paths)}.onnx"
             files.write(each.model, paths[name])
@@ -182,7 +183,7 @@ def _halved(job: Job, name: str, before: Mapping[str, float]) -> Guarded:
     Raises NasctlError where the model cannot be lowered, or the runtime cannot run what it was
     lowered to.
     """
-    plain = files.read(job.bundle.path(FLOAT))
+    plain = files.read(job.bundle.onnx(FLOAT))
     model = half.half(plain, FLOAT, to=name)
     after = _scores(job, job.evidence(model, 0))
     spent = judging.spent(before, after, job.bound)
@@ -204,7 +205,7 @@ def _guarded(job: Job, name: str) -> Guarded:
     board = job.asked.board.model_dump(mode="json")
     judged_by = [job.runtime, runtimes.load_module(job.runtime).version()]
     asked = [{**asdict(job.asked), "board": board}, judged_by, name]
-    key = digest([*asked, file.sha256(job.bundle.path(FLOAT)), job.judge.task.fingerprint])
+    key = digest([*asked, file.sha256(job.bundle.onnx(FLOAT)), job.judge.task.fingerprint])
     record = Record(Path(f"{_records(job.bundle)}.{key[:16]}.jsonl"), key)
     scheme = Scheme("s8" if name == "s8" else "u8", job.asked.calibration)
     always = int8.depthwise(job.plain) if name == DEPTHWISE else ()
@@ -222,7 +223,7 @@ def _calibration(job: Job) -> list[Feeds]:
     train = job.judge.task.train
     generator = torch.Generator().manual_seed(job.asked.seed)
     rows = torch.randperm(len(train), generator=generator)[: job.asked.images]
-    inputs = files.inputs(job.bundle.path(FLOAT))
+    inputs = files.inputs(job.bundle.onnx(FLOAT))
     batch = 1 if any(sizes[:1] == (1,) for sizes in inputs.values()) else BATCH
     return [feeds for feeds, _ in job.judge.batches(train.at(rows), batch)]
 
@@ -272,9 +273,23 @@ def _report(
                 f"{row['name']}: computes in {row['observed']} there, at x{ratio:.2f} of "
                 f"{FLOAT}'s speed: refused"
             )
+    why += [line for row in rows[1:] if row["spent"] <= 1 for line in _beyond(row, job.bound)]
     asked = {**asdict(job.asked), "board": job.asked.board.name}
     told_on = len(job.judge.halves(job.asked.seed)[1])
     return {**asked, "variants": rows, "choice": choice, "why": why, "told_on": told_on}
+
+
+def _beyond(row: Mapping[str, Any], bound: Mapping[str, float]) -> Iterator[str]:
+    """Where the images that decided nothing say that a file loses more than the bound that it was
+    chosen by; choosing by them as well would leave none to tell what it costs."""
+    for name, told in row["told"].items():
+        share = judging.spent({name: told["before"]}, {name: told["after"]}, {name: bound[name]})
+        if share > 1 and math.isfinite(told["before"]):
+            yield (
+                f"{row['name']}: beyond the bound on the images that decided nothing: {name} "
+                f"{told['after']:.4f}, before {told['before']:.4f}, of which "
+                f"{100 * bound[name]:.3g} % may go"
+            )
 
 
 def _observed(job: Job, path: Path) -> str:

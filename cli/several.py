@@ -66,12 +66,7 @@ def read(path: Path, data: str | None) -> Read:
     if said is None:
         raise NasctlError("is not of a search for several tasks", where=str(path))
     more = said[SEVERAL]
-    if data is None and module.is_reference(more["data"]):
-        raise NasctlError(
-            "the data are code, which is not run because a file says so",
-            where=more["data"],
-            next=f"Name it yourself: --data {more['data']}",
-        )
+    module.require_typed(data, more["data"])
     reference = data or more["data"]
     task = multitask.load(reference, size=more["size"]).only(more["tasks"])
     space = space_for(task, said["width"])

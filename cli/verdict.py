@@ -57,6 +57,8 @@ def say_outcome(content: Mapping[str, Any], path: Path) -> None:
             f"by (float file {both['float']:.4f}, of which {100 * both['max_drop']:.3g} % may go)",
             "bound",
         )
+        if beyond := _beyond(name, both):
+            console.say(beyond, "note")
     if (found := content["measured"]) is not None:
         budget = content["budget"]["latency_ms"]
         against = f", budget {console.format_ms(budget)}" if budget else ""
@@ -71,6 +73,21 @@ def say_outcome(content: Mapping[str, Any], path: Path) -> None:
     for note in content["not_measured"]:
         console.say(f"not verified: {note}")
     console.say(str(path), "report")
+
+
+def _beyond(name: str, both: Mapping[str, Any]) -> str:
+    """Where the images that decided nothing say that more is lost than the bound: no error, as it
+    was held on others, but what to expect of new images."""
+    told = both["told"]
+    if told is None or not math.isfinite(told["float"]):
+        return ""
+    sides = ({name: value} for value in (told["float"], told["delivered"], both["max_drop"]))
+    if judging.spent(*sides) <= 1:
+        return ""
+    return (
+        f"{name} {told['delivered']:.4f} on the {told['images']} other validation images (float "
+        f"file {told['float']:.4f}): there it is beyond that bound"
+    )
 
 
 def require(content: Mapping[str, Any], asked: Asked, where: str) -> None:

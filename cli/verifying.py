@@ -35,7 +35,7 @@ from nas.run import Run as RunFolder
 WEIGHTS = "model.safetensors"
 MEASURING = Plan(rounds=10, time_limit_s=10.0)
 PLAIN = "onnxruntime"
-Scores = dict[str, dict[str, float]]  # by task
+Scores = dict[str, dict[str, Any]]  # by task
 COMPARED = "network = ONNX: it was compared when the file was written"
 
 
@@ -124,7 +124,7 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
 
 def _compared(bundle: Bundle, named: Path, asked: Asked, inputs: Feeds) -> Compared:
     """Every link: before the float file, to the delivered one, to the engine that was named."""
-    plain = bundle.path(bundling.FLOAT)
+    plain = bundle.onnx(bundling.FLOAT)
     expected = judging.runner(plain, PLAIN)(inputs)
     links, notes = _before(bundle, named, asked.data, inputs, expected)
     delivered = Delivered(bundle.model, PLAIN, None, 1)
@@ -144,8 +144,8 @@ def _to_engine(bundle: Bundle, engine: str, inputs: Feeds, found: Compared) -> N
     """Go on to an engine, which is then what is delivered. Raises NasctlError for one that does not
     belong to this machine or this bundle."""
     path = building.named(bundle, engine)
-    _, car = engines.load(path)  # which checks that it belongs here
-    source = Delivered(bundle.path(car.model), PLAIN, None, 1)
+    session, car = engines.load(path)  # which checks that it belongs here
+    source = Delivered(bundle.onnx(car.model), PLAIN, None, 1)
     if bundle.manifest.members[car.model].sha256 != car.model_sha256:
         raise NasctlError(
             f"was built from another {car.model}",
@@ -158,8 +158,11 @@ def _to_engine(bundle: Bundle, engine: str, inputs: Feeds, found: Compared) -> N
     if unread := _unloadable(source):
         found.notes.append(f"{name}: {unread}")
     else:
+        # ONNX Runtime's own format cannot be looked into, so it is the same graph that is asked
+        seen = session if car.runtime != PLAIN else runtimes.load_module(PLAIN).load(source.path)
+        observed = runtimes.load_module(car.runtime).observed_precision(seen)
         expected = source.runner()(inputs)
-        found.links.append(_link(name, found.delivered, inputs, expected, car.observed))
+        found.links.append(_link(name, found.delivered, inputs, expected, observed))
 
 
 def _inputs(bundle: Bundle) -> Feeds:
@@ -267,7 +270,7 @@ def _scores(
         if asked.data is not None:
             raise
         return None, {}, [f"metric: {error}"]
-    runs = Delivered(bundle.path(bundling.FLOAT), PLAIN, None, 1).runner(), delivered.runner()
+    runs = Delivered(bundle.onnx(bundling.FLOAT), PLAIN, None, 1).runner(), delivered.runner()
     found = _scored(judge, runs, judge.task.splits[asked.split])
     names = [goal.name for goal in judge.task.goals]
     notes = [f"metric: no {asked.split} image has a label of {n}" for n in names if n not in found]
@@ -279,24 +282,31 @@ def _held(
     bundle: Bundle, delivered: Delivered, judge: Judge, board: Device
 ) -> tuple[Scores, list[str]]:
     """Scores on the images that the bound of `nasctl quantize` was held on, in the runtime that it
-    was held in, where there is one; an engine stays in its own. And why there are none."""
+    was held in, where there is one, and on the others ("told"), which decided nothing; an engine
+    stays in its own. And why there are none."""
     promised = _promised(bundle, [goal.name for goal in judge.task.goals])
     if promised is None:
         return {}, []
     try:
-        runtime = quantizing.judging_runtime(
-            board if promised.board == board.name else device.load(promised.board)
-        )
-        if missing := runtimes.load_module(runtime).unavailable():
+        typed = promised.board == board.name
+        runtime = quantizing.judging_runtime(board if typed else device.named(promised.board))
+        module = runtimes.load_module(runtime)
+        if missing := module.unavailable():
             return {}, [f"bound: {promised.board} runs {runtime}: {missing}"]
+        if not typed and module.SUFFIX != bundles.ONNX:
+            return {}, [f"bound: {promised.board} runs {runtime}, native code: name it with --hw"]
     except NasctlError as error:
         return {}, [f"bound: {error}"]
-    plain = Delivered(bundle.path(bundling.FLOAT), runtime, None, 1)
+    plain = Delivered(bundle.onnx(bundling.FLOAT), runtime, None, 1)
     if delivered.path == bundle.model:
         delivered = replace(delivered, runtime=runtime)
     runs = plain.runner(), delivered.runner()
-    deciding = _scored(judge, runs, judge.halves(promised.seed)[0])
-    return {name: {**each, "max_drop": promised.drops[name]} for name, each in deciding.items()}, []
+    deciding, told = (_scored(judge, runs, half) for half in judge.halves(promised.seed))
+    found = {
+        name: {**each, "max_drop": promised.drops[name], "told": told.get(name)}
+        for name, each in deciding.items()
+    }
+    return found, []
 
 
 def _undefined(what: str, found: Scores) -> list[str]:

@@ -3,8 +3,10 @@
 `bundle.json` lists every member with its size, digest and role: ONNX files (float, INT8 ...), the
 architecture, what surrounds the network (`task.json`), a sample of inputs, how engines are built
 per device, the report. `read` verifies all of it and refuses whatever is not listed; it loads
-nothing. Members of the role "engine" are native code that runs when it is loaded: only who names
-one (`nasctl verify --engine`) loads it, and archives leave them out, as they belong to one machine.
+nothing, and looks into ONNX files only for the names of the files that hold their weights. What is
+delivered is an ONNX file. Members of the role "engine" are native code that runs when it is loaded:
+only who names one (`nasctl verify --engine`) loads it, and archives leave them out, as they belong
+to one machine.
 
 A member is added in three steps: its content under a temporary name, the manifest, the rename. A
 kill between the last two leaves a manifest that the next `read` finishes the rename for.
@@ -27,6 +29,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from deploy import external
 from nas import file
 from nas.errors import NasctlError
 
@@ -34,6 +37,9 @@ MANIFEST = "bundle.json"
 LIMIT = 8 << 30  # bytes that an archive may unfold to
 LARGEST_MANIFEST = 1 << 20
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+#: what `_part` and `nas.file.write` call a member that is not there yet
+UNFINISHED = re.compile(r"([A-Za-z0-9][\w.-]*/)?\.{1,2}[A-Za-z0-9][\w.-]*\.part", re.ASCII)
+ONNX = ".onnx"
 CHUNK = 1 << 20
 
 Role = Literal[
@@ -92,6 +98,16 @@ class Bundle:
             )
         return self.folder / name
 
+    def onnx(self, name: str) -> Path:
+        """Of a member that is a model: no other may be run unless somebody names it. Raises
+        NasctlError naming those there are."""
+        path = self.path(name)
+        if self.manifest.members[name].role != "model":
+            raise NasctlError(
+                f"'{name}' is no ONNX file", where=str(self.folder), allowed=self.of("model")
+            )
+        return path
+
     def of(self, role: Role) -> list[str]:
         """Names of the members of a role."""
         return [name for name, member in self.manifest.members.items() if member.role == role]
@@ -133,6 +149,8 @@ def add(
     Whoever opens it sees the old members or the new ones, also after a kill.
     """
     folder, members = bundle.folder, dict(bundle.manifest.members)
+    for left in filter(UNFINISHED.fullmatch, list(_files(folder))):  # by one that was killed
+        (folder / left).unlink()
     for name in drop:
         (folder / name).replace(_part(folder / name))  # as if it were to be added still
         del members[name]
@@ -153,8 +171,8 @@ def add(
 def read(folder: Path) -> Bundle:
     """Verify the bundle in a folder; loads nothing.
 
-    Raises NasctlError for links, files that the manifest does not list, and members that are
-    missing or changed.
+    Raises NasctlError for links, files that the manifest does not list, members that are missing
+    or changed, and models whose weights are in a file that is no member.
     """
     if not folder.is_dir():
         raise NasctlError("no such bundle", where=str(folder), allowed="a folder, or its .zip")
@@ -169,8 +187,8 @@ def read(folder: Path) -> Bundle:
             where=str(folder),
             next="A run's bundle is complete once the run is: run its command again.",
         ) from error
-    extra = sorted(set(_files(folder)) - manifest.members.keys())
-    if extra:
+    found = {name for name in _files(folder) if not UNFINISHED.fullmatch(name)}
+    if extra := sorted(found - {MANIFEST} - manifest.members.keys()):
         raise NasctlError(
             f"holds '{extra[0]}', which its manifest does not list",
             where=str(folder),
@@ -178,7 +196,10 @@ def read(folder: Path) -> Bundle:
         )
     for name, member in manifest.members.items():
         _verify(folder / name, member)
-    return Bundle(folder, manifest)
+    bundle = Bundle(folder, manifest)
+    for name in bundle.of("model"):
+        external.require(folder / name, {folder / each for each in manifest.members})
+    return bundle
 
 
 # ---- archives ------------------------------------------------------------------------------------
@@ -207,7 +228,9 @@ def pack(bundle: Bundle, path: Path) -> None:
 
 
 def _store(archive: zipfile.ZipFile, name: str, path: Path) -> None:
-    with archive.open(_entry(name), "w") as out, path.open("rb") as content:
+    entry = _entry(name)
+    entry.file_size = path.stat().st_size  # from 2 GiB on the format has other headers
+    with archive.open(entry, "w") as out, path.open("rb") as content:
         shutil.copyfileobj(content, out)
 
 
@@ -296,26 +319,28 @@ def _manifest(content: bytes, where: str) -> Manifest:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise NasctlError(f"field '{field}': {first['msg']}", where=where) from error
-    for name in manifest.members:
+    for name, member in manifest.members.items():
         if not NAME.fullmatch(name) or name == MANIFEST:
             raise NasctlError(f"lists a member '{name}'", where=where)
+        if member.role == "model" and not name.endswith(ONNX):
+            raise NasctlError(f"lists a model '{name}'", where=where, allowed=f"*{ONNX}")
     if manifest.model not in manifest.members:
         raise NasctlError(f"delivers '{manifest.model}', which is no member", where=where)
+    if (role := manifest.members[manifest.model].role) != "model":
+        raise NasctlError(f"delivers '{manifest.model}', of the role '{role}'", where=where)
     return manifest
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Every file but the manifest and what an interrupted `add` left, relative to the folder."""
+    """Every file, relative to the folder. Raises NasctlError for what is no ordinary one."""
     for root, folders, names in os.walk(folder):
         for name in [*folders, *names]:
             path = Path(root, name)
             mode = path.lstat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise NasctlError("is no ordinary file", where=str(path))
-            relative = path.relative_to(folder).as_posix()
-            left_over = name.startswith(".") and name.endswith(".part")
-            if stat.S_ISREG(mode) and relative != MANIFEST and not left_over:
-                yield relative
+            if stat.S_ISREG(mode):
+                yield path.relative_to(folder).as_posix()
 
 
 def _verify(path: Path, member: Member) -> None:

@@ -90,9 +90,9 @@ def check(car: SideCar, path: Path) -> None:
     here = {**machine(car.runtime), f"{car.runtime} version": module.version()}
     there = {**car.machine, f"{car.runtime} version": car.version}
     differs = [
-        f"{name} {there[name]!r}, here {here.get(name, '?')!r}"
-        for name in there
-        if there[name] != here.get(name)
+        f"{name} {there.get(name, '?')!r}, here {here.get(name, '?')!r}"
+        for name in {**there, **here}
+        if there.get(name) != here.get(name)
     ]
     if differs:
         raise NasctlError(

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deploy.external import externals, opened
 from nas import file
 from nas.errors import NasctlError
 from nas.outputs import named
@@ -162,51 +163,23 @@ def read(path: Path) -> onnx.ModelProto:
     import onnx
     from onnx.external_data_helper import load_external_data_for_model
 
-    model = _opened(path)
+    model = opened(path)
     if not model.graph.node:
         raise NasctlError("holds no network", where=str(path))
     for held in externals(model, path):
         if held.is_symlink() or not held.is_file():
             raise NasctlError(f"its weights are to be in {held.name}", where=str(path))
     try:
+        onnx.checker.check_model(path)  # with its weights inside, one above 2 GB is refused
         load_external_data_for_model(model, str(path.parent))
-        onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError) as error:
         raise NasctlError(f"is not a valid ONNX file: {error}", where=str(path)) from error
     return model
 
 
-def externals(model: onnx.ModelProto, path: Path) -> list[Path]:
-    """The files beside `path` that hold a model's weights. Raises NasctlError for any elsewhere."""
-    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
-
-    found = {
-        ExternalDataInfo(tensor).location
-        for tensor in model.graph.initializer
-        if uses_external_data(tensor)
-    }
-    for name in found:
-        if name in ("", "..") or Path(name).name != name or "\\" in name:
-            raise NasctlError(
-                f"wants weights from '{name}'",
-                where=str(path),
-                allowed="files in its own folder",
-                next="A file that reaches outside its folder may be an attack: do not load it.",
-            )
-    return [path.parent / name for name in sorted(found)]
-
-
-def beside(path: Path) -> list[Path]:
-    """The files that hold weights of the model in `path`, which may be none; reads no weights.
-
-    Raises NasctlError for what is no ONNX file and for weights that are elsewhere.
-    """
-    return externals(_opened(path), path)
-
-
 def inputs(path: Path) -> dict[str, tuple[int | str, ...]]:
     """What goes into the model in `path`: sizes by name, a free one as a string."""
-    graph = _opened(path).graph
+    graph = opened(path).graph
     weights = {tensor.name for tensor in graph.initializer}
     return {
         value.name: tuple(
@@ -216,19 +189,6 @@ def inputs(path: Path) -> dict[str, tuple[int | str, ...]]:
         for value in graph.input
         if value.name not in weights
     }
-
-
-def _opened(path: Path) -> onnx.ModelProto:
-    """Without the weights that are in other files."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        return onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise NasctlError(f"cannot read: {error.strerror}", where=str(path)) from error
-    except DecodeError as error:
-        raise NasctlError("is no ONNX file, or a damaged one", where=str(path)) from error
 
 
 def _move_weights(model: onnx.ModelProto, path: Path) -> None:

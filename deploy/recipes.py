@@ -32,7 +32,8 @@ def of(device: Device, shapes: Shapes) -> dict[str, Any]:
             command = f"nasctl build BUNDLE --hw {device.name} --engine {engine}"
             found[engine] = {"nasctl": command, "runtime": kinds[device.kind]}
     if "tensorrt" in found:
-        line = trtexec(Path("model.onnx"), Path("model.engine"), shapes)
+        # beside who calls it: a bundle lists all of its files, and this would be one more
+        line = trtexec(Path("BUNDLE/model.onnx"), Path("model.engine"), shapes)
         found["tensorrt"]["trtexec"] = shlex.join(line)
     return {"device": device.name, "engines": found}
 

@@ -64,21 +64,25 @@ def folders() -> list[Path]:
 
 
 def load(name_or_path: str | Path) -> Device:
-    """By name, by alias, or from a path that ends in .toml."""
+    """By name, by alias, or from a path that ends in .toml: of what a user typed."""
     path = Path(name_or_path)
-    if path.suffix == ".toml":
-        return _read(path)
+    return _read(path) if path.suffix == ".toml" else named(str(name_or_path))
+
+
+def named(text: str) -> Device:
+    """By name or by alias: of what a file says, which may be a stranger's with a device file of
+    its own."""
     for folder in folders():
-        if (found := folder / f"{path.name}.toml").is_file() and path.name == str(name_or_path):
+        if (found := folder / f"{text}.toml").is_file() and Path(text).name == text:
             return _read(found)
     aliases: dict[str, Device] = {}
     for name in names():
         with contextlib.suppress(NasctlError):  # a user's broken file must not take `jetson` away
-            device = load(name)
+            device = named(name)
             aliases |= dict.fromkeys(device.aliases, device)
-    if str(name_or_path) in aliases:
-        return aliases[str(name_or_path)]
-    raise unknown("device", str(name_or_path), [*names(), *aliases], where="--hw")
+    if text in aliases:
+        return aliases[text]
+    raise unknown("device", text, [*names(), *aliases], where="--hw")
 
 
 def _read(path: Path) -> Device:

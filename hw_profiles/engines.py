@@ -6,6 +6,8 @@ it needs Python 3.8 and the runtime, nothing else.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Any, Dict
 
@@ -13,8 +15,25 @@ from hw_profiles import fingerprint, runtimes
 from nas.errors import NasctlError
 
 #: what of a machine an engine depends on; the rest of a fingerprint is for reading
-DEPENDS = ("processor", "architecture", "board", "l4t", "gpu", "sm", "driver", "cuda")
+DEPENDS = (
+    "processor",
+    "design",
+    "instructions",
+    "architecture",
+    "board",
+    "l4t",
+    "gpu",
+    "sm",
+    "driver",
+    "cuda",
+)
 GPU = ("tensorrt", "aoti_cuda")  # runtimes whose engines belong to a GPU
+#: of /proc/cpuinfo: which design a processor is of, on x86 and on Arm
+DESIGN = (("cpu family", "CPU implementer"), ("model", "CPU part"), ("stepping", "CPU revision"))
+#: of x86's flags, what compilers choose by; the others also tell of the kernel and its settings
+INSTRUCTIONS = re.compile(
+    r"(mmx|s?sse|pni|avx|amx|fma|f16c|xop|bmi|abm|tbm|lzcnt|popcnt|movbe|adx|v?aes|v?pclmul|gfni|sha_)"
+)
 
 Facts = Dict[str, Any]
 
@@ -52,7 +71,7 @@ def built(model: Path, path: Path, runtime: str, precision: str | None, threads:
 
 def machine(runtime: str) -> dict[str, str]:
     """What an engine of that runtime depends on besides the library."""
-    found = fingerprint.fingerprint(runtime)
+    found = {**fingerprint.fingerprint(runtime), **processor()}
     said = {name: str(found[name]) for name in DEPENDS if found.get(name) not in (None, "?")}
     if runtime in GPU:
         from hw_profiles.runtimes import _cuda
@@ -61,3 +80,17 @@ def machine(runtime: str) -> dict[str, str]:
         more = {"gpu": gpu.name, "sm": str(gpu.capability), "driver": str(gpu.driver_version)}
         said.update(more)
     return said
+
+
+def processor(root: Path = Path("/")) -> dict[str, str]:
+    """What tells processors of one name apart, "?" where nothing does: virtual ones are called the
+    same in generations with and without AVX-512. `root` is for tests."""
+    path = root / "proc/cpuinfo"
+    design = [fingerprint.field(path, *names) for names in DESIGN]
+    flags = fingerprint.field(path, "flags").split()
+    known = [flag for flag in flags if INSTRUCTIONS.match(flag)]
+    text = " ".join(sorted(known or fingerprint.field(path, "Features").split()))
+    return {
+        "design": "?" if design == ["?"] * 3 else "/".join(design),
+        "instructions": "?" if text == "?" else hashlib.sha256(text.encode()).hexdigest()[:12],
+    }

@@ -21,7 +21,7 @@ def fingerprint(runtime: str, root: Path = Path("/")) -> Fingerprint:
     for tests. Nothing in it names a person, an address or a serial number."""
     return {
         "board": _first_line(root / "proc/device-tree/model"),
-        "processor": _field(root / "proc/cpuinfo", "model name", "Hardware", "CPU part"),
+        "processor": field(root / "proc/cpuinfo", "model name", "Hardware", "CPU part"),
         "architecture": platform.machine(),
         "cores": len(clocks.cores()),
         "memory_mb": _memory_mb(root),
@@ -35,11 +35,11 @@ def fingerprint(runtime: str, root: Path = Path("/")) -> Fingerprint:
 
 
 def _memory_mb(root: Path) -> int:
-    kilobytes = _field(root / "proc/meminfo", "MemTotal").split()[0]
+    kilobytes = field(root / "proc/meminfo", "MemTotal").split()[0]
     return int(kilobytes) // 1024 if kilobytes.isdigit() else 0
 
 
-def _field(path: Path, *names: str) -> str:
+def field(path: Path, *names: str) -> str:
     """The first of these fields in a file of `name : value` lines."""
     lines = [line.partition(":") for line in _lines(path)]
     found = {name.strip(): value.strip() for name, _, value in reversed(lines)}

@@ -5,6 +5,8 @@ import stat
 import zipfile
 
 import pytest
+from onnx import ModelProto, TensorProto, helper
+from onnx.external_data_helper import set_external_data
 
 from deploy import bundle
 from nas.errors import NasctlError
@@ -12,16 +14,21 @@ from nas.errors import NasctlError
 ROLES = {"model.onnx": "model", "task.json": "task", "engines/a.pt2": "engine"}
 
 
+def model(text):
+    """An ONNX file of no network that says `text`."""
+    return ModelProto(producer_name=text).SerializeToString()
+
+
 def files(folder):
     for name in ROLES:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(name.encode() * 10)
+        path.write_bytes(model(name * 10) if name.endswith(".onnx") else name.encode() * 10)
     return folder
 
 
-def sealed(folder, model="model.onnx"):
-    return bundle.seal(files(folder), ROLES, nasctl="0", model=model)
+def sealed(folder):
+    return bundle.seal(files(folder), ROLES, nasctl="0", model="model.onnx")
 
 
 def test_a_sealed_bundle_reads_back_and_is_verified(tmp_path):
@@ -53,6 +60,42 @@ def test_what_is_not_listed_is_refused(tmp_path):
         bundle.read(tmp_path / "b")
 
 
+@pytest.mark.parametrize("name", [".part", "x.part", ".x.part.so", "engines/..part"])
+def test_what_is_only_called_like_an_unfinished_member_is_refused(tmp_path, name):
+    sealed(tmp_path / "b")
+    (tmp_path / "b" / name).write_bytes(b"")
+    with pytest.raises(NasctlError, match=f"'{name}', which its manifest does not list"):
+        bundle.read(tmp_path / "b")
+
+
+def weighty(held, *, inside):
+    """A model with weights in the file `held`, of the graph or inside one of its nodes."""
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2], raw_data=bytes(8))
+    set_external_data(weight, held, 0, 8)
+    weight.ClearField("raw_data")
+    nodes = [helper.make_node("Constant", [], ["w"], value=weight)] if inside else []
+    graph = helper.make_graph(nodes, "g", [], [], [] if inside else [weight])
+    return helper.make_model(graph).SerializeToString()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("held", ["w.data", ".w.part"])
+def test_weights_in_a_file_that_is_no_member_are_refused(tmp_path, held, inside):
+    made = sealed(tmp_path / "b")
+    heavy = {"heavy.onnx": ("model", weighty(held, inside=inside))}
+    with pytest.raises(NasctlError, match=f"weights are in {held}, which the bundle does not list"):
+        bundle.add(made, heavy)
+    (tmp_path / "b" / held).write_bytes(bytes(8))
+    with pytest.raises(NasctlError, match="which (its manifest|the bundle) does not list"):
+        bundle.read(tmp_path / "b")
+
+
+def test_weights_that_are_a_member_are_read(tmp_path):
+    heavy = {"heavy.onnx": ("model", weighty("w.data", inside=False))}
+    made = bundle.add(sealed(tmp_path / "b"), {"w.data": ("weights", bytes(8)), **heavy})
+    assert bundle.read(tmp_path / "b") == made
+
+
 @pytest.mark.parametrize("where", ["model.onnx", "link", "engines"])
 def test_links_are_refused(tmp_path, where):
     sealed(tmp_path / "b")
@@ -72,6 +115,9 @@ def test_links_are_refused(tmp_path, where):
         ({"format": 2}, "field 'format'"),
         ({"more": 1}, "field 'more'"),
         ({"model": "other.onnx"}, "delivers 'other.onnx'"),
+        ({"model": "engines/a.pt2"}, "delivers 'engines/a.pt2', of the role 'engine'"),
+        ({"model": "task.json"}, "delivers 'task.json', of the role 'task'"),
+        ({"members": {"x.pt2": {"sha256": "0" * 64, "bytes": 0, "role": "model"}}}, "a model 'x.p"),
         ({"members": {"../x": {"sha256": "0" * 64, "bytes": 0, "role": "task"}}}, "lists a member"),
         ({"members": {"/x": {"sha256": "0" * 64, "bytes": 0, "role": "task"}}}, "lists a member"),
         ({"members": {"x": {"sha256": "0", "bytes": 0, "role": "task"}}}, "members.x.sha256"),
@@ -97,10 +143,10 @@ def test_a_folder_without_a_manifest_is_no_bundle(tmp_path):
 
 def test_members_are_added_and_replaced(tmp_path):
     made = sealed(tmp_path / "b")
-    (tmp_path / "made.onnx").write_bytes(b"int8")
+    (tmp_path / "made.onnx").write_bytes(model("int8"))
     new = {"model.int8.onnx": ("model", tmp_path / "made.onnx"), "task.json": ("task", b"{}")}
     more = bundle.add(made, new, model="model.int8.onnx")
-    assert more.model.read_bytes() == b"int8"
+    assert more.model.read_bytes() == model("int8")
     assert more.path("task.json").read_bytes() == b"{}"
     assert bundle.identity(more) != bundle.identity(made)
 
@@ -118,16 +164,29 @@ def test_a_kill_at_any_step_of_adding_leaves_old_or_new(tmp_path, monkeypatch, s
 
         return call
 
-    new = {"model.onnx": ("model", b"new"), "more.json": ("report", b"more")}
+    new = {"model.onnx": ("model", model("new")), "more.json": ("report", b"more")}
     with monkeypatch.context() as patched:
         patched.setattr(bundle.file, "write", killing(bundle.file.write))
         patched.setattr(type(tmp_path), "replace", killing(type(tmp_path).replace))
         with pytest.raises(KeyboardInterrupt):
             bundle.add(made, new)
     found = bundle.read(tmp_path / "b")
-    assert (found.model.read_bytes() == b"new") is (step >= 3)  # the manifest is the third step
+    assert (found.model.read_bytes() == model("new")) is (
+        step >= 3
+    )  # the manifest is the third step
     assert ("more.json" in found.manifest.members) is (step >= 3)
     assert bundle.add(found, new).path("more.json").read_bytes() == b"more"
+
+
+@pytest.mark.parametrize("name", [".a.json.part", "engines/..b.json.part.k3_x9abc.part"])
+def test_what_killed_ones_left_is_no_member_and_goes_with_the_next(tmp_path, name):
+    sealed(tmp_path / "b")
+    left = tmp_path / "b" / name
+    left.write_bytes(b"half")
+    made = bundle.read(tmp_path / "b")
+    assert left.exists()  # it may be another process's, which is still at it
+    bundle.add(made, {"more.json": ("report", b"more")})
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("step", range(3))
@@ -163,6 +222,16 @@ def test_an_archive_unfolds_to_the_same_bundle_without_engines(tmp_path):
     assert back.model.read_bytes() == made.model.read_bytes()
     with pytest.raises(NasctlError, match="exists already"):
         bundle.unpack(tmp_path / "one.zip", tmp_path / "back")
+
+
+def test_a_member_above_what_an_archive_holds_without_zip64_is_packed(tmp_path, monkeypatch):
+    made = bundle.add(sealed(tmp_path / "b"), {"w.data": ("weights", bytes(2000))})
+    bundle.pack(made, tmp_path / "usual.zip")
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)  # 2 GiB
+    bundle.pack(made, tmp_path / "b.zip")
+    back = bundle.unpack(tmp_path / "b.zip", tmp_path / "back")
+    assert back.path("w.data").read_bytes() == bytes(2000)
+    assert (tmp_path / "usual.zip").read_bytes() != (tmp_path / "b.zip").read_bytes()
 
 
 def rewritten(path, change):

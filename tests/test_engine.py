@@ -9,7 +9,7 @@ from bundles import digits, small
 from cli import bundling, judging
 from deploy import bundle as bundles
 from deploy import engine, recipes
-from hw_profiles import device, runtimes
+from hw_profiles import device, engines, runtimes
 from hw_profiles.runtimes import onnxruntime
 from nas.errors import NasctlError
 
@@ -45,6 +45,7 @@ def test_an_engine_computes_what_its_model_computes(bundle, built):
     ("change", "said"),
     [
         ({"machine": {"processor": "Cortex-A78"}}, "was built for processor 'Cortex-A78', here"),
+        ({"machine": {}}, r"was built for .*architecture '\?', here"),
         ({"version": "0.9"}, "version '0.9', here"),
         ({"sha256": "0" * 64}, "is not the engine that its side-car describes"),
     ],
@@ -59,6 +60,37 @@ def test_an_engine_of_elsewhere_is_refused_unopened(built, monkeypatch, change, 
             engine.load(path)
     finally:
         engine.write(car, path)
+
+
+FLAGS = "fpu sse2 ssse3 avx avx2 fma f16c bmi2"
+X86 = "model name : AMD EPYC\ncpu family : {}\nmodel : 17\nstepping : 1\nflags : {}\n"
+ARM = "CPU implementer : 0x41\nCPU part : 0xd42\nCPU revision : 1\nFeatures : fp asimd {}\n"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differs"),
+    [
+        (X86.format(25, FLAGS), X86.format(25, f"{FLAGS} avx512f"), {"instructions"}),
+        (X86.format(25, FLAGS), X86.format(26, FLAGS), {"design"}),
+        (X86.format(25, FLAGS), X86.format(25, f"{FLAGS} hypervisor ibrs"), set()),
+        (ARM.format(""), ARM.format("asimddp"), {"instructions"}),
+        (ARM.format(""), ARM.format("").replace("0xd42", "0xd40"), {"design"}),
+        ("", "", set()),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(tmp_path, one, other, differs):
+    (tmp_path / "proc").mkdir()
+    found = []
+    for text in (one, other):
+        (tmp_path / "proc/cpuinfo").write_text(text)
+        found.append(engines.processor(tmp_path))
+    assert {name for name in found[0] if found[0][name] != found[1][name]} == differs
+    assert ("?" in found[0].values()) is (one == "")
+
+
+def test_an_engine_belongs_to_a_processors_design_and_instructions(built):
+    _, car = built
+    assert {"design", "instructions"} <= car.machine.keys()
 
 
 def test_an_engine_without_a_side_car_is_refused(built, tmp_path):
@@ -123,6 +155,7 @@ def test_build_puts_a_measured_engine_into_the_bundle(nasctl, workdir):
         (("--hw", "raspi4", "--engine", "ort"), 2, "raspi4 is not this machine"),
         (("--hw", "raspi4"), 2, "tflite has no engines; allowed: ort, openvino, aoti"),
         (("--engine", "ort", "--member", "x.onnx"), 1, "no member 'x.onnx'"),
+        (("--engine", "ort", "--member", "task.json"), 1, "'task.json' is no ONNX file; allowed"),
     ],
 )
 def test_what_cannot_be_built_is_one_line(nasctl, workdir, arguments, code, said):
@@ -142,12 +175,24 @@ def test_the_command_of_trtexec_for_both_versions(nasctl, workdir):
         assert not {"--fp16", "--int8", "--best", "--calib"} & set(line.split())
 
 
+def test_trtexec_writes_its_engine_outside_the_bundle(nasctl, workdir, monkeypatch):
+    made = small(workdir / "b")
+    assert nasctl("build", "b", "--commands").out.count(" --saveEngine=model.engine ") == 2
+    monkeypatch.chdir(made.folder)
+    beside = made.folder.resolve().parent / "model.engine"
+    assert nasctl("build", ".", "--commands").out.count(f" --saveEngine={beside} ") == 2
+    monkeypatch.chdir(workdir)
+    bundles.pack(made, workdir / "b.zip")  # its files would be gone when trtexec starts
+    refused = nasctl("build", "b.zip", "--commands")
+    assert refused.code == 2 and "trtexec reads no archive" in refused.err
+
+
 def test_trtexec_is_told_no_shapes_of_what_is_fixed(nasctl, workdir):
     fixed = small(workdir / "b", sizes=(1, 1, 8, 8))
     assert "Shapes" not in nasctl("build", "b", "--commands").out
     shapes = bundling.free_shapes(fixed.model, bundling.sample_of(fixed))
     assert recipes.of(device.load("jetson"), shapes)["engines"]["tensorrt"]["trtexec"] == (
-        "trtexec --onnx=model.onnx --saveEngine=model.engine --stronglyTyped --noTF32 "
+        "trtexec --onnx=BUNDLE/model.onnx --saveEngine=model.engine --stronglyTyped --noTF32 "
         "--memPoolSize=workspace:1024M --profilingVerbosity=detailed --skipInference"
     )
 

@@ -9,8 +9,8 @@ from onnx import TensorProto, helper
 from onnx.external_data_helper import set_external_data
 from torch import nn
 
+from deploy import external, verify
 from deploy import onnx as files
-from deploy import verify
 from hw_profiles.graph import onnx_graph
 from hw_profiles.op import Tape
 from hw_profiles.runtimes import onnxruntime
@@ -120,12 +120,18 @@ def large(tmp_path, monkeypatch):
 def test_weights_above_the_limit_are_beside_the_file(large, monkeypatch):
     (beside,) = (path for path in large.parent.iterdir() if path != large)
     assert beside.name.startswith("model.") and beside.suffix == ".data"
-    assert files.externals(onnx.load(large, load_external_data=False), large) == [beside]
+    assert external.externals(onnx.load(large, load_external_data=False), large) == [beside]
     monkeypatch.undo()
     files.write(convolutions(), whole := large.with_name("whole.onnx"))
     np.testing.assert_array_equal(answer(large), answer(whole))
     for one, other in zip(*(files.read(p).graph.initializer for p in (large, whole)), strict=True):
         assert (one.name, one.raw_data) == (other.name, other.raw_data)
+
+
+def test_a_file_that_is_too_large_to_be_checked_in_memory_is_read(large, monkeypatch):
+    monkeypatch.setattr(onnx.checker, "MAXIMUM_PROTOBUF", 2000)  # 2 GiB
+    weights = [tensor.ByteSize() for tensor in files.read(large).graph.initializer]
+    assert sum(weights) > 2000
 
 
 def test_a_kill_between_weights_and_file_leaves_what_was_there(large, monkeypatch):
@@ -166,6 +172,22 @@ def test_weights_from_elsewhere_are_refused(tmp_path, location):
     (tmp_path / "in").mkdir()
     with pytest.raises(NasctlError, match="wants weights from .* may be an attack"):
         files.read(stranger(tmp_path / "in" / "m.onnx", location))
+
+
+def test_weights_of_a_node_from_elsewhere_are_refused_too(tmp_path):
+    model = onnx.load(stranger(tmp_path / "m.onnx", "../secret"), load_external_data=False)
+    held = model.graph.initializer.pop()
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=held))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(NasctlError, match="wants weights from '../secret'"):
+        files.read(tmp_path / "m.onnx")
+
+
+def test_of_several_places_of_one_weight_each_is_looked_at(tmp_path):
+    model = onnx.load(stranger(tmp_path / "m.onnx", "../secret"), load_external_data=False)
+    model.graph.initializer[0].external_data.add(key="location", value="w.data")
+    with pytest.raises(NasctlError, match="wants weights from '../secret'"):
+        external.externals(model, tmp_path / "m.onnx")
 
 
 def test_a_link_to_elsewhere_is_refused_and_so_are_weights_that_are_absent(tmp_path):

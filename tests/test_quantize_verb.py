@@ -6,7 +6,7 @@ import re
 import pytest
 from bundles import small
 
-from cli import measuring
+from cli import measuring, quantizing
 from deploy import bundle as bundles
 from hw_profiles.protocol import Timing
 from hw_profiles.runtimes import onnxruntime
@@ -48,6 +48,28 @@ def test_a_faster_int8_file_is_delivered_with_the_reasons(nasctl, workdir, timed
     assert onnxruntime.observed_precision(session) == "int8"
     assert session.inputs == {"input": ("batch", 1, 8, 8)}
     assert not list(workdir.glob(".b.quantize*"))
+
+
+def test_a_loss_on_the_images_that_decided_nothing_is_told_and_decides_nothing(
+    nasctl, workdir, timed, monkeypatch
+):
+    timed(1.0, 0.4)
+    small(workdir / "b")
+    honest = quantizing.Job.evidence
+
+    def evidence(job, model, half):
+        found = honest(job, model, half)
+        lost = half == 1 and model is not job.plain
+        return {name: each * 0 if lost else each for name, each in found.items()}
+
+    for lost in (False, True):
+        if lost:
+            monkeypatch.setattr(quantizing.Job, "evidence", evidence)
+        _, content, _ = quantized(nasctl, "--max-drop", "3%")
+        assert content["choice"] == "u8" and content["variants"][1]["spent"] <= 1
+        said = [line for line in content["why"] if "beyond the bound on the images" in line]
+        assert len(said) == lost
+    assert "u8: " in said[0] and "class 0.0000, before 0.9" in said[0]
 
 
 def test_a_file_of_one_example_at_a_time_is_calibrated_so(nasctl, workdir, timed):
@@ -149,7 +171,7 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(nasctl, workdir, 
     judged = []
     monkeypatch.setattr("cli.judging.spent", lambda *_: judged.append(1) or 0.0)
     assert quantized(nasctl, "--max-drop", "3%")[1]["choice"] == "u8"
-    assert not judged
+    assert len(judged) == 1  # by the images that decide nothing, once
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from deploy import chain, interface
 from deploy import onnx as files
 from hw_profiles import device, runtimes
 from hw_profiles.half import half
+from nas import checkpoint
 from nas.errors import NasctlError, ParityFailed
 
 NAN = float("nan")
@@ -130,6 +131,8 @@ def test_the_bound_of_quantize_is_held_on_the_images_that_decided(nasctl, workdi
     assert code == 0
     assert content["bound"]["class"]["max_drop"] == 0.01
     assert content["bound"]["class"]["images"] == 359 // 2
+    told = content["bound"]["class"]["told"]
+    assert told["delivered"] == told["float"] and told["images"] == 359 - 359 // 2
     bundles.add(made, {"quantize.json": ("report", json.dumps(said | {"board": "gone"}).encode())})
     code, content, _ = verified(nasctl, "b")
     assert code == 0 and not content["bound"] and content["metric"]
@@ -145,8 +148,8 @@ def test_the_bound_is_held_in_the_runtime_that_it_was_held_in(nasctl, workdir, m
     said = {"max_drop": "class=1%", "seed": 3, "board": "other"}
     bundles.add(made, {"quantize.json": ("report", json.dumps(said).encode())})
     own = device.load("cpu").model_copy(update={"name": "other", "runtime": "openvino"})
-    load = device.load
-    monkeypatch.setattr(device, "load", lambda name: own if name == "other" else load(name))
+    named = device.named
+    monkeypatch.setattr(device, "named", lambda name: own if name == "other" else named(name))
     if not runtimes.load_module("openvino").unavailable():
         used = []
         runner = judging.runner
@@ -161,6 +164,47 @@ def test_the_bound_is_held_in_the_runtime_that_it_was_held_in(nasctl, workdir, m
     _, content, _ = verified(nasctl, "b")
     assert not content["bound"]
     assert "bound: other runs openvino: not here" in content["not_measured"]
+
+
+THEIRS = """name = "theirs"\nsummary = "?"\nkind = "cpu"\nruntime = "aoti"\nlocal = true
+precision = "fp32"\nsources = ["?"]\n"""
+
+
+@pytest.mark.usefixtures("stated")
+def test_no_runtime_is_taken_from_a_device_file_of_the_bundles(nasctl, workdir, monkeypatch):
+    said = {"max_drop": "class=1%", "seed": 3, "board": "b/theirs.toml"}
+    content = {
+        "quantize.json": ("report", json.dumps(said).encode()),
+        "theirs.toml": ("report", THEIRS.encode()),
+    }
+    bundles.add(small(workdir / "b"), content)
+    monkeypatch.setattr("hw_profiles.runtimes.aoti.load", lambda *_, **__: pytest.fail("run"))
+    code, content, _ = verified(nasctl, "b")
+    assert code == 0 and not content["bound"]
+    assert any("unknown device 'b/theirs.toml'" in note for note in content["not_measured"])
+
+
+@pytest.mark.usefixtures("stated")
+def test_native_code_is_made_only_for_a_device_that_was_typed(nasctl, workdir, monkeypatch):
+    said = {"max_drop": "class=1%", "seed": 3, "board": "own"}
+    made = {"quantize.json": ("report", json.dumps(said).encode())}
+    bundles.add(small(workdir / "b"), made)
+    monkeypatch.setenv(device.ENV, str(workdir))
+    (workdir / "own.toml").write_text(THEIRS.replace("theirs", "own"))
+    aoti = runtimes.load_module("aoti")
+    monkeypatch.setattr(aoti, "unavailable", lambda: "")
+    monkeypatch.setattr(aoti, "load", lambda *_, **__: pytest.fail("run"))
+    code, content, _ = verified(nasctl, "b")
+    assert code == 0 and not content["bound"]
+    assert "bound: own runs aoti, native code: name it with --hw" in content["not_measured"]
+
+
+@pytest.mark.parametrize(("after", "beyond"), [(0.796, False), (0.79, True), (NAN, True)])
+def test_the_bound_on_the_images_that_decided_nothing_is_a_note(after, beyond):
+    both = WELL | {"max_drop": 0.01, "told": {"float": 0.8, "delivered": after, "images": 7}}
+    assert ("on the 7 other validation images" in verdict._beyond("class", both)) is beyond
+    for told in (None, both["told"] | {"float": NAN}):
+        assert not verdict._beyond("class", both | {"told": told})
 
 
 def test_a_metric_that_the_float_file_has_not_is_a_note():
@@ -238,6 +282,13 @@ def test_engines_are_loaded_only_if_they_are_named(nasctl, workdir, monkeypatch)
     assert [(one["name"], one["holds"]) for one in content["chain"]] == [
         ("model.onnx = engine", True)
     ]
+    # what it computes in is seen, whatever its side-car says
+    path = workdir / "b/engines" / f"{name}.json"
+    car = json.loads(path.read_text()) | {"observed": "int8"}
+    content = json.dumps(car).encode()
+    bundles.add(bundles.read(workdir / "b"), {f"engines/{name}.json": ("sidecar", content)})
+    (one,) = verified(nasctl, "b", "--engine", name)[1]["chain"]
+    assert one["precision"] == "fp32" and one["tolerance"] == chain.TOLERANCE["fp32"]
     monkeypatch.setattr("deploy.engine.load", lambda path: pytest.fail("loaded"))
     assert verified(nasctl, "b")[0] == 0
     code, _, error = verified(nasctl, "b", "--engine", "other")
@@ -260,14 +311,19 @@ def test_a_sample_that_is_none_is_one_line(nasctl, workdir, sample, said):
 
 
 @pytest.mark.usefixtures("stated")
-def test_an_engine_of_no_member_is_one_line(nasctl, workdir):
+def test_an_engine_of_no_model_is_one_line(nasctl, workdir):
     made, name = small(workdir / "b"), "engines/model.cpu.onnxruntime.ort"
     assert nasctl("build", "b", "--engine", "ort").code == 0
-    made = bundles.read(made.folder)
-    car = json.loads(made.path(f"{name}.json").read_text()) | {"model": "gone.onnx"}
-    bundles.add(made, {f"{name}.json": ("sidecar", json.dumps(car).encode())})
-    code, _, error = verified(nasctl, "b", "--engine", name)
-    assert code == 1 and "has no member 'gone.onnx'" in error
+    said = {
+        "gone.onnx": "has no member 'gone.onnx'",
+        name: f"'{name}' is no ONNX file; allowed: model.onnx",
+    }
+    for model, wanted in said.items():
+        made = bundles.read(made.folder)
+        car = json.loads(made.path(f"{name}.json").read_text()) | {"model": model}
+        bundles.add(made, {f"{name}.json": ("sidecar", json.dumps(car).encode())})
+        code, _, error = verified(nasctl, "b", "--engine", name)
+        assert code == 1 and wanted in error
 
 
 @pytest.mark.usefixtures("stated")
@@ -294,6 +350,13 @@ def test_code_is_not_run_because_a_bundle_names_it(nasctl, workdir):
     assert any("the data are code" in note for note in content["not_measured"])
     refused = nasctl("quantize", "b")
     assert refused.code == 1 and "Name it yourself: --data theirs:task" in refused.err
+    # nor because weights do that lie in the bundle
+    asked = {"space": "mobilenet", "width": 1.0, "task": {"data": "theirs:task", "size": None}}
+    told = {"format": checkpoint.FORMAT, "network": {"genes": []}, **asked}
+    weights = save({"w": np.ones(1, np.float32)}, {checkpoint.SAID: json.dumps(told)})
+    bundles.add(bundles.read(made.folder), {"model.safetensors": ("weights", weights)})
+    code, content, _ = verified(nasctl, "b")
+    assert code == 0 and sum("the data are code" in note for note in content["not_measured"]) == 2
 
 
 @pytest.mark.usefixtures("stated")

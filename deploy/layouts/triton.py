@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
+from deploy import external
 from deploy import onnx as files
 from deploy.interface import Interface
 from nas.errors import NasctlError
@@ -36,7 +37,7 @@ def write(model: Path, interface: Interface | None, folder: Path) -> Sequence[Pa
     (place / "1").mkdir(parents=True)
     proto, copy = files.read(model), place / "1" / "model.onnx"
     files.write(proto, copy)
-    made = [place / "config.pbtxt", copy, *files.beside(copy)]
+    made = [place / "config.pbtxt", copy, *external.beside(copy)]
     classes = interface.classes if interface else ()
     if classes:
         (place / LABELS).write_text("".join(f"{name}\n" for name in classes))

@@ -22,6 +22,17 @@ def is_reference(data: str) -> bool:
     return _FORM.fullmatch(data) is not None
 
 
+def require_typed(typed: str | None, said: str) -> None:
+    """Raises NasctlError for data that are code which nobody typed: a file says so (`said`), which
+    may be a stranger's."""
+    if typed is None and is_reference(said):
+        raise NasctlError(
+            "the data are code, which is not run because a file says so",
+            where=said,
+            next=f"Name it yourself: --data {said}",
+        )
+
+
 def read(reference: str) -> object:
     """Import, look up, call. The caller checks what came back."""
     found = attribute(reference, f"--data {reference}")
