@@ -18,7 +18,9 @@ def command(
         str | None, typer.Option(help="ort, openvino, aoti or tensorrt. [the device's runtime]")
     ] = None,
     member: Annotated[str | None, typer.Option(help="ONNX file. [the delivered one]")] = None,
-    precision: Annotated[str | None, typer.Option(help="[as the file is]")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="[the device's, of the float file; else as the file is]")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the processor. [1]")] = None,
     on: Annotated[
         str | None, typer.Option(help="local, or ssh://[user@]host[:port]. [local]")
@@ -40,10 +42,10 @@ def command(
     from cli import building, bundling
     from hw_profiles import device
 
-    of_engine: dict[str, object] = {"--hw": hw, "--engine": engine, "--precision": precision}
-    of_engine |= {"--threads": threads, "--on": on}
+    here: dict[str, object] = {"--engine": engine, "--threads": threads, "--on": on}
+    of_engine = {"--hw": hw, "--precision": precision, **here}
     if commands:
-        words = {"--layout": layout, "--out": out, **of_engine}
+        words = {"--layout": layout, "--out": out, **here}
         options.refuse(words, "changes nothing of trtexec's command (--commands)")
         bundling.require_folder(model, "trtexec reads no archive (--commands)")
     if (layout is None) != (out is None):
@@ -52,19 +54,21 @@ def command(
         options.refuse(of_engine, "is about an engine, a layout is none")
     board, on = device.load(hw or "cpu"), on or "local"
     with bundling.opened(model, changes=not commands and layout is None) as bundle:
+        asked = building.Asked(board, engine, member, precision, threads or 1, on)
         if commands:
-            return print(building.trtexec(bundle, member))
+            return print(building.trtexec(bundle, asked))
         if layout is not None and out is not None:
             paths = building.laid_out(bundle, member, layout, out)
             return console.emit_json(paths) if json else console.say("\n".join(paths), "files")
-        asked = building.Asked(board, engine, member, precision, threads or 1, on)
         car = building.build(bundle, asked)
     if json:
         return console.emit_json(car.model_dump())
     assert car.latency is not None
     where = "here" if on == "local" else f"at {on}"
     console.say(f"{car.runtime} {car.version}, {car.bytes / 1e6:.2f} MB", "engine")
-    console.say(f"{car.observed} (asked for: {car.requested or 'as the file is'})", "computes in")
+    why = f", as {board.name} states" if car.requested and precision is None else ""
+    said = f"asked for: {car.requested or 'as the file is'}{why}"
+    console.say(f"{car.observed} ({said})", "computes in")
     console.say(
         f"median {console.format_ms(car.latency['median_ms'])}, measured {where}", "latency"
     )

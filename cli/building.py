@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +59,7 @@ def build(bundle: Bundle, asked: Asked) -> SideCar:
             next=f"Engines are built where they run: --on ssh://…, or copy the bundle to "
             f"{board.name}.",
         )
+    asked = replace(asked, precision=precision_of(bundle, asked))
     source = bundle.onnx(asked.member or bundle.manifest.model)
     _check_free(source, runtime)
     module = runtimes.compiled(runtime)
@@ -74,6 +75,15 @@ def build(bundle: Bundle, asked: Asked) -> SideCar:
         }
         bundles.add(bundle, found)
     return car
+
+
+def precision_of(bundle: Bundle, asked: Asked) -> str | None:
+    """What the engine computes in: what was typed, else of the float file what the device's
+    latencies are of. None, as the file is, of any other file and where that is float32."""
+    member = asked.member or bundle.manifest.model
+    if asked.precision is not None or member != bundling.FLOAT or asked.board.precision == "fp32":
+        return asked.precision
+    return asked.board.precision
 
 
 def _check_free(source: Path, runtime: str) -> None:
@@ -143,17 +153,36 @@ def runtime_of(board: Device, engine: str | None) -> str:
     return kinds[board.kind]
 
 
-def trtexec(bundle: Bundle, member: str | None) -> str:
-    """The command lines that build the engine with TensorRT's own tool, of 10 and of 11, into the
-    folder that one is in: it stays outside the bundle, which lists all of its files."""
-    source = bundle.onnx(member or bundle.manifest.model)
+def trtexec(bundle: Bundle, asked: Asked) -> str:
+    """The command lines that build the engine with TensorRT's own tool, of 10 and of 11, into
+    the folder that one is in: it stays outside the bundle, which lists all of its files.
+
+    Raises NasctlError for a precision that no file of the bundle is in: the tool builds what the
+    file says.
+    """
+    member, precision = asked.member or bundle.manifest.model, precision_of(bundle, asked)
+    if precision is not None:
+        runtimes.offered(precision, runtimes.load_module("tensorrt").PRECISIONS, "TensorRT")
+        if asked.member not in (None, bundling.FLOAT):
+            raise UsageError(
+                "trtexec builds what a file says", where="--precision", next="Leave it out."
+            )
+        member = recipes.FILES[precision]
+        if member not in bundle.manifest.members:
+            first = recipes.lowering(str(bundle.folder), asked.board.name, precision)
+            raise NasctlError(
+                f"trtexec builds what a file says, and none is in {precision}",
+                where=str(bundle.folder),
+                next=f"{first} writes {member}; --precision fp32 takes {bundling.FLOAT}.",
+            )
+    source = bundle.onnx(member)
     shapes = bundling.free_shapes(source, bundling.sample_of(bundle))
     within = Path.cwd().is_relative_to(bundle.folder.resolve())
     engine = (bundle.folder.resolve().parent if within else Path()) / f"{source.stem}.engine"
     lines = []
     for major in (10, 11):
         words = recipes.trtexec(source, engine, shapes, major=major)
-        lines.append(f"# TensorRT {major}\n{shlex.join(words)}")
+        lines.append(f"# TensorRT {major}, precision as {member} is written\n{shlex.join(words)}")
     return "\n".join(lines)
 
 

@@ -131,6 +131,8 @@ def quantize(job: Job) -> dict[str, Any]:
         timings = _timed(job, list(paths.values()))
         content = {**_report(job, found, paths, timings), "refused": refused}
         content["why"] += [f"{name}: not possible here: {why}" for name, why in refused.items()]
+        if "fp16" in found and (lost := half.vanishing(files.read(paths[FLOAT]))):
+            content["why"].append(f"fp16: {lost} weights are too small for it and became 0")
         chosen = content["choice"]
         members: dict[str, tuple[bundles.Role, bytes | Path]] = {
             REPORT: ("report", (json.dumps(content, indent=1) + "\n").encode())

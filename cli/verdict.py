@@ -94,7 +94,8 @@ def require(content: Mapping[str, Any], asked: Asked, where: str) -> None:
     """Raises ParityFailed for a broken chain or a metric that is a number of the float file only,
     BudgetMissed for a bound or a budget missed, NasctlError for a budget that was typed and could
     not be checked, or that a busy machine leaves in doubt."""
-    chain.require([Link(one["name"], one["precision"], one["error"]) for one in content["chain"]])
+    said = ("name", "precision", "error", "gain", "tolerance")
+    chain.require([Link(*(one[key] for key in said)) for one in content["chain"]])
     _require_metrics(content, where)
     found, budget = content["measured"], content["budget"]
     if found is None:

@@ -107,10 +107,7 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
         "nasctl": bundle.manifest.nasctl,
         "bundle": bundles.identity(bundle),
         "file": {**file.record(delivered.path), "runtime": delivered.runtime},
-        "chain": [
-            {**asdict(one), "tolerance": one.tolerance, "holds": one.holds}
-            for one in compared.links
-        ],
+        "chain": [_told(one) for one in compared.links],
         "metric": scores,
         "bound": bound,
         "split": asked.split,
@@ -120,6 +117,12 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
         "not_measured": [*compared.notes, *missing, *elsewhere],
         "environment": deployed.environment(),
     }
+
+
+def _told(one: Link) -> dict[str, Any]:
+    measured = {"error": one.error, "gain": one.gain}
+    allowed = {"tolerance": one.tolerance, "holds": one.holds}
+    return {"name": one.name, "precision": one.precision, **measured, **allowed}
 
 
 def _compared(bundle: Bundle, named: Path, asked: Asked, inputs: Feeds) -> Compared:
@@ -157,12 +160,17 @@ def _to_engine(bundle: Bundle, engine: str, inputs: Feeds, found: Compared) -> N
     name = f"{car.model} = engine"
     if unread := _unloadable(source):
         found.notes.append(f"{name}: {unread}")
+        return
+    expected, limit = source.runner()(inputs), math.inf
+    if _lower(source.path) == "int8":  # both sides are the same quantized network
+        plain = judging.runner(bundle.onnx(bundling.FLOAT), PLAIN)(inputs)
+        from_float = chain.link(f"{bundling.FLOAT} = {car.model}", "int8", plain, expected).error
+        limit, observed = chain.built(from_float), "int8"
     else:
         # ONNX Runtime's own format cannot be looked into, so it is the same graph that is asked
         seen = session if car.runtime != PLAIN else runtimes.load_module(PLAIN).load(source.path)
         observed = runtimes.load_module(car.runtime).observed_precision(seen)
-        expected = source.runner()(inputs)
-        found.links.append(_link(name, found.delivered, inputs, expected, observed))
+    found.links.append(_link(name, found.delivered, inputs, expected, observed, limit))
 
 
 def _inputs(bundle: Bundle) -> Feeds:
@@ -179,17 +187,21 @@ def _inputs(bundle: Bundle) -> Feeds:
 
 
 def _lower(path: Path) -> str | None:
-    """The half precision that an ONNX file says it computes in, by the types of its weights: ONNX
-    Runtime on processors casts, and is seen to compute in float32. None of any other file."""
+    """The lower precision that an ONNX file says it computes in, which ONNX Runtime on processors
+    may compute in float32 all the same: int8 by its Q/DQ pairs, a half of our making by the types
+    of its weights. None of any other file."""
+    graph = files.read(path).graph
+    if any(node.op_type == "QuantizeLinear" for node in graph.node):
+        return "int8"
     if path.name not in quantizing.HALVES.values():
         return None
-    kinds = {tensor.data_type for tensor in files.read(path).graph.initializer}
+    kinds = {tensor.data_type for tensor in graph.initializer}
     return next((name for name, code in half.CODES.items() if code in kinds), None)
 
 
 def _unloadable(file: Delivered) -> str:
     """Why a half-precision file cannot be run here, as bfloat16 in ONNX Runtime; else empty."""
-    if _lower(file.path) is None:
+    if _lower(file.path) not in half.CODES:
         return ""
     try:
         file.runner()
@@ -199,7 +211,12 @@ def _unloadable(file: Delivered) -> str:
 
 
 def _link(
-    name: str, after: Delivered, inputs: Feeds, before: Outputs, observed: str | None = None
+    name: str,
+    after: Delivered,
+    inputs: Feeds,
+    before: Outputs,
+    observed: str | None = None,
+    limit: float = math.inf,
 ) -> Link:
     """One link of the chain, at batch 1 as engines are built for."""
     run = after.runner()
@@ -208,7 +225,7 @@ def _link(
     if observed is None:
         module = runtimes.load_module(after.runtime)
         observed = module.observed_precision(module.load(after.path, threads=after.threads))
-    return chain.link(name, chain.coarsest(observed), before, found)
+    return chain.link(name, chain.coarsest(observed), before, found, limit)
 
 
 def _before(

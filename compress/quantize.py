@@ -8,7 +8,8 @@ ONNX Runtime's static quantizer does the arithmetic; here is what it is asked fo
   float and back. Never U8 weights: 4 to 5 times slower;
 * S8 activations (symmetric, all zero points 0) and no int32 biases for TensorRT, which imports
   nothing else: Q/DQ before the inputs of convolutions, linear layers and residual sums, whose
-  other input would otherwise keep its convolution in float.
+  other input would otherwise keep its convolution in float. None on their outputs: between a
+  convolution and its ReLU a pair keeps TensorRT from fusing the two.
 
 What this costs a network, and what is then done: `compress/guard.py`.
 """
@@ -142,13 +143,14 @@ def int8(
             activation_qType=QuantType.QInt8 if signed else QuantType.QUInt8,
             tensors_range=copy.deepcopy(ranges),  # which it narrows in place, too
             nodes_to_quantize=[],
-            nodes_to_exclude=sorted(keep),
+            nodes_to_exclude=sorted({*keep, *(_shifts(model) if signed else ())}),
             op_types_to_quantize=list(scheme.kinds),
             extra_options={
                 "ActivationSymmetric": signed,
                 "WeightSymmetric": True,
                 "QuantizeBias": not signed,
                 "AddQDQPairToWeight": signed,
+                "OpTypesToExcludeOutputQuantization": list(scheme.kinds) if signed else [],
             },
         )
         quantizer.quantize_model()
@@ -190,7 +192,18 @@ def quantized(model: onnx.ModelProto, scheme: Scheme) -> list[onnx.NodeProto]:
     """The nodes of a prepared model that carry weights or sums into INT8, and so can lose accuracy:
     what only moves values takes the scale of what it moves."""
     carrying = {*MULTIPLY, *_BETWEEN} & set(scheme.kinds)
-    return [node for node in model.graph.node if node.op_type in carrying]
+    left = _shifts(model) if scheme.activations == "s8" else ()
+    return [n for n in model.graph.node if n.op_type in carrying and n.name not in left]
+
+
+def _shifts(model: onnx.ModelProto) -> set[str]:
+    """Names of the Adds of a constant, as biases and what GELU adds: they are no residual sums."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return {
+        node.name
+        for node in model.graph.node
+        if node.op_type == "Add" and not constants.isdisjoint(node.input)
+    }
 
 
 def depthwise(model: onnx.ModelProto) -> list[str]:

@@ -11,6 +11,13 @@ from typing import Any
 from hw_profiles.device import Device
 
 NAME = "recipes.json"
+#: a bundle's ONNX files by precision; those but the first are written by `nasctl quantize`
+FILES = {
+    "fp32": "model.onnx",
+    "fp16": "model.fp16.onnx",
+    "bf16": "model.bf16.onnx",
+    "int8": "model.int8.onnx",
+}
 #: what `nasctl build --engine` takes -> the runtime that builds it, by kind of device
 ENGINES = {
     "ort": {"cpu": "onnxruntime"},
@@ -30,12 +37,22 @@ def of(device: Device, shapes: Shapes) -> dict[str, Any]:
     for engine, kinds in ENGINES.items():
         if device.kind in kinds:
             command = f"nasctl build BUNDLE --hw {device.name} --engine {engine}"
-            found[engine] = {"nasctl": command, "runtime": kinds[device.kind]}
+            # of the float file; a quantized one is built as it is
+            told = {"runtime": kinds[device.kind], "precision": device.precision}
+            found[engine] = {"nasctl": command, **told}
     if "tensorrt" in found:
         # beside who calls it: a bundle lists all of its files, and this would be one more
-        line = trtexec(Path("BUNDLE/model.onnx"), Path("model.engine"), shapes)
+        source = Path(FILES[device.precision])
+        line = trtexec("BUNDLE" / source, source.with_suffix(".engine"), shapes)
         found["tensorrt"]["trtexec"] = shlex.join(line)
+        if device.precision != "fp32":
+            found["tensorrt"]["first"] = lowering("BUNDLE", device.name, device.precision)
     return {"device": device.name, "engines": found}
+
+
+def lowering(bundle: str, device: str, precision: str) -> str:
+    """The command that writes the file of a precision, which trtexec cannot lower to."""
+    return f"nasctl quantize {bundle} --hw {device} --forms {precision}"
 
 
 def trtexec(model: Path, engine: Path, free: Shapes, *, major: int = 10) -> list[str]:

@@ -9,7 +9,9 @@ default formats.
 What is lowered is listed, everything else stays in float32 between casts: sums over many values
 (means, norms, softmax), whose terms half the bits lose one by one; powers, exponentials and roots,
 which leave float16's range (6e-8 to 65504) at everyday values; Resize, whose scales are float32;
-and every operator that nobody has looked at. docs/methods/quantization.md has what they lost.
+what is computed of whole numbers up to the next multiplication, since those above 2048 (256) are
+none of float16's (bfloat16's); and every operator that nobody has looked at.
+docs/methods/quantization.md has what they lost.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from nas.errors import NasctlError
 
 CODES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 LARGEST = float(np.finfo(np.float16).max)
+LEAST = float(np.finfo(np.float16).smallest_subnormal)  # half of it is rounded to 0
 BF16_OPSET = 22  # from which convolutions and pooling take bfloat16
 
 #: operators that are lowered: they multiply, or only move, compare or scale what others made
@@ -35,18 +38,22 @@ LOWERED = (
     *("MaxPool", "AveragePool", "Flatten", "Reshape", "Transpose", "Identity", "Cast"),
     *("Squeeze", "Unsqueeze", "Slice", "Gather", "Split", "Pad", "Expand", "Where"),
 )
+MULTIPLY = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+#: whole numbers that both lower precisions hold
+NARROW = (TensorProto.BOOL, TensorProto.INT8, TensorProto.UINT8)
 
 
-def half_file(model: bytes | Path, where: str) -> bytes:
-    """`half` of an ONNX file (path or content); a file that has float16 weights stays as it is."""
+def half_file(model: bytes | Path, where: str, *, to: str = "fp16") -> bytes:
+    """`half` of an ONNX file (path or content); a file that has such weights stays as it is."""
     content = model.read_bytes() if isinstance(model, Path) else model
     try:
         proto = onnx.load_from_string(content)
     except DecodeError as error:
         raise NasctlError("is no ONNX file", where=where) from error
-    if any(tensor.data_type == TensorProto.FLOAT16 for tensor in proto.graph.initializer):
+    if any(tensor.data_type == CODES[to] for tensor in proto.graph.initializer):
         return content
-    return half(proto, where).SerializeToString()
+    return half(proto, where, to=to).SerializeToString()
 
 
 def half(
@@ -81,11 +88,22 @@ def half(
 def kept(model: onnx.ModelProto, keep: Collection[str] = ()) -> list[onnx.NodeProto]:
     """The nodes of a float32 model that `half` leaves in float32."""
     kinds = _types(model, "model")
+    whole = _whole(model.graph, kinds)
     return [
         node
         for node in model.graph.node
-        if _floats(node, kinds) and not _lowered(node, kinds, keep)
+        if _floats(node, kinds) and not _lowered(node, kinds, keep, whole)
     ]
+
+
+def vanishing(model: onnx.ModelProto) -> int:
+    """How many weights of a float32 model other than 0 are 0 in float16, too small for it."""
+    found = 0
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            values = numpy_helper.to_array(tensor)
+            found += int(((values != 0) & (np.abs(values) <= LEAST / 2)).sum())
+    return found
 
 
 def _refused(error: Exception, where: str) -> NasctlError:
@@ -123,8 +141,29 @@ def _floats(node: onnx.NodeProto, kinds: dict[str, int]) -> bool:
     return any(kinds.get(name) == TensorProto.FLOAT for name in node.output)
 
 
-def _lowered(node: onnx.NodeProto, kinds: dict[str, int], keep: Collection[str]) -> bool:
-    return node.op_type in LOWERED and node.name not in keep and _floats(node, kinds)
+def _lowered(
+    node: onnx.NodeProto, kinds: dict[str, int], keep: Collection[str], whole: set[str]
+) -> bool:
+    listed = node.op_type in LOWERED and node.name not in keep
+    return listed and _floats(node, kinds) and whole.isdisjoint(node.output)
+
+
+def _whole(graph: onnx.GraphProto, kinds: dict[str, int]) -> set[str]:
+    """Float tensors made of whole numbers and constants alone, as masks, positions and indices,
+    before any multiplication."""
+    constant = {tensor.name for tensor in graph.initializer}
+    found: set[str] = set()
+    for node in graph.node:
+        floats = {n for n in node.input if kinds.get(n) == TensorProto.FLOAT} - constant
+        if node.op_type == "Constant":
+            constant.update(node.output)
+        elif node.op_type == "Cast":
+            wide = kinds.get(node.input[0]) not in (*NARROW, *FLOATS)
+            if wide or floats <= found and floats:
+                found.update(node.output)
+        elif floats and floats <= found and node.op_type not in MULTIPLY:
+            found.update(node.output)
+    return found
 
 
 def _bounds(graph: onnx.GraphProto) -> set[str]:
@@ -147,12 +186,13 @@ class _Lowering:
         self.kinds = _types(model, where)
         self.weights = {tensor.name: tensor for tensor in self.graph.initializer}
         self.bounds = _bounds(self.graph)
+        self.whole = _whole(self.graph, self.kinds)
         self.there = {value.name for value in self.graph.input} | self.weights.keys()
         self.nodes: list[onnx.NodeProto] = []
 
     def run(self) -> None:
         for node in self.graph.node:
-            low = _lowered(node, self.kinds, self.keep)
+            low = _lowered(node, self.kinds, self.keep, self.whole)
             names = [self.read(name, low) if self.is_float(name) else name for name in node.input]
             node.input[:] = names
             if low:

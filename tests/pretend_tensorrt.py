@@ -248,7 +248,8 @@ class EngineInspector:
     def get_engine_information(self, layout):
         assert layout is LayerInformationFormat.JSON
         types = {weight.data_type for weight in self.engine.model.graph.initializer}
-        kind = "Half" if onnx.TensorProto.FLOAT16 in types else "Float"
+        halves = {onnx.TensorProto.FLOAT16: "Half", onnx.TensorProto.BFLOAT16: "BFloat16"}
+        kind = next((halves[type] for type in types if type in halves), "Float")
         layers = [
             {"LayerType": node.op_type, "Inputs": [{"DataType": kind}]}
             for node in self.engine.model.graph.node

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from bundles import digits, small
 
-from cli import bundling, judging
+from cli import building, bundling, judging
 from deploy import bundle as bundles
 from deploy import engine, recipes
+from deploy import onnx as files
 from hw_profiles import device, engines, runtimes
+from hw_profiles.half import half
 from hw_profiles.runtimes import onnxruntime
 from nas.errors import NasctlError
 
@@ -191,10 +193,66 @@ def test_trtexec_is_told_no_shapes_of_what_is_fixed(nasctl, workdir):
     fixed = small(workdir / "b", sizes=(1, 1, 8, 8))
     assert "Shapes" not in nasctl("build", "b", "--commands").out
     shapes = bundling.free_shapes(fixed.model, bundling.sample_of(fixed))
-    assert recipes.of(device.load("jetson"), shapes)["engines"]["tensorrt"]["trtexec"] == (
-        "trtexec --onnx=BUNDLE/model.onnx --saveEngine=model.engine --stronglyTyped --noTF32 "
-        "--memPoolSize=workspace:1024M --profilingVerbosity=detailed --skipInference"
+    assert recipes.of(device.load("tx2"), shapes)["engines"]["tensorrt"] == {
+        "nasctl": "nasctl build BUNDLE --hw jetson-tx2 --engine tensorrt",
+        "runtime": "tensorrt",
+        "precision": "fp32",
+        "trtexec": "trtexec --onnx=BUNDLE/model.onnx --saveEngine=model.engine "
+        "--stronglyTyped --noTF32 "
+        "--memPoolSize=workspace:1024M --profilingVerbosity=detailed --skipInference",
+    }
+
+
+def command(*more):
+    return ("build", "b", "--commands", "--hw", "jetson", *more)
+
+
+def test_a_board_of_half_precision_gets_a_half_file(nasctl, workdir):
+    """The budget was held by a table in fp16: trtexec would build float32 of the float file."""
+    made = small(workdir / "b")
+    jetson = device.load("jetson")
+    recipe = recipes.of(jetson, {})["engines"]["tensorrt"]
+    assert (
+        "--onnx=BUNDLE/model.fp16.onnx --saveEngine=model.fp16.engine" in recipe["trtexec"]
+        and recipe["precision"] == "fp16"
     )
+    assert recipe["first"] == "nasctl quantize BUNDLE --hw jetson-orin-nano --forms fp16"
+    outcome = nasctl(*command())
+    assert outcome.code == 1 and "none is in fp16" in outcome.err
+    assert "--hw jetson-orin-nano --forms fp16 writes model.fp16.onnx" in outcome.err
+    assert "model.onnx" in nasctl(*command("--precision", "fp32")).out
+    files.write(half(files.read(made.model), "m"), workdir / "half.onnx")
+    bundles.add(made, {"model.fp16.onnx": ("model", workdir / "half.onnx")})
+    told = nasctl(*command()).out
+    assert told.count("--onnx=") == told.count("/model.fp16.onnx ") == 2
+    refused = nasctl(*command("--precision", "fp16", "--member", "model.fp16.onnx"))
+    assert refused.code == 2 and "trtexec builds what a file says" in refused.err
+
+
+def test_the_float_file_is_built_in_what_the_device_states(workdir):
+    made = small(workdir / "b")
+    bundles.add(made, {"other.onnx": ("model", made.model)})
+    jetson, tx2 = device.load("jetson"), device.load("tx2")
+    for asked, wanted in (
+        (building.Asked(jetson), "fp16"),
+        (building.Asked(jetson, precision="fp32"), "fp32"),
+        (building.Asked(jetson, member="other.onnx"), None),
+        (building.Asked(tx2), None),
+    ):
+        assert building.precision_of(made, asked) == wanted
+
+
+def test_the_boards_precision_reaches_the_build(workdir, monkeypatch):
+    made, requests = small(workdir / "b"), []
+
+    def built(target, request):
+        requests.append(request)
+        raise NasctlError("enough")
+
+    monkeypatch.setattr("hw_profiles.remote.build.build", built)
+    with pytest.raises(NasctlError, match="enough"):
+        building.build(made, building.Asked(device.load("jetson"), on="ssh://board"))
+    assert [one.precision for one in requests] == ["fp16"]
 
 
 def test_a_free_size_is_for_onnx_runtime_alone(nasctl, workdir):

@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 from test_runtimes import FEEDS, MODEL
 
 from deploy import onnx as files
-from hw_profiles.half import CODES, LOWERED, half, half_file, kept
+from hw_profiles.half import CODES, LOWERED, half, half_file, kept, vanishing
 from hw_profiles.runtimes import onnxruntime
 from nas.errors import NasctlError
 
@@ -192,7 +192,55 @@ def test_nodes_are_kept_by_name():
     assert [node.op_type for node in twin.graph.node] == ["Add"]
 
 
-def test_a_file_in_float16_is_left_as_it_is(tmp_path):
+@pytest.mark.parametrize("to", CODES)
+def test_a_file_in_half_precision_is_left_as_it_is(tmp_path, to):
     path = tmp_path / "model.onnx"
-    path.write_bytes(half_file(MODEL, "m"))
-    assert half_file(path, "m") == path.read_bytes() != MODEL
+    path.write_bytes(half_file(MODEL, "m", to=to))
+    assert half_file(path, "m", to=to) == path.read_bytes() != MODEL
+    assert CODES[to] in kinds_of(onnx.load(path)).values()
+
+
+def positions(last, weight):
+    """int64 positions that are cast and scaled, then read by the node `last` with the weight."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["float", "one"], ["next"]),
+        helper.make_node(last, ["next", "w"], ["y"]),
+    ]
+    model = model_of(nodes, weight)
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.INT64
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(1), "one"))
+    return model
+
+
+@pytest.mark.parametrize("to", CODES)
+def test_whole_numbers_stay_exact(to):
+    model = positions("Sub", np.ones((2, 3), np.float32))
+    x = np.array([[1, 257, 2049], [4099, 65505, 70001]])
+    twin = half(model, "m", to=to)
+    np.testing.assert_array_equal(run(twin, x), x)
+    assert [node.op_type for node in kept(model)] == ["Cast", "Add", "Sub"]
+
+
+def test_a_multiplication_of_whole_numbers_is_lowered():
+    model = positions("Gemm", np.ones((3, 3), np.float32))
+    kinds = kinds_of(half(model, "m"))
+    assert kinds["next"] == TensorProto.FLOAT and kinds["y.half"] == TensorProto.FLOAT16
+    assert [node.op_type for node in kept(model)] == ["Cast", "Add"]
+
+
+def test_a_cast_of_bytes_is_lowered():
+    """As of pictures: float16 and bfloat16 hold every byte."""
+    model = positions("Sub", np.ones((2, 3), np.float32))
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+    twin = half(model, "m")
+    assert kinds_of(twin)["float.half"] == TensorProto.FLOAT16
+    x = np.array([[0, 1, 2], [3, 254, 255]], np.uint8)
+    np.testing.assert_array_equal(run(twin, x), x)
+
+
+def test_weights_too_small_for_float16_are_counted():
+    weight = np.array([0.0, 1e-8, -2e-8, 2.98e-8, 4e-8, 1.0], np.float32)
+    model = model_of([helper.make_node("Add", ["x", "w"], ["y"])], np.tile(weight, (2, 1)))
+    assert vanishing(model) == 6
+    assert (weight.astype(np.float16) == 0).sum() * 2 == 6 + 2

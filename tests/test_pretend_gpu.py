@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pretend_tensorrt
 import pytest
 from test_runtimes import FEEDS, MODEL
@@ -167,6 +168,13 @@ def test_fp16_changes_the_file_and_is_read_back_from_the_engine(trt, tmp_path, e
         tensorrt.load(path, precision="fp32")
     with pytest.raises(NasctlError, match="asked to compute in int8, but it computes in fp32"):
         tensorrt.load(MODEL, precision="int8")
+
+
+def test_bf16_changes_the_file_that_is_parsed(trt):
+    twin = onnx.load_from_string(tensorrt._onnx(MODEL, "bf16", "m"))
+    kinds = {tensor.data_type for tensor in twin.graph.initializer}
+    assert onnx.TensorProto.BFLOAT16 in kinds
+    assert tensorrt._onnx(MODEL, "int8", "m") == MODEL
 
 
 def test_what_tensorrt_refuses_is_one_line_with_its_reason(trt, tmp_path):

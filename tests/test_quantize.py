@@ -91,6 +91,35 @@ def test_both_inputs_of_a_residual_sum_are_quantized(s8):
     assert [by_output[name].op_type for name in add.input] == ["DequantizeLinear"] * 2
 
 
+def test_s8_pairs_are_before_inputs_alone(plain, s8):
+    """None between a convolution and its ReLU, on the answers or on what only one float reads."""
+    outputs = {value.name for value in s8.graph.output}
+    pairs = [node for node in s8.graph.node if node.op_type == "DequantizeLinear"]
+    assert pairs
+    for pair in pairs:
+        assert pair.output[0] not in outputs
+        readers = {node.op_type for node in s8.graph.node if pair.output[0] in node.input}
+        assert readers and readers <= {*quantize.MULTIPLY, "Add"}
+    assert any(node.op_type == "Relu" for node in plain.graph.node)
+
+
+def test_of_sums_s8_quantizes_those_of_two_activations(plain):
+    model = onnx.ModelProto()
+    model.CopyFrom(plain)
+    (logits,) = model.graph.output
+    bias = numpy_helper.from_array(np.ones(5, np.float32), "shift")
+    model.graph.initializer.append(bias)
+    model.graph.node.append(onnx.helper.make_node("Add", [logits.name, "shift"], ["moved"], "move"))
+    logits.name = "moved"
+    twin = made(model, Scheme("s8"))
+    (add,) = (node for node in twin.graph.node if node.name == "move")
+    by_output = {name: node.op_type for node in twin.graph.node for name in node.output}
+    assert by_output[add.input[0]] == "Gemm"
+    listed = [node.name for node in quantize.quantized(model, Scheme("s8"))]
+    assert "move" not in listed and len(listed) == 5
+    assert "move" in [node.name for node in quantize.quantized(model, Scheme())]
+
+
 def test_weights_are_symmetric_with_a_scale_per_output_channel(plain, u8):
     before, after = constants(plain), constants(u8)
     convolutions = [node for node in plain.graph.node if node.op_type == "Conv"]

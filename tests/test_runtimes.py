@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import time
 
 import numpy as np
@@ -220,8 +221,24 @@ def test_mixtures_are_summarised_with_the_most_frequent_first():
     assert runtimes.summary({"fp32": 3, "int8": 18}) == "int8 18, fp32 3"
     runtimes.obeyed("int8", "int8 18, fp32 3", "m")
     runtimes.obeyed(None, "?", "m")
-    with pytest.raises(NasctlError, match=r"m: asked to compute in fp16, but it computes in \?"):
-        runtimes.obeyed("fp16", "?", "m")
+    runtimes.obeyed("fp32", "fp32 40, ? 12", "m")
+
+
+@pytest.mark.parametrize(
+    ("precision", "observed"),
+    [
+        ("fp16", "?"),
+        ("fp16", "fp32 50, fp16 1"),
+        ("bf16", "bf16 50, fp32 1"),
+        ("fp32", "int8 2, fp32 1"),
+        ("fp32", "fp32 50, fp16 1"),
+        ("int8", "fp16"),
+    ],
+)
+def test_a_mixture_is_not_taken_for_the_precision_asked_for(precision, observed):
+    said = f"m: asked to compute in {precision}, but it computes in {observed}"
+    with pytest.raises(NasctlError, match=re.escape(said)):
+        runtimes.obeyed(precision, observed, "m")
 
 
 def test_feeds_are_normal_noise_in_the_types_of_the_inputs():

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import network, small
+from bundles import digits, network, small
+from onnx import numpy_helper
 from safetensors.numpy import save
 
 from cli import judging, verdict, verifying
+from compress import quantize
 from deploy import bundle as bundles
 from deploy import chain, interface
 from deploy import onnx as files
@@ -89,6 +91,62 @@ def test_a_half_precision_file_is_held_to_its_own_types(nasctl, workdir):
     (one,) = content["chain"]
     assert one["precision"] == "fp16" and chain.TOLERANCE["fp32"] < one["error"] <= 1e-2
     assert content["file"]["path"] == name and content["metric"] and content["measured"]
+
+
+def in_int8(folder, activations):
+    """A bundle that delivers its INT8 form."""
+    made, name = small(folder), "model.int8.onnx"
+    plain = quantize.prepared(files.read(made.model))
+    images = digits().normalise(digits().train.images[:64]).numpy()
+    scheme = quantize.Scheme(activations)
+    ranges = quantize.calibrate(plain, [{"input": images}], scheme)
+    files.write(quantize.int8(plain, ranges, scheme), folder.with_name(name))
+    bundles.add(made, {name: ("model", folder.with_name(name))}, model=name)
+
+
+@pytest.mark.usefixtures("stated")
+@pytest.mark.parametrize("activations", ["u8", "s8"])
+def test_an_int8_file_is_held_to_int8_whatever_it_is_computed_in(nasctl, workdir, activations):
+    """ONNX Runtime has no kernels for the pairs that TensorRT wants and computes in float32."""
+    in_int8(workdir / "b", activations)
+    code, content, error = verified(nasctl, "b")
+    assert code == 0, error
+    (one,) = content["chain"]
+    assert one["precision"] == "int8" and chain.TOLERANCE["fp32"] < one["error"] < 0.1
+    assert one["tolerance"] == chain.TOLERANCE["int8"] and abs(one["gain"] - 1) < 0.05
+
+
+@pytest.mark.usefixtures("stated")
+def test_a_wrong_scale_of_one_output_channel_has_exit_code_5(nasctl, workdir):
+    in_int8(workdir / "b", "u8")
+    path = workdir / "b/model.int8.onnx"
+    model = files.read(path)
+    last = next(node for node in model.graph.node if node.op_type == "Gemm")
+    made = next(node for node in model.graph.node if node.output[0] == last.input[1])
+    scale = next(t for t in model.graph.initializer if t.name == made.input[1])
+    values = numpy_helper.to_array(scale).copy()
+    values[3] *= 2
+    scale.CopyFrom(numpy_helper.from_array(values, scale.name))
+    files.write(model, workdir / "other.onnx")
+    bundles.add(
+        bundles.read(workdir / "b"),
+        {"model.int8.onnx": ("model", workdir / "other.onnx")},
+        model="model.int8.onnx",
+    )
+    code, content, error = verified(nasctl, "b")
+    assert code == 5 and "times its size; allowed: 0.8 to 1.2" in error
+    assert content["chain"][0]["gain"] > 1.5 and not content["chain"][0]["holds"]
+
+
+@pytest.mark.slow
+def test_an_engine_of_an_int8_file_is_held_to_that_file(nasctl, workdir):
+    in_int8(workdir / "b", "u8")
+    assert nasctl("build", "b", "--engine", "ort").code == 0
+    code, content, error = verified(nasctl, "b", "--engine", "model.int8.cpu.onnxruntime.ort")
+    assert code == 0, error
+    one = content["chain"][-1]
+    assert one["name"] == "model.int8.onnx = engine" and one["precision"] == "int8"
+    assert one["error"] == 0 and one["tolerance"] < chain.TOLERANCE["int8"] / 2
 
 
 @pytest.mark.usefixtures("stated")
@@ -414,13 +472,66 @@ def test_other_data_than_the_models_judge_nothing(nasctl, workdir):
 @pytest.mark.parametrize("precision", sorted(chain.TOLERANCE))
 def test_each_precision_has_its_tolerance(precision):
     before = {"logits": np.ones((4, 3)), "box": np.full((4, 2), 5.0)}
+    signs = np.array([[1, -1], [-1, 1]] * 2)  # of an error that scales nothing
     for factor, holds in ((0.9, True), (1.1, False)):
-        after = {**before, "box": before["box"] * (1 + factor * chain.TOLERANCE[precision])}
-        one = chain.link("a = b", precision, before, after)
+        off = factor * chain.TOLERANCE[precision] * signs
+        one = chain.link("a = b", precision, before, {**before, "box": before["box"] * (1 + off)})
         assert one.holds is holds
         if not holds:
             with pytest.raises(ParityFailed, match="^a = b: outputs differ"):
                 chain.require([one])
+
+
+def scaled(values, factor, columns=slice(None)):
+    found = values.copy()
+    found[:, columns] *= factor
+    return found
+
+
+@pytest.mark.parametrize("shape", [(16, 20), (16, 1), (16,), (2, 20, 5, 4), (4, 9, 20)])
+def test_what_int8_scales_wrongly_does_not_hold(shape):
+    rng = np.random.default_rng(0)
+    before = rng.standard_normal(shape)
+    honest = before + 0.05 * rng.standard_normal(shape)
+    assert chain.link("a = b", "int8", {"y": before}, {"y": honest}).holds
+    for factor in (1.29, 0.75):
+        one = chain.link("a = b", "int8", {"y": before}, {"y": honest * factor})
+        assert not one.holds and one.gain == pytest.approx(factor, abs=0.02)
+        assert one.error < 0.31  # which the tolerance alone would let pass, or nearly
+        with pytest.raises(
+            ParityFailed, match="outputs differ|times its size; allowed: 0.8 to 1.2"
+        ):
+            chain.require([one])
+
+
+@pytest.mark.parametrize("shape", [(16, 20), (2, 20, 5, 4)])
+@pytest.mark.parametrize("factor", [0.0, 0.7, 1.29, 2.0])
+def test_one_column_that_is_scaled_wrongly_does_not_hold(shape, factor):
+    rng = np.random.default_rng(0)
+    before = rng.standard_normal(shape)
+    honest = before + 0.05 * rng.standard_normal(shape)
+    one = chain.link("a = b", "int8", {"y": before}, {"y": scaled(honest, factor, 7)})
+    assert one.error < one.tolerance and not one.holds
+    assert one.gain == pytest.approx(factor, abs=0.05)
+
+
+def test_noise_in_quiet_columns_is_no_scale():
+    rng = np.random.default_rng(0)
+    before = rng.standard_normal((16, 20)) * np.geomspace(0.01, 3, 20)
+    after = before + 0.2 * rng.standard_normal((16, 20))
+    columns = (before * after).sum(0) / np.square(before).sum(0)
+    assert np.abs(columns - 1).max() > chain.GAIN
+    assert chain.link("a = b", "int8", {"y": before}, {"y": after}).holds
+    nothing = {"y": np.zeros((16, 20))}
+    assert chain.link("a = b", "int8", nothing, nothing).holds
+
+
+def test_an_engine_is_about_as_near_its_int8_file_as_that_is_to_the_float_one():
+    assert [chain.built(apart) for apart in (0.0, 0.02, 0.1)] == [0.05, 0.05, 0.2]
+    one = chain.Link("a = b", "int8", 0.1, limit=chain.built(0.02))
+    assert not one.holds and one.tolerance == 0.05
+    assert chain.Link("a = b", "int8", 0.29, limit=chain.built(0.2)).holds
+    assert not chain.Link("a = b", "int8", 0.31, limit=chain.built(0.2)).holds
 
 
 @pytest.mark.parametrize("which", ["logits", "box"])

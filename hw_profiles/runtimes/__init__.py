@@ -187,8 +187,14 @@ def offered(precision: str | None, precisions: tuple[str, ...], runtime: str) ->
 
 
 def obeyed(precision: str | None, observed: str, model: str) -> None:
-    """Refuse a loaded model none of whose operators computes in the stated precision."""
-    if precision not in (None, *(part.split()[0] for part in observed.split(", "))):
+    """Refuse a loaded model that does not compute in the stated precision.
+
+    Of fp32, fp16 and bf16 every multiplication must be in it, as far as the library tells. Of int8
+    some must: nodes that would lose too much stay in float.
+    """
+    found = {part.split()[0] for part in observed.split(", ")}
+    held = precision in found and (precision == "int8" or found <= {precision, "?"})
+    if precision is not None and not held:
         raise NasctlError(
             f"asked to compute in {precision}, but it computes in {observed}",
             where=model,

@@ -2,7 +2,7 @@
 
 Only names that both versions have are used, which a test checks against both versions' bindings.
 Networks are strongly typed, the one kind that 11 knows: the precision is that of the ONNX file.
-`build` therefore turns a float32 file into float16 when fp16 is asked for, and reads back from the
+`build` therefore lowers a float32 file when fp16 or bf16 is asked for, and reads back from the
 engine what its layers compute in. An engine belongs to the GPU model and the TensorRT version that
 built it, and it is native code: load only those you built. Free dimensions become 1.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from hw_profiles.runtimes import Feeds
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 SUFFIX = ".engine"
 ENGINE = SUFFIX
 TIMED = "GPU time of one replayed CUDA graph between two events, inputs and outputs on the GPU"
@@ -204,11 +204,11 @@ def _plan(model: bytes | Path, threads: int, precision: str | None, cache: Path 
 
 
 def _onnx(model: bytes | Path, precision: str | None, name: str) -> bytes:
-    """The file to parse: as it is, or its float16 twin."""
-    if precision == "fp16":
+    """The file to parse: as it is, or its twin in half precision."""
+    if precision in ("fp16", "bf16"):
         from hw_profiles.half import half_file
 
-        return half_file(model, name)
+        return half_file(model, name, to=precision)
     return model.read_bytes() if isinstance(model, Path) else model
 
 
