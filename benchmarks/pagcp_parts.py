@@ -12,6 +12,7 @@ from benchmarks import contract, pagcp_experiment, pagcp_rows
 from benchmarks.pagcp_experiment import NETWORKS, Experiment, Key
 from benchmarks.pagcp_rows import (
     DENSE,
+    EQUAL,
     FLOPS,
     LATENCY,
     LONGER,
@@ -77,7 +78,7 @@ def work(part: str, experiment: Experiment) -> None:
             pagcp_rows.small(experiment, 0, cost)
             pagcp_rows.scratch(experiment, 0, cost)
     elif part == "ablations":
-        for method in (SUMMED, ONE_SHOT):
+        for method in (EQUAL, SUMMED, ONE_SHOT):
             pagcp_rows.pruned(experiment, method, 0, FLOPS)
     elif part == "longer":
         pagcp_rows.longer(experiment, 0)
@@ -88,12 +89,12 @@ def work(part: str, experiment: Experiment) -> None:
 
 
 def strongest(experiment: Experiment, cost: str, n: int = 2) -> list[str]:
-    """The baselines whose worst goal changed least, on validation images."""
+    """The baselines inside the target whose worst goal changed least, on validation images."""
     before = pagcp_rows.tuned(experiment, 0)["val"]
     worst: dict[str, float] = {}
     for method in RIVALS:
         row = pagcp_rows.pruned(experiment, method, 0, cost)
-        if "infeasible" not in row:
+        if "infeasible" not in row and not pagcp_rows.missed(row, cost):
             worst[method] = min(row["val"][goal] / before[goal] - 1 for goal in before)
     return sorted(worst, key=worst.__getitem__, reverse=True)[:n]
 
@@ -118,18 +119,24 @@ def report(experiment: Experiment, outcome: contract.Outcome) -> None:
         points = outcome.figures[f"{name}_longer_val_points"]
         outcome.aim(f"{name} converged", "twice the training < 0.5 point", points, points < 0.5)
     for cost in (FLOPS, LATENCY):
-        methods = (PAGCP, *RIVALS, SUMMED, ONE_SHOT, SCRATCH, SMALL)
+        methods = (PAGCP, *RIVALS, EQUAL, SUMMED, ONE_SHOT, SCRATCH, SMALL)
         found = {method: rows.get(experiment.key(method, 0, cost=cost)) for method in methods}
         here = {method: row for method, row in found.items() if row}
         if not here:
             continue
         print(f"\n{name}, to {pagcp_rows.TARGETS[cost]:.0%} of the {cost}; the worst goal's change")
         print("on test in %: untuned against dense, tuned against dense with the same fine-tuning,")
-        print("and the lower end of its 95 % interval over images")
-        table = [[method, *line(row)] for method, row in here.items()]
+        print("and the lower end of its 95 % interval over images. Behind (!): over the target as")
+        print("measured afterwards, and so not compared")
+        over = {method for method in here if late(here[method], cost)}
+        table = [[f"{m} (!)" if m in over else m, *line(row)] for m, row in here.items()]
         print(contract.table(["method", *COLUMNS], table))
-        compared(f"{name}_{cost}", here, outcome)
+        compared(f"{name}_{cost}", here, outcome, over)
     pooled(experiment, outcome)
+
+
+def late(row: Key, cost: str) -> bool:
+    return "infeasible" not in row and pagcp_rows.missed(row, cost)
 
 
 def line(row: Key) -> list[object]:
@@ -154,8 +161,9 @@ def worst(change: dict[str, list[float]], at: int = 0) -> float:
     return min(values[at] for values in change.values())
 
 
-def compared(name: str, rows: dict[str, Key], outcome: contract.Outcome) -> None:
-    """Figures of every method, and the issue's aims for PAGCP."""
+def compared(name: str, rows: dict[str, Key], outcome: contract.Outcome, over: set[str]) -> None:
+    """Figures of every method, and the issue's aims for PAGCP. Those `over` the target are nobody's
+    rivals: a network that is allowed more is better for that."""
     feasible = {method: row for method, row in rows.items() if "infeasible" not in row}
     for method, row in feasible.items():
         outcome.figures[f"{name}_{method.replace(' ', '_')}_worst"] = worst(row["change"])
@@ -168,10 +176,11 @@ def compared(name: str, rows: dict[str, Key], outcome: contract.Outcome) -> None
     outcome.aim(f"{name} removed", ">= 60 % of MACs and parameters", removed, removed >= 0.6)
     outcome.aim(f"{name} worst goal", "95 % lower bound >= -2 %", low, low >= -0.02)
     outcome.aim(f"{name} speed", ">= 0.85 of the MACs ratio", efficiency, efficiency >= 0.85)
-    others = [worst(row["change"]) for method, row in feasible.items() if method != PAGCP]
-    if others:
-        ahead = worst(ours["change"]) - max(others)
-        outcome.aim(f"{name} rivals", "worst goal better than any other's", ahead, ahead > 0)
+    rivals = {method: row for method, row in feasible.items() if method not in {PAGCP, *over}}
+    if rivals:
+        ahead = worst(ours["change"]) - max(worst(row["change"]) for row in rivals.values())
+        met = ahead > 0 and PAGCP not in over
+        outcome.aim(f"{name} rivals", "worst goal better than any other's", ahead, met)
 
 
 def pooled(experiment: Experiment, outcome: contract.Outcome) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from torch import nn
 
 from cli import accelerator, console, measuring
 from cli.subject import Subject
-from compress import baselines, cost
+from compress import baselines, cost, room
 from compress import prune as pagcp
 from compress.cost import Cost
 from compress.job import Job, Pruned, Settings, Steps
@@ -43,7 +44,6 @@ from nas.multitask_training import Schedule
 from nas.run import Run
 
 PAGCP = "pagcp"
-LOOSEST = 6.0  # D, the factor by which the loss of the task that may drop most may grow (PAGCP)
 STEERING = 1024  # images, at most, that losses are measured on while channels go
 BATCH = 128
 DELIVER_S = 20.0  # seconds, about: exports, runs and judgements
@@ -51,6 +51,7 @@ MARGIN = 1.02  # aimed below a target in ms: files are timed roughly while chann
 WHOLE = "prune-whole.jsonl"
 RECORD, HISTORY, PRUNED = "prune.jsonl", "history.json", "pruned.safetensors"
 BETWEEN, TUNED = "round-{}.safetensors", "tuned.safetensors"
+SAID = "nasctl"  # one entry: safetensors writes several in no fixed order
 STATE, CANDIDATES = "finetune.safetensors", "candidates"
 BUNDLE, MODEL, WEIGHTS = "bundle", "bundle/model.onnx", "model.safetensors"
 WHOLE_MODEL, CHECKED = "bundle/unpruned.onnx", "unpruned.onnx"
@@ -154,8 +155,8 @@ def forget(run: Run) -> None:
 def estimated(pruning: Pruning, found: Sequence[Unit]) -> dict[str, float]:
     """About how many seconds the parts take, from two steps of training and one judgement of the
     unpruned network, timed now. Of PAGCP's pruning the most that it can be: every width of every
-    unit in every round. Timing files for a target in ms is not in it, nor is a rival's pruning,
-    which judges nothing."""
+    unit in every round, within all the bounds that it may be loosened to. Timing files for a target
+    in ms is not in it, nor is a rival's pruning, which judges nothing."""
     spec, schedule = pruning.spec, pruning.schedule
     whole = pruning.subject.net.to(pruning.accelerator)
     few = replace(schedule, steps=3)
@@ -177,7 +178,7 @@ def estimated(pruning: Pruning, found: Sequence[Unit]) -> dict[str, float]:
     widths = sum(unit.width // spec.divisor for unit in found)
     between = (spec.rounds - 1) * pruning.little.steps
     return {
-        "pruning, at most": judged_s * widths * spec.rounds,
+        "pruning, at most": judged_s * widths * spec.rounds * (1 + room.LOOSENED),
         "training": step_s * (schedule.steps + between),
         "deliver": DELIVER_S,
     }
@@ -243,11 +244,9 @@ def objective(goal: Goal, task: MultiTask) -> Objective:
     return Objective(goal.name, loss)
 
 
-def settings(spec: PruneSpec) -> Settings:
-    """Losses may grow in proportion to the drops that are allowed: by PAGCP's factor for the task
-    that may drop most, by less for the others."""
-    most = max(spec.max_drop.values())
-    bound = {name: LOOSEST ** (drop / most) for name, drop in spec.max_drop.items()}
+def settings(spec: PruneSpec, asked: Job) -> Settings:
+    """PAGCP's bounds: of each task, a share of what it has to lose, by the drop that is allowed."""
+    bound = room.of(asked.net, asked.objectives, asked.batches, spec.max_drop)
     return Settings(bound=bound, divisor=spec.divisor, seed=spec.seed)
 
 
@@ -273,15 +272,20 @@ def pruned(pruning: Pruning) -> Pruned:
     """The pruned network before its last training. Raises BudgetInfeasible where the target is
     not met within the bounds."""
     spec, run = pruning.spec, pruning.run
-    asked = job(pruning, pruning.subject.net.to(pruning.accelerator))
+    whole = pruning.subject.net.to(pruning.accelerator)
+    if (kept := _kept(pruning, whole)) is not None:
+        return kept
+    asked, record = job(pruning, whole), run.path(RECORD)
     steps: Steps
     if spec.method == PAGCP:
         recover = functools.partial(_recover, pruning)
         steps = pagcp.prune(
-            asked, settings(spec), run.path(RECORD), rounds=spec.rounds, recover=recover
+            asked, settings(spec, asked), record, rounds=spec.rounds, recover=recover
         )
     else:
-        steps = baselines.load(spec.method)(asked, settings(spec))
+        plain = Settings(divisor=spec.divisor, seed=spec.seed)
+        known = Record(record.with_stem(f"{record.stem}-0"), asked.inputs())
+        steps = baselines.load(spec.method)(asked, plain, known)
     with console.bar("pruning", 1.0) as update:
         while True:
             try:
@@ -291,7 +295,22 @@ def pruned(pruning: Pruning) -> Pruned:
                 break
             update(now.done, now.doing)
     run.write_text(HISTORY, found.history.to_json() + "\n")
-    checkpoint.write(run.path(PRUNED), found.net.state_dict(), {})
+    said = {"pruning": pruning.key, "found": found.to_json()}
+    checkpoint.write(run.path(PRUNED), found.net.state_dict(), {SAID: json.dumps(said)})
+    return found
+
+
+def _kept(pruning: Pruning, whole: nn.Module) -> Pruned | None:
+    """What an earlier start has pruned; None where it did not come that far, or of other inputs."""
+    path = pruning.run.path(PRUNED)
+    if not path.exists():
+        return None
+    weights, meta = checkpoint.read(path)
+    said = json.loads(meta.get(SAID, "{}"))
+    if said.get("pruning") != pruning.key:
+        return None
+    found = Pruned.from_json(said["found"], whole, pruning.subject.example)
+    checkpoint.fill(found.net, weights, path)
     return found
 
 

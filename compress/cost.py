@@ -77,7 +77,8 @@ class Latency:
 
     Always taken in turn with the network `whole` and in its terms, which are `whole_ms`: sessions
     differ from each other by some per cent as a whole. Whoever goes on later must know that figure
-    still.
+    still. The shape of `whole` costs just that, untimed: a target that is a share of it is the same
+    for every method and at every start.
     """
 
     export: Callable[[nn.Module], Path]
@@ -90,8 +91,14 @@ class Latency:
         return self.many([net], example_inputs)[0]
 
     def many(self, nets: Sequence[nn.Module], example_inputs: Inputs) -> list[float]:
-        now, *found = self.measure([self.export(net) for net in (self.whole, *nets)])
-        return [self.whole_ms * float(ms) / now for ms in found]
+        whole = shape_of(self.whole)
+        others = {at: net for at, net in enumerate(nets) if shape_of(net) != whole}
+        found = [self.whole_ms] * len(nets)
+        if others:
+            now, *timed = self.measure([self.export(net) for net in (self.whole, *others.values())])
+            for at, ms in zip(others, timed, strict=True):
+                found[at] = self.whole_ms * float(ms) / now
+        return found
 
     def confirmed(self, net: nn.Module, example_inputs: Inputs) -> float:
         """The median of several sessions. Of many networks that are each timed once, whichever its
@@ -106,6 +113,13 @@ def against(cost: Cost, target: float, net: nn.Module, example_inputs: Inputs) -
     if abs(found - target) > DOUBT * target:
         return found
     return cost.confirmed(net, example_inputs)
+
+
+def sessions(cost: Cost, nets: Sequence[nn.Module], example_inputs: Inputs) -> list[list[float]]:
+    """Costs of networks that are compared with each other, a list per session; one if it is
+    counted. A latency is to be compared with others of the same session only."""
+    times = SESSIONS if isinstance(cost, Latency) else 1
+    return [cost.many(nets, example_inputs) for _ in range(times)]
 
 
 def shape_of(net: nn.Module) -> str:

@@ -122,6 +122,12 @@ class Graph:
         function = self._graph.get_pruner_of_module(module).prune_out_channels
         return self._graph.get_pruning_group(module, function, list(indices))
 
+    def norm_after(self, module: nn.Module) -> nn.Module | None:
+        """The batch norm that alone reads what a layer gives; None without one."""
+        readers = self._graph.module2node[module].outputs
+        found = readers[0].module if len(readers) == 1 else None
+        return found if isinstance(found, nn.modules.batchnorm._BatchNorm) else None
+
     def _name(self, module: nn.Module | nn.Parameter) -> str:
         if isinstance(module, nn.Parameter):
             return self._graph._param_to_name[module]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 
+import torch
 from torch import nn
 
 from compress.cost import Cost
 from compress.graph import Graph, Inputs
 from compress.history import History
 from compress.objective import Batch, Objective
+from compress.room import Room
 from compress.units import LeftAlone
 from nas.errors import NasctlError, UsageError
+from nas.outputs import tensors
 
 #: 0.05, 0.10, ..., 0.95
 GRID = tuple(round(0.05 * step, 2) for step in range(1, 20))
@@ -62,14 +67,24 @@ class Job:
         """Of a copy of the network."""
         return Graph(copy.deepcopy(self.net), self.example_inputs)
 
+    def inputs(self) -> str:
+        """What a record's values depend on: weights, data and tasks."""
+        digest = hashlib.sha256()
+        held = [t for batch in self.batches for t in (*tensors(batch[0]), *tensors(batch[1]))]
+        for tensor in (*self.net.state_dict().values(), *held):
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        names = ", ".join(objective.name for objective in self.objectives)
+        return f"{names}, sha256 {digest.hexdigest()[:16]}"
+
 
 @dataclass(frozen=True)
 class Settings:
     """PAGCP's parameters, by the paper's letters where it has them; baselines read `grid`,
     `divisor` and `seed`."""
 
-    #: D: what each task's loss may be multiplied by in one round; one factor, or one per task
-    bound: float | Mapping[str, float] = 6.0
+    #: D: what each task's loss may be multiplied by in one round. One factor for all, as published,
+    #: one per task, or from what each task has to lose
+    bound: float | Mapping[str, float] | Room = 6.0
     #: d0: the relative increase of a loss that the first unit may cause. None: 1.66 even shares of
     #: the whole, which is what the paper's 0.06 is for its 51 units and D = 6
     first: float | None = None
@@ -82,8 +97,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        named = self.bound if isinstance(self.bound, Mapping) else {"every task": self.bound}
-        for task, factor in named.items():
+        named = {"every task": self.bound} if isinstance(self.bound, float | int) else self.bound
+        for task, factor in named.items() if isinstance(named, Mapping) else ():
             if not 1 < factor < math.inf:
                 raise UsageError(
                     f"a bound of {100 * (factor - 1):g} % leaves nothing to prune",
@@ -98,17 +113,26 @@ class Settings:
         if self.divisor < 1:
             raise UsageError(f"{self.divisor}", where="divisor", allowed="a whole number from 1")
 
-    def bounds(self, tasks: Sequence[str]) -> dict[str, float]:
-        """D of each task; raises UsageError where a mapping has other tasks."""
-        if not isinstance(self.bound, Mapping):
-            return dict.fromkeys(tasks, self.bound)
-        if set(tasks) != set(self.bound):
+    def bounds(self, losses: Mapping[str, float]) -> dict[str, float]:
+        """D of each task, of a network with these losses; raises UsageError where a mapping has
+        other tasks."""
+        if isinstance(self.bound, float | int):
+            return dict.fromkeys(losses, self.bound)
+        named = self.bound.shares if isinstance(self.bound, Room) else self.bound
+        if set(losses) != set(named):
             raise UsageError(
-                f"bounds for {', '.join(sorted(self.bound))}",
+                f"bounds for {', '.join(sorted(named))}",
                 where="bound",
-                allowed=f"one for each of {', '.join(tasks)}",
+                allowed=f"one for each of {', '.join(losses)}",
             )
-        return dict(self.bound)
+        return self.bound.bounds(losses) if isinstance(self.bound, Room) else dict(self.bound)
+
+    def loosened(self) -> list[Settings]:
+        """These, and those to go on with while a round misses its target: none where factors were
+        given."""
+        if not isinstance(self.bound, Room):
+            return [self]
+        return [replace(self, bound=room) for room in self.bound.loosened()]
 
 
 @dataclass(frozen=True)
@@ -138,7 +162,38 @@ class Pruned:
     losses_before: Mapping[str, float]
     losses: Mapping[str, float]
     rows: tuple[Row, ...] = ()
+    bounds: tuple[Mapping[str, float], ...] = ()  # D of each task, by round; none of a baseline
     left_alone: tuple[LeftAlone, ...] = ()
+
+    def then(self, later: Pruned) -> Pruned:
+        """This and a `later` pruning of what it left, as one."""
+        return replace(
+            later,
+            history=self.history.then(*later.history.steps),
+            cost_before=self.cost_before,
+            losses_before=self.losses_before,
+            rows=self.rows + later.rows,
+            bounds=self.bounds + later.bounds,
+        )
+
+    def to_json(self) -> str:
+        """All but the weights."""
+        said = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "net"}
+        return json.dumps({**said, "history": self.history.to_json()}, default=asdict)
+
+    @classmethod
+    def from_json(cls, text: str, net: nn.Module, example_inputs: Inputs) -> Pruned:
+        """What `to_json` said, of the unpruned `net`: with its weights, whatever was trained."""
+        said = json.loads(text)
+        history = History.from_json(said["history"])
+        parts = {
+            "net": history.replay(net, example_inputs),
+            "history": history,
+            "rows": tuple(Row(**row) for row in said["rows"]),
+            "bounds": tuple(said["bounds"]),
+            "left_alone": tuple(LeftAlone(**left) for left in said["left_alone"]),
+        }
+        return cls(**{**said, **parts})
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ import torch
 from torch import nn
 
 from compress import losses, units, widths
-from compress.cost import against, shape_of
 from compress.easing import bargains, worst_first
 from compress.graph import Graph
 from compress.history import History, Step
@@ -34,9 +33,9 @@ from compress.objective import Objective
 from compress.record import Record
 from compress.reuse import Prefix
 from compress.schedule import Schedule
+from compress.tally import Tally
 from compress.units import Unit
 from nas.errors import BudgetInfeasible, NasctlError
-from nas.outputs import tensors
 
 Recover = Callable[[nn.Module, int], nn.Module]  # (pruned network, round) -> the same, trained
 
@@ -53,30 +52,20 @@ def prune(
 
     Yields Progress. With `record` every measurement is a line of a file (of each round), and the
     same call goes on from there. Bounds hold for a round, against the network that it begins with;
-    where they end a round early, the next one makes up for it.
+    where they end a round early, the next one makes up for it. Bounds from a `Room` are loosened
+    first, as far as the round's own target needs and the tasks' ceilings let.
     Raises BudgetInfeasible, naming the task that limits, where the target is not met in the end.
     """
-    result, history = None, History()
-    rows: tuple[Row, ...] = ()
+    result = None
     for number in range(rounds):
-        path = record and record.with_stem(f"{record.stem}-{number}")
+        known = Record(record and record.with_stem(f"{record.stem}-{number}"), job.inputs())
+        whole = result.cost_before if result else Tally(job, known).of(job.net)
+        share = min(1.0, job.target / whole) ** ((number + 1) / rounds)
         last = number + 1 == rounds
-        run = _Round(job, settings, Record(path, _inputs(job)), decides=last)
-        whole = run.cost_before if result is None else result.cost_before
-        if not last and job.target < whole:
-            run.target = whole * (job.target / whole) ** ((number + 1) / rounds)
-        yield from run.scan()
-        found = run.chosen()
-        history = history.then(*found.history.steps)
-        rows += tuple(replace(row, round=number) for row in found.rows)
-        first = result or found
-        result = replace(
-            found,
-            history=history,
-            rows=rows,
-            cost_before=first.cost_before,
-            losses_before=first.losses_before,
-        )
+        asked = job if last or share == 1 else replace(job, target=whole * share)
+        found = yield from _bounded(asked, settings, known)
+        found = replace(found, rows=tuple(replace(row, round=number) for row in found.rows))
+        result = result.then(found) if result else found
         if last and result.cost <= job.target:
             return result
         if not last:
@@ -87,9 +76,20 @@ def prune(
 
 def one_round(job: Job, settings: Settings = Settings(), record: Path | None = None) -> Steps:
     """One round, whether it meets the target or not."""
-    run = _Round(job, settings, Record(record, _inputs(job)))
-    yield from run.scan()
-    return run.chosen()
+    return (yield from _bounded(job, settings, Record(record, job.inputs())))
+
+
+def _bounded(job: Job, settings: Settings, known: Record) -> Steps:
+    """A round by the bounds that were asked for; where its target is not met within them, by the
+    first looser ones that meet it."""
+    every = settings.loosened()
+    for these in every:
+        run = _Round(job, these, known)
+        yield from run.scan()
+        found = run.chosen()
+        if found.cost <= job.target:
+            break
+    return found
 
 
 @dataclass(frozen=True)
@@ -115,32 +115,29 @@ class _Round:
     job: Job
     settings: Settings
     known: Record
-    decides: bool = True  # is it the round that has to meet the target?
     history: History = History()
     visits: list[_Visit] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         job, settings = self.job, self.settings
-        names = [objective.name for objective in job.objectives]
-        bounds = settings.bounds(names)
+        self.tally = Tally(job, self.known)
+        self.cost_before = self.tally.of(job.net)
+        self.losses_before = self._losses(History(), job.net, job.objectives)
+        _check_positive(self.losses_before)
+        self.permitted = settings.bounds(self.losses_before)
         self.judged: Sequence[Objective] = job.objectives
+        self.before, self.bounds = self.losses_before, self.permitted
         if settings.summed:
             self.judged = [summed(job.objectives)]
-            bounds = {"sum": max(bounds.values())}
+            self.before = self._losses(History(), job.net, self.judged)
+            self.bounds = {"sum": max(self.permitted.values())}
         self.found = units.find(job.net, job.example_inputs)
         stairs = {u: widths.stairs(job, u, settings, self.known) for u in self.found.units}
         self.stairs = {unit: stair for unit, stair in stairs.items() if stair.widths}
         if not self.stairs:
             raise _nothing(self.found, settings)
-        self.bounds = bounds
-        self.schedule = Schedule(bounds, settings.first, len(self.stairs))
+        self.schedule = Schedule(self.bounds, settings.first, len(self.stairs))
         self.net = job.net
-        self.target = job.target
-        self.cost = self.cost_before = self.known.of(
-            f"{job.cost.unit} of the whole", lambda: job.cost.of(job.net, job.example_inputs)
-        )
-        self.before = self._losses(History(), job.net, self.judged)
-        _check_positive(self.before)
         self.base = dict(self.before)
         self.at = dict(self.before)  # losses of `net`
 
@@ -201,15 +198,17 @@ class _Round:
 
     def _accept(self, unit: Unit, step: Step, row: Row) -> Row:
         """Keep the widest step that every task bore, and say what it was worth."""
-        self.net = History((step,)).replay(self.net, self.job.example_inputs)
+        before = self.net
+        self.net = History((step,)).replay(before, self.job.example_inputs)
         self.history = self.history.then(step)
-        cost = self._cost(self.net)
-        saved = self.cost - cost
-        grown = sum((row.losses[t] - self.at[t]) / self.before[t] for t in self.before)
+        saved = self.tally.saved(before, self.net)
+        grown = sum(
+            (row.losses[task] - self.at[task]) / self.before[task] / math.log(bound)
+            for task, bound in self.bounds.items()
+        )
         if not self.settings.one_shot:
             self.at = dict(row.losses)
             self.base = {t: max(loss, row.losses[t]) for t, loss in self.base.items()}
-        self.cost = cost
         accepted = unit.width - len(step.indices)
         score = grown / saved if saved > 0 else math.inf
         return replace(row, accepted=accepted, saved=saved, score=score)
@@ -218,16 +217,15 @@ class _Round:
 
     def chosen(self) -> Pruned:
         """The network that is kept: the best units by score, as far down as the target asks."""
+        # an infinite score, of units that saved nothing where they were taken, is the last resort
         pruned = sorted((v for v in self.visits if v.grown), key=lambda visit: visit.row.score)
-        # a unit that makes the network slower is never kept
-        pruned = [visit for visit in pruned if visit.row.score < math.inf]
-        least = math.ceil(self.settings.keep * len(pruned))
+        least = math.ceil(self.settings.keep * sum(v.row.score < math.inf for v in pruned))
         stops: dict[Unit, int] = {}
         for n in range(least, len(pruned) + 1):
             stops = {visit.unit: visit.least for visit in pruned[:n]}
-            if self._at(stops) <= self.target:
+            if self._at(stops) <= self.job.target:
                 stops = self._eased(pruned[:n])
-                if not self.decides or self._confirmed(self._applied(stops)[1]) <= self.target:
+                if self.tally.confirmed(self._applied(stops)[1]) <= self.job.target:
                     break
         result = self._result(*self._applied(stops))
         if self.settings.summed or self.settings.one_shot or not self._over(result):
@@ -236,9 +234,8 @@ class _Round:
         return self._result(*self._applied({visit.unit: visit.least for visit in self.visits}))
 
     def _over(self, result: Pruned) -> bool:
-        bounds = self.settings.bounds([*result.losses])
         return any(
-            not loss <= bounds[task] * result.losses_before[task]
+            not loss <= self.permitted[task] * result.losses_before[task]
             for task, loss in result.losses.items()
         )
 
@@ -256,19 +253,19 @@ class _Round:
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (
-                (middle, high) if self._at(stops(middle)) <= self.target else (low, middle - 1)
+                (middle, high) if self._at(stops(middle)) <= self.job.target else (low, middle - 1)
             )
         found = stops(low)
         for bargain in undone[low:]:
             saved = {bargain.unit.width: 0.0, **stairs[bargain.unit]}
             now = found[bargain.unit]
-            slack = self.target - self._at(found)
+            slack = self.job.target - self._at(found)
             for width in [w for w in saved if now < w <= bargain.wide]:  # widest first
                 wider = found | {bargain.unit: width}
-                if saved[now] - saved[width] <= slack and self._at(wider) <= self.target:
+                if saved[now] - saved[width] <= slack and self._at(wider) <= self.job.target:
                     found = wider
                     break
-        while self.decides and low and self._confirmed(self._applied(found)[1]) > self.target:
+        while low and self.tally.confirmed(self._applied(found)[1]) > self.job.target:
             low -= 1
             found = stops(low)
         return found
@@ -276,16 +273,12 @@ class _Round:
     def _at(self, stops: Mapping[Unit, int]) -> float:
         """The cost with units at these widths, as sure as it has to be against the target."""
         named = {unit.root: width for unit, width in stops.items()}
-        key = f"{self.job.cost.unit} at {named}"
-        if self.decides:
-            key += f" against {self.target}"
-        return float(self.known.of(key, lambda: self._decisive(self._applied(stops)[1])))
+        key = f"{self.job.cost.unit} at {named} against {self.job.target}"
 
-    def _decisive(self, net: nn.Module) -> float:
-        if not self.decides:
-            return self._cost(net)
-        job, key = self.job, f"{self.job.cost.unit} of {shape_of(net)} against {self.target}"
-        return self.known.of(key, lambda: against(job.cost, self.target, net, job.example_inputs))
+        def taken() -> float:
+            return self.tally.against(self._applied(stops)[1], self.job.target)
+
+        return float(self.known.of(key, taken))
 
     def _applied(self, stops: Mapping[Unit, int]) -> tuple[History, nn.Module]:
         """The accepted steps down to these widths, in the order they were taken, on the unpruned
@@ -308,20 +301,13 @@ class _Round:
             net=net,
             history=history,
             cost_before=self.cost_before,
-            cost=self._confirmed(net) if self.decides else self._cost(net),
-            losses_before=self._losses(History(), self.job.net, self.job.objectives),
+            cost=self.tally.confirmed(net),
+            losses_before=self.losses_before,
             losses=self._losses(history, net, self.job.objectives),
             rows=rows,
+            bounds=(self.permitted,),
             left_alone=self.found.left_alone,
         )
-
-    def _cost(self, net: nn.Module) -> float:
-        job, key = self.job, f"{self.job.cost.unit} of {shape_of(net)}"
-        return self.known.of(key, lambda: job.cost.of(net, job.example_inputs))
-
-    def _confirmed(self, net: nn.Module) -> float:
-        job, key = self.job, f"{self.job.cost.unit} of {shape_of(net)}, confirmed"
-        return self.known.of(key, lambda: job.cost.confirmed(net, job.example_inputs))
 
     def _losses(
         self, history: History, net: nn.Module, objectives: Sequence[Objective]
@@ -372,16 +358,6 @@ def _infeasible(job: Job, settings: Settings, result: Pruned) -> BudgetInfeasibl
         next="Permit larger drops, more rounds with fine-tuning, or a smaller divisor than "
         f"{settings.divisor}.",
     )
-
-
-def _inputs(job: Job) -> str:
-    """What a record's values depend on: weights, data and tasks."""
-    digest = hashlib.sha256()
-    held = [t for batch in job.batches for t in (*tensors(batch[0]), *tensors(batch[1]))]
-    for tensor in (*job.net.state_dict().values(), *held):
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    names = ", ".join(objective.name for objective in job.objectives)
-    return f"{names}, sha256 {digest.hexdigest()[:16]}"
 
 
 def _digest(text: str) -> str:

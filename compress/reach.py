@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from compress import losses, widths
-from compress.cost import against
 from compress.graph import Graph, Member
 from compress.history import History
 from compress.job import Job, Progress, Pruned, Row, Settings, Steps
+from compress.record import Record
+from compress.tally import Tally
 from compress.units import Found, Unit
 from nas.errors import BudgetInfeasible
 
@@ -56,11 +58,33 @@ def by_threshold(scores: Scores, scope: Callable[[Unit], Hashable], settings: Se
     return allocate
 
 
-def reach(job: Job, found: Found, scores: Scores, allocate: Allocate) -> Steps:
+def evenly(scores: Scores, settings: Settings) -> Allocate:
+    """The strength's share of every unit goes, to the nearest width. Units come to it one by one,
+    from the input on where they are alike: all at once, widths in multiples of the divisor would
+    leave nothing between two networks of which one misses the target and one is far below it."""
+    steps: list[tuple[float, Unit, int]] = []
+    for unit in scores:
+        way = (unit.width, *widths.every(unit, settings))
+        for wide, narrow in pairwise(way):
+            steps.append((1 - (wide + narrow) / 2 / unit.width, unit, narrow))
+    steps.sort(key=lambda step: step[0])
+
+    def allocate(strength: float) -> dict[Unit, int]:
+        taken = steps[: round(strength * len(steps))]
+        return {unit: unit.width for unit in scores} | {unit: kept for _, unit, kept in taken}
+
+    return allocate
+
+
+def reach(
+    job: Job, found: Found, scores: Scores, allocate: Allocate, known: Record | None = None
+) -> Steps:
     """Prune by the least strength whose network costs at most the target; the places of least
-    score go. Raises BudgetInfeasible where not even the greatest strength gives one."""
+    score go. With `known` costs are taken from there, and the same call goes on after a kill.
+    Raises BudgetInfeasible where not even the greatest strength gives one."""
     began = time.perf_counter()
-    before = job.cost.of(job.net, job.example_inputs)
+    tally = Tally(job, known or Record())
+    before = tally.of(job.net)
     orders = {unit: widths.weakest_first(worth) for unit, worth in scores.items()}
     tried: dict[tuple[int, ...], tuple[History, nn.Module, float]] = {}
 
@@ -71,8 +95,7 @@ def reach(job: Job, found: Found, scores: Scores, allocate: Allocate) -> Steps:
             steps = [widths.step(u, orders[u], n) for u, n in kept.items() if n < u.width]
             history = History(tuple(steps))
             net = history.replay(job.net, job.example_inputs)
-            cost = against(job.cost, job.target, net, job.example_inputs)
-            tried[key] = history, net, cost
+            tried[key] = history, net, tally.against(net, job.target)
         return tried[key]
 
     low, high = 0.0, 1.0
@@ -91,7 +114,7 @@ def reach(job: Job, found: Found, scores: Scores, allocate: Allocate) -> Steps:
                 met.append(tried_now)
         else:
             low = middle
-    while (cost := job.cost.confirmed(met[-1][1], job.example_inputs)) > job.target:
+    while (cost := tally.confirmed(met[-1][1])) > job.target:
         met.pop()
         if not met:
             raise _infeasible(job, cost)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.cost import SESSIONS, Latency
+from compress.cost import Latency, sessions
 from compress.graph import LAYERS, Member, gives
 from compress.history import History, Step
 from compress.job import Job, Settings
@@ -31,6 +31,14 @@ def offered(unit: Unit, settings: Settings) -> tuple[int, ...]:
     """Widths of all parts together that the grid's ratios come to, widest first, each once."""
     found = (kept(unit, ratio, settings.divisor) for ratio in settings.grid)
     return tuple(sorted({width for width in found if width < unit.width}, reverse=True))
+
+
+def every(unit: Unit, settings: Settings) -> tuple[int, ...]:
+    """All widths that a unit may be pruned to, widest first, down to the grid's last ratio."""
+    block = settings.divisor // math.gcd(settings.divisor, unit.block)
+    least = kept(unit, settings.grid[-1], settings.divisor)
+    found = (unit.parts * unit.block * places for places in range(block, unit.places, block))
+    return tuple(sorted((width for width in found if width >= least), reverse=True))
 
 
 def kept(unit: Unit, ratio: float, divisor: int) -> int:
@@ -77,18 +85,16 @@ def gone(unit: Unit, kept: int) -> int:
 
 
 def alone(job: Job, unit: Unit, widths: Sequence[int], known: Record) -> list[list[float]]:
-    """What pruning this unit alone to each width saves, a list per session; one if it is counted.
-    A latency is to be compared with others of the same session only."""
-    sessions = SESSIONS if isinstance(job.cost, Latency) else 1
+    """What pruning this unit alone to each width saves, a list per session (`cost.sessions`)."""
 
     def taken() -> list[list[float]]:
         anyhow = range(unit.places)  # which channels go is all the same to the cost
         steps = [step(unit, anyhow, kept) for kept in (unit.width, *widths)]
         nets = [History((one,)).replay(job.net, job.example_inputs) for one in steps]
-        taken = [job.cost.many(nets, job.example_inputs) for _ in range(sessions)]
+        taken = sessions(job.cost, nets, job.example_inputs)
         return [[full - cost for cost in costs] for full, *costs in taken]
 
-    key = f"{job.cost.unit} saved by {unit.root} alone at {list(widths)}, {sessions} sessions"
+    key = f"{job.cost.unit} saved by {unit.root} alone at {list(widths)}, by session"
     return known.of(key, taken)
 
 
@@ -118,12 +124,12 @@ def stairs(job: Job, unit: Unit, settings: Settings, known: Record) -> Stairs:
         ((probed,),) = alone(job, unit, (probe,), known)
         each = probed / (unit.width - probe)  # other widths: near enough to compare units
         return Stairs({width: each * (unit.width - width) for width in widths}, probed)
-    sessions = alone(job, unit, widths, known)
-    probed = statistics.median(saved[widths.index(probe)] for saved in sessions)
-    return Stairs(rising(widths, sessions), probed)
+    found = alone(job, unit, widths, known)
+    probed = statistics.median(saved[widths.index(probe)] for saved in found)
+    return Stairs(rising(widths, found), probed)
 
 
-def rising(widths: Sequence[int], sessions: Sequence[Sequence[float]]) -> dict[int, float]:
+def rising(widths: Sequence[int], found: Sequence[Sequence[float]]) -> dict[int, float]:
     """Of widths from the widest on, those that save more than the full one and all wider ones, by
     the median of the sessions.
 
@@ -132,9 +138,7 @@ def rising(widths: Sequence[int], sessions: Sequence[Sequence[float]]) -> dict[i
     """
     kept: dict[int, float] = {}
     most = 0.0
-    for width, saved in zip(
-        widths, map(statistics.median, zip(*sessions, strict=True)), strict=True
-    ):
+    for width, saved in zip(widths, map(statistics.median, zip(*found, strict=True)), strict=True):
         if saved > most:
             kept[width] = most = saved
     return kept

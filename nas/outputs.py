@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +25,21 @@ def named(outputs: Any) -> dict[str, Tensor]:
 def tensors(outputs: Any) -> list[Tensor]:
     """The same tensors without their names."""
     return [tensor for _, tensor in _walk(outputs)]
+
+
+def changed(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nesting with another tensor for each, in the order of `tensors`."""
+    if isinstance(outputs, Tensor):
+        return change(outputs)
+    if dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
+        parts = {name: changed(part, change) for name, part in vars(outputs).items()}
+        return dataclasses.replace(outputs, **parts)
+    if isinstance(outputs, (list, tuple)):
+        made = [changed(part, change) for part in outputs]
+        return type(outputs)(*made) if hasattr(outputs, "_fields") else type(outputs)(made)
+    if isinstance(outputs, Mapping):
+        return {key: changed(part, change) for key, part in outputs.items()}
+    return outputs
 
 
 def _walk(outputs: Any) -> Iterator[tuple[tuple[str, ...], Tensor]]:

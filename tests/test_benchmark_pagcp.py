@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from torch import nn
 from benchmarks import contract, multitask_nets, pagcp_experiment, pagcp_parts, pagcp_rows
 from benchmarks.pagcp_experiment import Experiment
 from benchmarks.pagcp_latency import Target
+from cli.pruning import MARGIN
 from compress.history import History, Step
 from nas.data.examples import Examples
 from nas.errors import NasctlError
@@ -148,7 +150,8 @@ def test_pruned_rows_and_controls_from_beginning_to_end(experiment, unmeasured):
     ours = pagcp_rows.pruned(experiment, "pagcp", 0, "flops")
     assert ours["macs_share"] <= 0.4
     assert ours["cost"] == pytest.approx(ours["macs_share"])
-    assert ours["bound"] in pagcp_rows.BOUNDS
+    assert len(ours["bounds"]) == pagcp_rows.ROUNDS
+    assert all(set(bounds) == {"class"} for bounds in ours["bounds"])
     assert set(ours["untuned"]) == {"test", "val", "change"}
     assert ours["ms_shares"] == [0.4, 0.5, 0.6]
     scratch = pagcp_rows.scratch(experiment, 0, "flops")
@@ -182,11 +185,13 @@ def rows_of(experiment):
 def test_rivals_are_chosen_by_their_worst_goal_on_validation_images(experiment):
     tuned = {"val": {"a": 0.5, "b": 0.8}, "test": {"a": 0.0, "b": 0.0}}
     experiment.rows.add(experiment.key("dense tuned", 0), tuned)
-    found = {"halp": (0.5, 0.6), "taylor": (0.4, 0.8), "random": (0.45, 0.76)}
+    found = {"halp": (0.5, 0.6), "taylor": (0.4, 0.8), "random": (0.45, 0.76), "fpgm": (0.5, 0.8)}
     for method in pagcp_parts.RIVALS:
         value = {"infeasible": "no"}
         if method in found:
-            value = {"val": dict(zip("ab", found[method], strict=True)), "test": {}}
+            value = {"val": dict(zip("ab", found[method], strict=True)), "ms_shares": [0.5]}
+        if method == "fpgm":  # best, and over the target
+            value["ms_shares"] = [0.6]
         experiment.rows.add(experiment.key(method, 0, cost="latency"), value)
         experiment.rows.add(experiment.key("dense", 0), {})
     # worst: -25 %, -20 %, -10 %
@@ -232,6 +237,47 @@ def test_the_table_names_what_was_not_met(experiment, capsys):
     }
     assert outcome.figures["toy_flops_halp_worst"] == -0.005
     assert outcome.figures["toy_longer_test_points"] == pytest.approx(1.0)
+
+
+def test_a_rival_over_the_target_is_marked_and_no_rival(experiment, capsys):
+    for method in ("dense", "dense tuned"):
+        score = {"test": {"a": 0.5}, "val": {"a": 0.5}}
+        experiment.rows.add(experiment.key(method, 0), score)
+    found = {"pagcp": row(-0.02, -0.03, ms=0.5), "halp": row(-0.01, -0.03, ms=0.51)}
+    found["fpgm"] = row(-0.03, -0.04, ms=0.49)
+    for method, content in found.items():
+        experiment.rows.add(experiment.key(method, 0, cost="latency"), content)
+    outcome = contract.Outcome("pagcp")
+    pagcp_parts.report(experiment, outcome)
+    printed = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert ["halp", "(!)"] in printed and ["fpgm", "(!)"] not in printed
+    aim = outcome.aims["toy_latency rivals"]
+    assert aim["met"] and aim["got"] == pytest.approx(0.01)
+
+
+def test_paid_for_with_milliseconds_nothing_is_won(experiment):
+    outcome = contract.Outcome("pagcp")
+    rows = {"pagcp": row(-0.01, -0.03, ms=0.52), "fpgm": row(-0.03, -0.04, ms=0.49)}
+    over = {method for method, row in rows.items() if pagcp_rows.missed(row, "latency")}
+    pagcp_parts.compared("toy", rows, outcome, over)
+    assert over == {"pagcp"} and not outcome.aims["toy rivals"]["met"]
+    assert not pagcp_rows.missed(rows["pagcp"], "flops")  # those are counted
+
+
+def test_every_method_has_the_same_target_in_milliseconds(experiment, unmeasured, monkeypatch):
+    """Whatever a session says of the dense network against itself; a little below, as nasctl."""
+    clock = itertools.cycle([1.0, 1.07, 0.95])
+    monkeypatch.setattr(Target, "_rough", lambda target, files: [next(clock) for _ in files])
+    net = experiment.network(0)
+    keys = [experiment.key(method, 0, cost="latency") for method in ("pagcp", "uniform", "halp")]
+    targets = [pagcp_rows._job(experiment, key, net).target for key in keys]
+    assert targets == [0.5 * 2.0 / MARGIN] * 3
+
+
+def test_equal_factors_are_still_there(experiment):
+    rounds = pagcp_rows.Rounds(experiment, experiment.key("pagcp equal D", 0, cost="flops"))
+    found = rounds.pagcp(experiment.network(0))
+    assert found.bounds == ({"class": 6.0},) * pagcp_rows.ROUNDS
 
 
 def test_narrower_networks_come_from_the_widest():

@@ -13,9 +13,10 @@ from compress import baselines, losses, units, widths
 from compress.cost import Latency, Macs
 from compress.graph import LAYERS, Graph
 from compress.history import History
-from compress.job import GRID, Job, Settings, finish
+from compress.job import GRID, Job, Pruned, Settings, finish
 from compress.objective import Objective
 from compress.prune import one_round, prune
+from compress.record import Record
 from nas.errors import BudgetInfeasible, NasctlError
 from nas.outputs import tensors
 from tests.graphs import chain
@@ -175,6 +176,18 @@ def test_rounds_go_equal_shares_of_the_way():
     assert 0.8 * math.sqrt(given.target / full) < seen[0] <= math.sqrt(given.target / full)
 
 
+def test_all_of_a_result_but_its_weights_is_text():
+    given = job("plain")
+    found = finish(one_round(given, LOOSE))
+    again = Pruned.from_json(found.to_json(), given.net, given.example_inputs)
+    assert repr(again.rows) == repr(found.rows)  # a score may be nan
+    assert again.left_alone == found.left_alone
+    for name, tensor in found.net.state_dict().items():
+        assert torch.equal(tensor, again.net.state_dict()[name])
+    for name in ("history", "cost", "cost_before", "losses", "losses_before", "bounds"):
+        assert getattr(again, name) == getattr(found, name), name
+
+
 def test_a_killed_pruning_goes_on_to_the_same_network_and_measures_nothing_twice(tmp_path):
     given, path = job("plain"), tmp_path / "record.jsonl"
     whole = finish(one_round(given, LOOSE, path))
@@ -250,6 +263,88 @@ class Flattering(Target):
     def measure(self, nets):
         whole, *others = super().measure(nets)
         return [whole, *(ms * (0.6 if self.rng.random() < 0.2 else 1.0) for ms in others)]
+
+
+class Noisy(Target):
+    """Every start of the program times everything else than the last, by a tenth."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.rng = np.random.default_rng(start)
+
+    def measure(self, nets):
+        return [ms * self.rng.uniform(0.9, 1.1) for ms in super().measure(nets)]
+
+
+def test_the_whole_network_costs_what_it_was_said_to_cost():
+    whole, small = job("plain").net, job("plain", c=8).net
+    noisy = Noisy(0)
+    cost = noisy.cost(whole)
+    again = copy.deepcopy(whole)
+    assert cost.of(again, None) == cost.confirmed(again, None) == cost.whole_ms
+    assert noisy.sessions == 0
+    first, between, last = cost.many([again, small, whole], None)
+    assert first == last == cost.whole_ms and 0 < between < first
+    assert noisy.sessions == 1
+
+
+@pytest.mark.parametrize("method", ["pagcp", "halp", "uniform"])
+def test_a_killed_pruning_to_milliseconds_goes_on_to_the_same_network(method, tmp_path):
+    """The clock is another one after the kill; the milliseconds that are on record count."""
+    path, whole = tmp_path / "record.jsonl", job("plain").net
+
+    def run(start):
+        given = job("plain", share=0.6, cost=Noisy(start).cost(whole))
+        if method == "pagcp":
+            return finish(prune(given, replace(LOOSE, bound=50.0), path, rounds=2))
+        return finish(baselines.load(method)(given, LOOSE, Record(path, given.inputs())))
+
+    first = run(0)
+    records = sorted(tmp_path.iterdir())
+    contents = [record.read_bytes() for record in records]
+    again = run(1)  # killed at the very end
+    assert again.history == first.history and again.cost == first.cost
+    assert again.rows == first.rows
+    assert [record.read_bytes() for record in records] == contents
+    lines = contents[-1].splitlines(keepends=True)
+    records[-1].write_bytes(b"".join(lines[: len(lines) // 2]))
+    run(2)  # killed in the middle
+    assert records[-1].read_bytes().startswith(b"".join(lines[: len(lines) // 2]))
+    assert run(3).history == run(4).history
+
+
+def test_what_a_unit_saved_is_of_sessions_that_saw_both():
+    """A session is slower than the one before by a tenth: differences across them are no saving."""
+    target = Target()
+    whole = job("plain").net
+    plain = job("plain", share=0.5, cost=target.cost(whole))
+    found = finish(one_round(plain, replace(LOOSE, bound=50.0)))
+    net = plain.net
+    by_root = {step.root: step for step in found.history.steps}
+    for row in found.rows:
+        if row.kept != row.accepted or row.accepted == row.width:
+            break  # widened afterwards: later ones were taken on another network
+        after = History((by_root[row.root],)).replay(net, plain.example_inputs)
+        assert row.saved == pytest.approx(target.counted(net) - target.counted(after))
+        net = after
+    assert row is not found.rows[0]
+
+
+def test_units_that_seemed_to_save_nothing_are_the_last_resort():
+    """Not out: a target that needs them is met."""
+    given = job("plain", share=0.2)
+
+    class Blind(Macs):
+        """Sees no saving where units are taken one by one."""
+
+        def many(self, nets, example_inputs):
+            found = super().many(nets, example_inputs)
+            small = found[0] < super().of(given.net, example_inputs)
+            return [found[0]] * len(found) if small else found
+
+    found = finish(one_round(replace(given, cost=Blind()), replace(LOOSE, bound=1e3)))
+    assert any(row.score == math.inf and row.kept < row.width for row in found.rows)
+    assert found.cost <= given.target
 
 
 @pytest.mark.parametrize("method", ["pagcp", "uniform"])

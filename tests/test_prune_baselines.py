@@ -1,21 +1,27 @@
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch_pruning as tp
+from torch import nn
 
 from compress import baselines, units
 from compress.baselines.halp import knapsack
+from compress.baselines.taylor import taylor
+from compress.cost import Macs
 from compress.history import History, Step
-from compress.job import Settings, finish
-from compress.reach import by_threshold
+from compress.job import Job, Settings, finish
+from compress.objective import Objective
+from compress.reach import by_threshold, evenly
 from compress.units import Unit
 from nas.errors import BudgetInfeasible, UsageError
 from nas.outputs import tensors
-from tests.graphs import ResNet18
+from tests.graphs import ResNet18, settled
 from tests.prunable import job
 
 SETTINGS = Settings(divisor=4)
@@ -75,6 +81,81 @@ def test_scopes_share_out_what_goes():
     assert alone(0.5) == {wide: 4, narrow: 2}
     assert together(0.5) == {wide: 2, narrow: 4}
     assert alone(0.0) == together(0.0) == {wide: 8, narrow: 4}
+
+
+def test_even_shares_come_to_units_one_by_one():
+    """All at once they would go from 8 and 8 to 4 and 4: targets between would be missed by far."""
+    wide, other, narrow = (Unit(name, n, 1, ()) for name, n in (("a", 8), ("b", 8), ("c", 2)))
+    scores = {unit: torch.arange(float(unit.width)) for unit in (wide, other, narrow)}
+    allocate = evenly(scores, Settings(divisor=2, grid=(0.75,)))
+    every = [allocate(n / 100) for n in range(101)]
+    found = list(dict.fromkeys((kept[wide], kept[other]) for kept in every))
+    assert found == [(8, 8), (6, 8), (6, 6), (4, 6), (4, 4), (2, 4), (2, 2)]
+    assert all(kept[narrow] == 2 for kept in every)  # too narrow for the divisor
+
+
+def test_unequal_units_lose_the_same_share_to_within_a_width():
+    units_ = [Unit(str(n), n, 1, ()) for n in (16, 24, 64, 128)]
+    scores = {unit: torch.arange(float(unit.width)) for unit in units_}
+    allocate = evenly(scores, Settings(divisor=8))
+    for strength in (0.1, 0.3, 0.5, 0.7):
+        kept = allocate(strength)
+        lost = sum(unit.width - kept[unit] for unit in units_) / sum(u.width for u in units_)
+        for unit in units_:
+            assert abs(unit.width - kept[unit] - lost * unit.width) <= 8 + 1e-9
+
+
+class Normed(nn.Module):
+    """A convolution with a norm behind it, and one without."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.b = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.b(self.norm(self.a(x)).relu()).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def normed():
+    torch.manual_seed(0)
+    net = settled(Normed())
+    x = torch.randn(6, 3, 4, 4)
+    y = torch.arange(6) % 2
+    objective = Objective("class", lambda out, target: F.cross_entropy(out, target))
+    return Job(net, x[:1], [objective], [(x, y)], Macs(), 1.0)
+
+
+def test_taylor_gates_on_the_norm_behind_a_layer():
+    given = normed()
+    found = taylor(given, units.find(given.net, given.example_inputs).units)
+    net = copy.deepcopy(given.net)
+    ((x, y),) = given.batches
+    loss = F.cross_entropy(net(x), y)
+    (loss * len(x) / loss.detach()).backward()
+    wanted = {
+        "a": (net.norm.weight * net.norm.weight.grad + net.norm.bias * net.norm.bias.grad) ** 2,
+        "b": ((net.b.weight * net.b.weight.grad).sum((1, 2, 3)) + net.b.bias * net.b.bias.grad)
+        ** 2,
+    }
+    assert {unit.root for unit in found} == set(wanted)
+    for unit, scores in found.items():
+        assert torch.allclose(scores, wanted[unit.root].detach(), rtol=1e-4), unit.root
+
+
+@pytest.mark.parametrize("frozen", [["a", "norm", "b", "head"], ["a", "norm"]])
+def test_taylor_scores_frozen_layers_alike(frozen):
+    given = normed()
+    found = taylor(given, units.find(given.net, given.example_inputs).units)
+    for name in frozen:
+        given.net.get_submodule(name).requires_grad_(False)
+    again = taylor(given, units.find(given.net, given.example_inputs).units)
+    for unit, scores in found.items():
+        assert torch.equal(scores, again[unit])
+    assert not any(p.requires_grad for p in given.net.a.parameters())  # a copy was unfrozen
 
 
 def test_the_knapsack_is_as_good_as_trying_everything():

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ import torch
 
 from cli import child, main, measuring, prune, pruning
 from cli.training import Training, space_for
+from compress import losses
 from compress.history import History
 from deploy import bundle as bundles
 from deploy import interface, onnx
@@ -423,11 +425,68 @@ def test_the_last_word_is_of_what_was_measured(rows, ms, code, said):
     assert code == 0 or error.value.exit_code == code
 
 
+WANTED = dict(model="mine:build", data="mine:task", weights="w.safetensors", threads=1)
+WANTED |= dict(hw="cpu", on="local", epochs=1.0, divisor=4)
+
+
+def test_a_pruning_killed_afterwards_is_read_again(mine, workdir, monkeypatch):
+    words = {**WANTED, "method": "uniform", **prune.parse_target("macs=-50%")}
+    first = pruning.pruned(prune.prepare(dict(words), None, "20%", workdir / "r"))
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning, "job", lambda *_: pytest.fail("pruned again"))
+        again = pruning.pruned(prune.prepare(dict(words), None, "20%", workdir / "r"))
+    assert again.history == first.history and repr(again.rows) == repr(first.rows)
+    for name, tensor in first.net.state_dict().items():
+        assert torch.equal(tensor, again.net.state_dict()[name])
+    (workdir / "r/prune-0.jsonl").unlink()
+    other = {**words, **prune.parse_target("macs=-20%")}  # another key
+    milder = pruning.pruned(prune.prepare(other, None, "20%", workdir / "r"))
+    assert milder.cost > first.cost
+
+
+def test_a_start_after_a_kill_has_the_same_target_in_milliseconds(mine, workdir, monkeypatch):
+    """Whatever the clock says then, of the whole network or of others."""
+    words = {**WANTED, "method": "uniform", **prune.parse_target("latency=-40%")}
+    (workdir / "r").mkdir()
+    found = []
+    for slower in (1.0, 1.3):
+
+        def timer(*_, slower=slower, **__):
+            clock = by_weights(None, None, 0)
+
+            def times(paths):
+                timings = enumerate(clock(paths))
+                return [replace(t, median_ms=slower ** (at + 1) * t.median_ms) for at, t in timings]
+
+            return times
+
+        monkeypatch.setattr(measuring, "timer", timer)
+        asked = prune.prepare(dict(words), None, "20%", workdir / "r")
+        found.append(pruning.pruned(asked))
+        assert pruning.job(asked, asked.subject.net).target == found[0].cost_before * 0.6 / 1.02
+        (workdir / "r/pruned.safetensors").unlink()
+    assert found[0].history == found[1].history and found[0].cost == found[1].cost
+
+
+def test_bounds_follow_what_may_drop_even_where_drops_are_equal(mine, workdir):
+    """6 for every task, whether 1 % or 50 % was typed: that steered nothing."""
+    words = {**WANTED, "method": "pagcp", **prune.parse_target("macs=-50%")}
+    found = {}
+    for drop in ("1%", "50%"):
+        asked = prune.prepare(dict(words), None, drop, workdir / "r")
+        job = pruning.job(asked, asked.subject.net)
+        settings = pruning.settings(asked.spec, job)
+        before = losses.measure(job.net, job.objectives, job.batches).values
+        found[drop] = settings.bounds(before)
+        assert all(
+            bound * before[t] < settings.bound.ceilings[t] for t, bound in found[drop].items()
+        )
+    assert all(found["50%"][task] > bound > 1 for task, bound in found["1%"].items())
+
+
 def test_what_was_trained_for_other_inputs_is_not_taken(trained, mine, workdir, monkeypatch):
     """A kill before the delivery leaves the file of a training; then the images change."""
-    words = dict(model="mine:build", data="mine:task", weights="w.safetensors", threads=1)
-    words |= dict(hw="cpu", on="local", method="random", epochs=1.0, divisor=4)
-    words |= prune.parse_target("macs=-50%")
+    words = {**WANTED, "method": "random", **prune.parse_target("macs=-50%")}
     told = []
     images, train = mine.split, multitask_training.train
     monkeypatch.setattr(

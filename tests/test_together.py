@@ -89,7 +89,7 @@ def test_it_is_of_several_tasks(nasctl, workdir):
 
 def written(folder, licence=""):
     """The weights of a small network of both tasks, as a search writes them."""
-    task = sides()
+    task = multitask.load("two_sides:task")
     space, genes = space_for(task, 0.25), [0] * 28
     fields = {"data": "two_sides:task", "tasks": ["class", "box"], "space": "fbnetv5"}
     more = {"width": 0.25, "epochs": 1, "finetune": 0, "threads": 1, "licence": licence}

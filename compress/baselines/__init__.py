@@ -1,19 +1,25 @@
-"""Pruning methods to compare with, one file each: `prune(job, settings) -> Steps`, as PAGCP's.
+"""Pruning methods to compare with, one file each: `prune(job, settings, known) -> Steps`.
 
 All prune the same units to the same widths and stop at the same target; they differ in what they
-think a channel is worth, and in which channels compete.
+think a channel is worth, and in which channels compete. With a record `known` (of `job.inputs()`)
+a method that was killed goes on to the same network.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from compress.job import Job, Settings, Steps
+from compress.record import Record
 from nas.errors import unknown
 
-Method = Callable[[Job, Settings], Steps]
+
+class Method(Protocol):
+    def __call__(
+        self, job: Job, settings: Settings = ..., known: Record | None = None
+    ) -> Steps: ...
 
 
 def names() -> list[str]:

@@ -7,15 +7,16 @@ import torch_pruning as tp
 
 from compress import units
 from compress.job import Job, Settings, Steps
-from compress.reach import by_threshold, reach
+from compress.reach import evenly, reach
+from compress.record import Record
 from compress.widths import by_place
 
 
-def prune(job: Job, settings: Settings = Settings()) -> Steps:
+def prune(job: Job, settings: Settings = Settings(), known: Record | None = None) -> Steps:
     found = units.find(job.net, job.example_inputs)
     graph, importance = (
         job.graph(),
         tp.importance.FPGMImportance(),
     )
     scores = {unit: by_place(importance(graph.group(unit.root)), unit) for unit in found.units}
-    return reach(job, found, scores, by_threshold(scores, lambda unit: unit.root, settings))
+    return reach(job, found, scores, evenly(scores, settings), known)

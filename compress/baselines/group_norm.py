@@ -11,14 +11,15 @@ from compress import units
 from compress.graph import Graph
 from compress.job import Job, Settings, Steps
 from compress.reach import Scores, by_threshold, reach
+from compress.record import Record
 from compress.units import Unit
 from compress.widths import by_place
 
 
-def prune(job: Job, settings: Settings = Settings()) -> Steps:
+def prune(job: Job, settings: Settings = Settings(), known: Record | None = None) -> Steps:
     found = units.find(job.net, job.example_inputs)
     scores = norms(job.graph(), found.units)
-    return reach(job, found, scores, by_threshold(scores, lambda unit: "all", settings))
+    return reach(job, found, scores, by_threshold(scores, lambda unit: "all", settings), known)
 
 
 def norms(graph: Graph, members: Sequence[Unit]) -> Scores:

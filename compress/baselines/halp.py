@@ -27,17 +27,18 @@ Array = NDArray[np.float64]
 Options = Mapping[int, tuple[float, float]]  # by width: (cost saved, worth lost)
 
 
-def prune(job: Job, settings: Settings = Settings()) -> Steps:
+def prune(job: Job, settings: Settings = Settings(), known: Record | None = None) -> Steps:
     found = units.find(job.net, job.example_inputs)
     scores = taylor(job, found.units)
-    options = {unit: _options(job, unit, scores, settings) for unit in scores}
+    known = known or Record()
+    options = {unit: _options(job, unit, scores, settings, known) for unit in scores}
     most = sum(max(saved for saved, _ in of.values()) for of in options.values())
-    return reach(job, found, scores, lambda strength: knapsack(options, strength * most))
+    return reach(job, found, scores, lambda strength: knapsack(options, strength * most), known)
 
 
-def _options(job: Job, unit: Unit, scores: Scores, settings: Settings) -> Options:
+def _options(job: Job, unit: Unit, scores: Scores, settings: Settings, known: Record) -> Options:
     offered = widths.offered(unit, settings)
-    sessions = widths.alone(job, unit, offered, Record())
+    sessions = widths.alone(job, unit, offered, known)
     worth = scores[unit].sort().values.cumsum(0)  # of the first so many to go
     options = {unit.width: (0.0, 0.0)}
     for kept, saved in widths.rising(offered, sessions).items():

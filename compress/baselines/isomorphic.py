@@ -8,15 +8,16 @@ from compress.baselines.group_norm import norms
 from compress.graph import Graph
 from compress.job import Job, Settings, Steps
 from compress.reach import by_threshold, reach
+from compress.record import Record
 from compress.units import Unit
 
 
-def prune(job: Job, settings: Settings = Settings()) -> Steps:
+def prune(job: Job, settings: Settings = Settings(), known: Record | None = None) -> Steps:
     found = units.find(job.net, job.example_inputs)
     graph = job.graph()
     structure = {unit: _structure(graph, unit) for unit in found.units}
     scores = norms(graph, found.units)
-    return reach(job, found, scores, by_threshold(scores, structure.__getitem__, settings))
+    return reach(job, found, scores, by_threshold(scores, structure.__getitem__, settings), known)
 
 
 def _structure(graph: Graph, unit: Unit) -> tuple[str, ...]:

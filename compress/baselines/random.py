@@ -6,11 +6,12 @@ import torch
 
 from compress import units
 from compress.job import Job, Settings, Steps
-from compress.reach import by_threshold, reach
+from compress.reach import evenly, reach
+from compress.record import Record
 
 
-def prune(job: Job, settings: Settings = Settings()) -> Steps:
+def prune(job: Job, settings: Settings = Settings(), known: Record | None = None) -> Steps:
     generator = torch.Generator().manual_seed(settings.seed)
     found = units.find(job.net, job.example_inputs)
     scores = {unit: torch.rand(unit.places, generator=generator) for unit in found.units}
-    return reach(job, found, scores, by_threshold(scores, lambda unit: unit.root, settings))
+    return reach(job, found, scores, evenly(scores, settings), known)
