@@ -303,9 +303,9 @@ def _observed(job: Job, path: Path) -> str:
 
 
 def _computes_otherwise(row: Mapping[str, Any]) -> bool:
-    """A half-precision form whose multiplications are seen to be of another precision."""
-    seen = row.get("observed", "?")
-    return seen != "?" and row["name"] not in {part.split()[0] for part in seen.split(", ")}
+    """A half-precision form some of whose multiplications are seen to be of another precision."""
+    seen = {part.split()[0] for part in row.get("observed", "?").split(", ")}
+    return not seen <= {row["name"], "?"}
 
 
 def _records(bundle: Bundle) -> Path:

@@ -116,11 +116,28 @@ def test_what_the_runtime_cannot_run_is_told(nasctl, workdir, timed):
     assert content["why"][-1].startswith("bf16: not possible here: ")
 
 
-def test_what_half_precision_leaves_in_float_is_told(nasctl, workdir, timed):
+@pytest.mark.parametrize(
+    ("observed", "otherwise"),
+    [
+        ("fp16", False),
+        ("?", False),
+        ("fp16 9, ? 2", False),
+        ("fp32", True),
+        ("fp16 1, fp32 9", True),
+    ],
+)
+def test_a_half_that_computes_partly_in_float32_is_none(observed, otherwise):
+    row = {"name": "fp16", "observed": observed}
+    assert quantizing._computes_otherwise(row) is otherwise
+
+
+def test_what_half_precision_leaves_in_float_is_told(nasctl, workdir, timed, monkeypatch):
     timed(1.0, 0.5)
+    monkeypatch.setattr("hw_profiles.half.vanishing", lambda model: 3)
     small(workdir / "b")
     said = nasctl("quantize", "b", "--max-drop", "3%", "--forms", "fp16")
     assert "fp16: stay in float32: GlobalAveragePool 1" in said.err
+    assert "fp16: 3 weights are too small for it and became 0" in said.err
     assert "1 of 9" in said.out
 
 
