@@ -13,7 +13,7 @@ from cli import many_tasks_stages as stages
 from cli import several
 from deploy import bundle as bundles
 from deploy import verify
-from nas import checkpoint, multitask_together
+from nas import checkpoint, multitask, multitask_together
 from nas.errors import NasctlError
 from nas.multitask_search import Shared, space_for
 from nas.multitask_together import judged, proposed
