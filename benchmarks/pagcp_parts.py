@@ -52,7 +52,8 @@ def run(doc: str | None, argv: list[str] | None = None) -> int:
         for experiment in experiments:
             work(part, experiment)
     if arguments.quick:
-        pagcp_rows.pruned(experiments[0], PAGCP, 0, FLOPS)
+        # by the published bounds: an untrained network has no room, and would be loosened in vain
+        pagcp_rows.pruned(experiments[0], EQUAL, 0, FLOPS)
     for experiment in experiments:
         report(experiment, outcome)
     return outcome.finish(arguments.save and not arguments.quick)

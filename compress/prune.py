@@ -87,7 +87,8 @@ def _bounded(job: Job, settings: Settings, known: Record) -> Steps:
         run = _Round(job, these, known)
         yield from run.scan()
         found = run.chosen()
-        if found.cost <= job.target:
+        limited = any(row.limiting for row in found.rows)
+        if found.cost <= job.target or not limited:  # looser ones would change nothing
             break
     return found
 

@@ -170,6 +170,13 @@ def test_bounds_are_loosened_only_as_far_as_the_target_needs():
     ]
 
 
+def test_bounds_that_stop_nothing_are_not_loosened():
+    given = job("plain", share=0.02)
+    wide = Room({"label": 1e9, "map": 1e9}, {"label": 0.9, "map": 0.9})
+    steps = one_round(given, Settings(bound=wide, divisor=4, grid=GRID))
+    assert [step.doing for step in steps].count("choosing units") == 1
+
+
 def test_each_round_has_what_is_left():
     given = job("plain", share=0.7)
     found = finish(prune(given, settings(given), rounds=2))
