@@ -28,7 +28,7 @@ from deploy import interface, onnx
 from hw_profiles import device
 from hw_profiles.protocol import Timing
 from hw_profiles.runtimes import onnxruntime
-from nas import checkpoint, multitask_training, tasks
+from nas import checkpoint, multitask, multitask_training, tasks
 from nas import run as runs
 from nas.errors import NasctlError, UsageError
 
@@ -207,7 +207,7 @@ def test_a_network_of_two_tasks_of_ones_own(pruned, mine, nasctl, workdir):
         assert json.loads(told["arch"]) | {"pruned": 0} == read(made, "arch.json") | {"pruned": 0}
     said = interface.read(made.path("task.json"))
     assert list(said.outputs) == list(session.outputs) and said.shape == tuple(images.shape[1:])
-    assert said.data_sha256 == mine.task().fingerprint
+    assert said.data_sha256 == multitask.load("mine:task").fingerprint
     assert report == json.loads((pruned / "r/report.json").read_text())
     shown = nasctl("report", "r")
     assert shown.code == 0 and "quadrant, test" in shown.out
