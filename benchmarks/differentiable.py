@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from nas.supernet import Course
 
 PARTS = ("memory", "search")
 RIVALS = ("random", "robot")
+SHARES = (0.35, 0.6)
 Named = tuple[str, Latency]
 
 
@@ -47,7 +48,7 @@ class Setting:
     experiments: list[Experiment]
     named: list[Named]  # latencies
     final: int  # steps of the network that was found
-    shares: tuple[float, ...] = (0.35, 0.6)  # budgets, from the fastest network to the slowest
+    shares: Sequence[float]  # budgets, from the fastest network to the slowest
     candidates: int = 16  # networks that a search judges at the end, or trains a little
 
 
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", type=Path, help="latencies of this machine, fbnet's own")
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="budgets")
     parser.add_argument("--folder", type=Path, help="for unfinished trainings; kept between runs")
     arguments = parser.parse_args(argv)
     outcome = contract.Outcome("differentiable")
@@ -98,7 +100,7 @@ def _full(arguments: Any, data: str) -> Setting:
         Experiment(task, found, steps, 128, seed, rows, folder, {**key, "seed": seed})
         for seed in range(arguments.seeds)
     ]
-    return Setting(experiments, _latencies(found, arguments.table), final)
+    return Setting(experiments, _latencies(found, arguments.table), final, arguments.shares)
 
 
 def _quick(arguments: Any, data: str) -> Setting:
