@@ -10,7 +10,8 @@ NNCF's accuracy control with the same data and bound.
 
 Speeds are ratios to fp32 in the same processes, with the 5 and 95 % points of the processes'
 ratios; a claim counts where the lower one makes it. Rows in doubt are kept and marked. All are in
-results/deploy.rows.jsonl, and a stopped run goes on.
+results/deploy.rows.jsonl under the processor's name, and a stopped run goes on; processors are
+never mixed in a table.
 
 Not here: trained networks (`nasctl quantize` on a run), TensorRT.
 """
@@ -35,6 +36,7 @@ from benchmarks.deploy_rows import BOUND, FLOAT, NNCF, Effort, measured
 from nas import space, tasks
 from nas.tasks import Task
 
+PROCESSOR = contract.machine()["processor"]
 RUNTIMES = ("onnxruntime", "openvino", "aoti")
 DEFAULTS = "library's defaults"
 INT8 = ("u8", "u8 but depthwise", "s8")
@@ -58,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_argument("--nncf", default="", metavar="PYTHON", help="that can import nncf")
     flags.add_argument("--again", action="store_true", help="measure rows in doubt once more")
     flags.add_argument("--told", action="store_true", help="of all rows there are, no more")
+    flags.add_argument("--processor", default=PROCESSOR, help="whose rows are told")
     asked = flags.parse_args(argv)
     outcome = contract.Outcome("deploy")
     folder = None if asked.quick else contract.data("cifar10")
@@ -74,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         RUNTIMES[:1] if asked.quick else asked.runtimes,
     )
     if asked.told:
-        found = [(json.loads(name), row) for name, row in rows.done.items()]
+        every = [(json.loads(name), row) for name, row in rows.done.items()]
+        found = [(name, row) for name, row in every if name["processor"] == asked.processor]
     else:
         found = [(key(*place), work.row(*place)) for place in places]
     print(contract.table(HEADER, [line for each in found for line in table_lines(*each)]))
@@ -87,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def key(name: str, at: int | str, runtime: str) -> dict[str, Any]:
-    return {"space": name, "network": at, "runtime": runtime, "version": 2}
+    place = {"space": name, "network": at, "runtime": runtime}
+    return {**place, "processor": PROCESSOR, "version": 2}
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 tiny_imagenet_20 (class, box) and camvid (label map, boundaries, presence), at CPU sizes. A method
 finds a network per task inside the task's budget of MACs, the same for all methods; every network
-is then trained alone from scratch, for the same steps, and judged once on test images.
+is then trained alone from scratch, for the same steps, and judged once on test images. What they
+take in milliseconds is measured at the end (`fbnetv5_latency`).
 
   one run            a search for all tasks together; each takes the best of its distribution
   one shared         of the same search the network that is best for all tasks on average

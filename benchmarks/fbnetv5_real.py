@@ -5,6 +5,7 @@ What is run is in `fbnetv5_experiment`; rows go to benchmarks/results/fbnetv5_re
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from benchmarks.fbnetv5_experiment import (
     own_training,
     wall_time,
 )
+from benchmarks.fbnetv5_latency import SECONDS, Network, milliseconds
 from nas import multitask, tasks
 from nas.data.examples import Examples
 from nas.goals import classes
@@ -30,6 +32,7 @@ TIMED = 12  # rounds of steps of each search, in turn
 MOST_TIME = 1.1  # of a search for one task
 
 Found = dict[tuple[str, str, str], list[dict[str, Any]]]  # data, task, method -> rows of seeds
+Picked = tuple[Experiment, str, Network]  # who found what: the method's name, task and genes
 
 
 def run(outcome: contract.Outcome, seeds: int, folder: Path) -> None:
@@ -48,7 +51,7 @@ def run(outcome: contract.Outcome, seeds: int, folder: Path) -> None:
         for seed in range(seeds)
         for setting, task in loaded
     ]
-    _all(outcome, experiments, TIMED)
+    _all(outcome, experiments, TIMED, SECONDS)
 
 
 def quick(outcome: contract.Outcome, folder: Path) -> None:
@@ -56,19 +59,31 @@ def quick(outcome: contract.Outcome, folder: Path) -> None:
     few = Schedule(steps=4, batch=16, lr=0.05)
     setting = Setting("digits", 8, 0.25, few, replace(few, steps=2))
     rows = contract.Rows(folder / "rows.jsonl")
-    _all(outcome, [Experiment(setting, digits(), 0, rows, folder, judged=2, short=2)], 1)
+    _all(outcome, [Experiment(setting, digits(), 0, rows, folder, judged=2, short=2)], 1, 0.5)
 
 
-def _all(outcome: contract.Outcome, experiments: list[Experiment], rounds: int) -> None:
+def _all(
+    outcome: contract.Outcome, experiments: list[Experiment], rounds: int, seconds: float
+) -> None:
+    """Searches are timed for `rounds` steps, and files for `seconds` in each process."""
     for experiment in experiments:
         if experiment.seed == 0:
             _report_time(outcome, experiment, wall_time(experiment, rounds)["seconds_per_step"])
     found: Found = {}
+    trained: dict[str, set[Network]] = {}
     for experiment in experiments:
+        data = experiment.setting.data
         for method, picks in METHODS.items():
-            for name, genes in picks(experiment).items():
-                key = (experiment.setting.data, name, method)
-                found.setdefault(key, []).append(own_training(experiment, name, tuple(genes)))
+            for name, picked in picks(experiment).items():
+                network = (name, tuple(picked))
+                row = {**own_training(experiment, *network), "network": network}
+                found.setdefault((data, name, method), []).append(row)
+                trained.setdefault(data, set()).add(network)
+    one_each = {experiment.setting.data: experiment for experiment in reversed(experiments)}
+    for data, networks in trained.items():
+        ms = milliseconds(one_each[data], networks, seconds)
+        for row in itertools.chain(*(rows for key, rows in found.items() if key[0] == data)):
+            row["ms"] = ms[row["network"]]
     _report(outcome, found)
 
 
@@ -104,9 +119,13 @@ def _report(outcome: contract.Outcome, found: Found) -> None:
         test = np.array([row["test"] for row in rows])
         macs = float(np.mean([row["macs"] for row in rows])) / 1e6
         cells = [float(test.mean()), float(test.std()), float(test.min())]
-        lines.append([data, name, method, *(f"{cell:.4f}" for cell in cells), macs, len(rows)])
+        ms = float(np.mean([row["ms"] for row in rows]))
+        told = (*(f"{cell:.4f}" for cell in cells), f"{macs:.2f}", f"{ms:.3f}", len(rows))
+        lines.append([data, name, method, *told])
         outcome.figures[f"{data}, {name}: {method}"] = cells[0]
-    print(contract.table(["data", "task", "method", "test", "dev", "worst", "MMACs", "n"], lines))
+        outcome.figures[f"{data}, {name}: {method}, ms"] = ms
+    header = ["data", "task", "method", "test", "dev", "worst", "MMACs", "ms", "n"]
+    print(contract.table(header, lines))
     pairs = list(dict.fromkeys((data, name) for data, name, _ in found))
     for rival in list(METHODS)[1:]:
         gains = np.array(

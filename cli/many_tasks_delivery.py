@@ -17,6 +17,7 @@ from torch import nn
 
 from cli import bundling, console, properties, several
 from cli import many_tasks_stages as stages
+from cli.deliver import ATTEMPTS, MARGIN
 from cli.many_tasks_stages import BUNDLE, OWN_STATE, PICK, RESULT, WEIGHTS, Job, Part
 from deploy import onnx, verify
 from hw_profiles import measure, op
@@ -33,8 +34,6 @@ from nas.outputs import ONLY
 from nas.space import arch_to_dict
 
 MODEL = f"{BUNDLE}/{bundling.FLOAT}"
-ATTEMPTS = 5  # files timed before a budget on this machine is given up
-MARGIN = 1.02  # as in `cli.deliver`
 
 
 def delivered(

@@ -66,6 +66,16 @@ class Delivered:
         )
 
 
+@dataclass
+class Compared:
+    """The chain from the network to what is delivered."""
+
+    delivered: Delivered
+    links: list[Link]
+    notes: list[str]  # links that were not compared, and why
+    why: str = ""  # the delivered file cannot be run here; empty where it can
+
+
 @dataclass(frozen=True)
 class Promised:
     """The bound that `nasctl quantize` held."""
@@ -80,6 +90,40 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
     if asked.split not in ("val", "test"):
         raise UsageError(f"unknown split '{asked.split}'", where="--split", allowed="val, test")
     inputs = _inputs(bundle)
+    compared = _compared(bundle, named, asked, inputs)
+    delivered = compared.delivered
+    scores: Scores | None = None
+    bound: Scores = {}
+    measured = None
+    if compared.why:
+        missing = [f"metric, latency and memory: {compared.why}"]
+    else:
+        scores, bound, missing = _scores(bundle, delivered, asked)
+        measured = _measured(delivered, asked, inputs)
+        if measured is None:
+            missing.append(f"latency and memory: {asked.board.name} is not this machine")
+    budget_ms, elsewhere = _budget(bundle, asked)
+    return {
+        "nasctl": bundle.manifest.nasctl,
+        "bundle": bundles.identity(bundle),
+        "file": {**file.record(delivered.path), "runtime": delivered.runtime},
+        "chain": [
+            {**asdict(one), "tolerance": one.tolerance, "holds": one.holds}
+            for one in compared.links
+        ],
+        "metric": scores,
+        "bound": bound,
+        "split": asked.split,
+        "measured": measured,
+        "budget": {"latency_ms": budget_ms, "memory_bytes": asked.memory_bytes},
+        "device": asked.board.name,
+        "not_measured": [*compared.notes, *missing, *elsewhere],
+        "environment": deployed.environment(),
+    }
+
+
+def _compared(bundle: Bundle, named: Path, asked: Asked, inputs: Feeds) -> Compared:
+    """Every link: before the float file, to the delivered one, to the engine that was named."""
     plain = bundle.path(bundling.FLOAT)
     expected = judging.runner(plain, PLAIN)(inputs)
     links, notes = _before(bundle, named, asked.data, inputs, expected)
@@ -90,50 +134,32 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
     elif bundle.model != plain:
         lower = _lower(delivered.path)
         links.append(_link("float file = delivered file", delivered, inputs, expected, lower))
+    found = Compared(delivered, links, notes, why)
     if asked.engine is not None:
-        path = building.named(bundle, asked.engine)
-        _, car = engines.load(path)  # which checks that it belongs here
-        source = Delivered(bundle.path(car.model), PLAIN, None, 1)
-        if bundle.manifest.members[car.model].sha256 != car.model_sha256:
-            raise NasctlError(
-                f"was built from another {car.model}",
-                where=str(path),
-                next="Build it again: nasctl build.",
-            )
-        loads = None if car.runtime == PLAIN else car.requested
-        delivered = Delivered(path, car.runtime, loads, car.threads)
-        name = f"{car.model} = engine"
-        if unread := _unloadable(source):
-            notes.append(f"{name}: {unread}")
-        else:
-            expected = source.runner()(inputs)
-            links.append(_link(name, delivered, inputs, expected, car.observed))
-        why = ""
-    scores: Scores | None = None
-    bound: Scores = {}
-    measured = None
-    if why:
-        missing = [f"metric, latency and memory: {why}"]
+        _to_engine(bundle, asked.engine, inputs, found)
+    return found
+
+
+def _to_engine(bundle: Bundle, engine: str, inputs: Feeds, found: Compared) -> None:
+    """Go on to an engine, which is then what is delivered. Raises NasctlError for one that does not
+    belong to this machine or this bundle."""
+    path = building.named(bundle, engine)
+    _, car = engines.load(path)  # which checks that it belongs here
+    source = Delivered(bundle.path(car.model), PLAIN, None, 1)
+    if bundle.manifest.members[car.model].sha256 != car.model_sha256:
+        raise NasctlError(
+            f"was built from another {car.model}",
+            where=str(path),
+            next="Build it again: nasctl build.",
+        )
+    loads = None if car.runtime == PLAIN else car.requested
+    found.delivered, found.why = Delivered(path, car.runtime, loads, car.threads), ""
+    name = f"{car.model} = engine"
+    if unread := _unloadable(source):
+        found.notes.append(f"{name}: {unread}")
     else:
-        scores, bound, missing = _scores(bundle, delivered, asked)
-        measured = _measured(delivered, asked, inputs)
-    if measured is None and not why:
-        missing.append(f"latency and memory: {asked.board.name} is not this machine")
-    budget_ms, elsewhere = _budget(bundle, asked)
-    return {
-        "nasctl": bundle.manifest.nasctl,
-        "bundle": bundles.identity(bundle),
-        "file": {**file.record(delivered.path), "runtime": delivered.runtime},
-        "chain": [{**asdict(one), "tolerance": one.tolerance, "holds": one.holds} for one in links],
-        "metric": scores,
-        "bound": bound,
-        "split": asked.split,
-        "measured": measured,
-        "budget": {"latency_ms": budget_ms, "memory_bytes": asked.memory_bytes},
-        "device": asked.board.name,
-        "not_measured": [*notes, *missing, *elsewhere],
-        "environment": deployed.environment(),
-    }
+        expected = source.runner()(inputs)
+        found.links.append(_link(name, found.delivered, inputs, expected, car.observed))
 
 
 def _inputs(bundle: Bundle) -> Feeds:
