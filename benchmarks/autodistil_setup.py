@@ -94,7 +94,7 @@ class Setup:
     @cached_property
     def held_out(self) -> tuple[Sequence[Tensor], Sequence[Seen]]:
         batches = self.sequences[-self.size.held_out :].split(64)
-        return batches, members.taught(self.teacher.net.look, batches)
+        return batches, members.taught(self.teacher.net.look, batches, self.lesson)
 
     @cached_property
     def task(self) -> tuple[Labelled, Labelled]:
@@ -121,7 +121,7 @@ class Setup:
     @cached_property
     def grids(self) -> dict[str, Grid]:
         arch = self.teacher.net.arch
-        return within(len(arch.layers), arch.hidden, arch.heads)
+        return within(len(arch.layers), arch.hidden, arch.heads, arch.mlp)
 
     def space(self, name: str, classes: int = 2) -> Space:
         """A sub-space, or the one that holds them all."""

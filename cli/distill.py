@@ -228,6 +228,14 @@ def say_outcome(content: dict[str, Any], folder: Path) -> None:
         if row["files"]:
             table.add_row("", "in INT8", "", "", "", *_measured(row["files"]["int8"]))
     console.show(table)
+    for name, front in content.get("fronts", {}).items():
+        first, last = front[0], front[-1]
+        console.say(
+            f"{name}: {len(front)} students of {first['macs'] / 1e6:.3g} to "
+            f"{last['macs'] / 1e6:.3g} MMACs, relation loss {first['loss']:.4f} to "
+            f"{last['loss']:.4f}, each under `fronts` in the report",
+            "front",
+        )
     for line in content["notes"]:
         console.say(line, "note")
     console.say(str(folder / "students"), "files")

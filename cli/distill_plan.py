@@ -59,7 +59,7 @@ def _ranking(distilling: Distilling, name: str) -> float:
     """Seconds of ranking all members of a sub-space on one batch."""
     space, device = distilling.spaces[name], distilling.accelerator
     batches: Any = [_batch(distilling).to(device)]
-    wanted = members.taught(distilling.teacher.net.to(device).look, batches)
+    wanted = members.taught(distilling.teacher.net.to(device).look, batches, distilling.lesson)
     archs = [space.decode(genes) for genes in (space.smallest, space.largest)]
     net = space.build(archs[1]).to(device).eval()
     began = time.monotonic()

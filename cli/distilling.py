@@ -99,7 +99,7 @@ class Distilling:
         """Each inside the teacher, by name; raises UsageError for an unknown or too large one, or
         a name that is taken."""
         arch, frame = self.teacher.net.arch, self.teacher.net.frame
-        derived = within(len(arch.layers), arch.hidden, arch.heads)
+        derived = within(len(arch.layers), arch.hidden, arch.heads, arch.mlp)
         grids: dict[str, Grid] = {}
         for name, grid in _grids(self.spec.subspaces, derived):
             if name in (*grids, TEACHER, CHOSEN):
@@ -383,7 +383,8 @@ def ranked(distilling: Distilling, name: str, n: int) -> list[Member]:
     kept = run.path(f"{name}.members.jsonl")
     rows = torch.from_numpy(np.array(_rows(distilling)[n - held_out(n) :])).long()
     batches = rows.to(distilling.accelerator).split(RANKED_AT_ONCE)
-    wanted = members.taught(distilling.teacher.net.to(distilling.accelerator).look, batches)
+    teacher = distilling.teacher.net.to(distilling.accelerator)
+    wanted = members.taught(teacher.look, batches, distilling.lesson)
     every = members.every(space)
     found = []
     net = supernet(distilling, name).to(distilling.accelerator)

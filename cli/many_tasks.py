@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cli.many_tasks_stages import Job
 
 SPACE = "fbnetv5"
+FEW_INSIDE = 0.01  # of a distribution's draws: too few to choose among
 #: what of `nasctl search` is for the networks of one task
 ALONE = (
     *("strategy", "evaluations", "params", "memory_bytes", "energy_mj"),
@@ -52,6 +53,8 @@ def prepare(
 
     names = given.pop("tasks")
     names = [part.strip() for part in names.split(",")] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"tasks = {names}", where="--spec", allowed='a list, as ["class", "box"]')
     if len(set(names)) < len(names):
         raise UsageError("a task is named twice", where="--tasks")
     if given.setdefault("space", SPACE) != SPACE:
@@ -197,7 +200,7 @@ def say_outcome(content: dict[str, Any], folder: Path) -> None:
             ms(measured["median_ms"]) if measured else "not measured",
             limit,
             f"{row['val']:.4f}",
-            f"{row['test']:.4f}",
+            "no labels" if row["test"] is None else f"{row['test']:.4f}",
         )
     console.show(table)
     for name, told in content["convergence"].items():
@@ -208,6 +211,12 @@ def say_outcome(content: dict[str, Any], folder: Path) -> None:
             f"{told['labelled']:.0%} of the images labelled",
             name,
         )
+        if (share := told["inside"]) is not None and share < FEW_INSIDE:
+            console.say(
+                f"{share:.1%} of what {name}'s distribution proposes is inside its budget: of the "
+                "networks judged, others are drawn at random",
+                "note",
+            )
         if told["collapsed"]:
             console.say(f"{name} learned nothing in the search: its choice means nothing", "note")
     for name, row in content["tasks"].items():

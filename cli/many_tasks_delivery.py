@@ -161,13 +161,14 @@ def _rows(
     return rows
 
 
-def _test(task: MultiTask, path: Path) -> dict[str, float]:
-    """Each task's metric of the exported file on test images."""
+def _test(task: MultiTask, path: Path) -> dict[str, float | None]:
+    """Each task's metric of the exported file on test images; None where none has its label."""
     images = torch.cat([x for x, _ in task.batches(task.test)]).numpy()
     found = verify.outputs(path, images, batch=64)
     outputs = {name: torch.from_numpy(value) for name, value in found.items()}
     given = multitask.answers(outputs.get(ONLY, outputs), task)
-    return {goal.name: goal.score(goal.evidence(given, task.test.targets)) for goal in task.goals}
+    scores = {goal.name: goal.score(goal.evidence(given, task.test.targets)) for goal in task.goals}
+    return {name: score if math.isfinite(score) else None for name, score in scores.items()}
 
 
 def _described(

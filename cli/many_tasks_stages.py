@@ -268,7 +268,7 @@ def _ranked(search: Search, shared: Shared, part: Part) -> list[dict[str, Any]]:
         ):
             rows.append(asdict(finalist))
             update(len(rows), f"best loss {min(row['loss'] for row in rows):.4f}")
-    return sorted(rows, key=lambda row: float(row["loss"]))
+    return sorted(rows, key=lambda row: float(np.nan_to_num(row["loss"], nan=np.inf)))
 
 
 def step_seconds(job: Job) -> float:

@@ -68,6 +68,18 @@ def knee(distilling: Distilling, name: str, listed: Sequence[Member]) -> Student
     return Student(name, name, member, distilling.spaces[name].decode(np.array(member.genes)))
 
 
+def front(distilling: Distilling, name: str) -> list[dict[str, Any]]:
+    """Of a sub-space the members that no other beats in held-out loss and multiply-adds, the
+    cheapest first."""
+    space = distilling.spaces[name]
+    listed = members.read(space, distilling.run.path(f"{name}.members.jsonl"))
+    found = [listed[at] for at in members.front(listed, np.array([m.macs for m in listed], float))]
+    return [
+        {**asdict(member), "arch": arch_to_dict(space.decode(np.array(member.genes)))}
+        for member in found
+    ]
+
+
 def delivered(distilling: Distilling, students: Sequence[Student]) -> dict[str, Any]:
     """Extract the students, fine-tune them if there is a task, write their files, time and judge
     these; without a task drafts are timed, as there are no files."""
@@ -103,7 +115,12 @@ def delivered(distilling: Distilling, students: Sequence[Student]) -> dict[str, 
         }
         for name, net in nets.items()
     ]
-    return {**described(distilling), "students": rows, "notes": _notes(distilling, task)}
+    return {
+        **described(distilling),
+        "students": rows,
+        "fronts": {name: front(distilling, name) for name in distilling.spaces},
+        "notes": _notes(distilling, task),
+    }
 
 
 def files(content: dict[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compress import adamw
 from compress.adamw import Plan, Step
+from compress.lessons import read_by
 from nas import parallel
 from nas.seen import Seen
 
@@ -75,7 +76,7 @@ def _gradients(net: Any, archs: Sequence[Any], course: Course, step: int) -> Ten
         x = examples[part]
         share = len(x) / len(examples)
         with torch.no_grad(), precision:
-            wanted = course.teacher(x)
+            wanted = read_by(course.lesson, course.teacher(x))
         for at, arch in enumerate(archs):
             with precision:
                 shown = net.look(x, arch)

@@ -4,13 +4,16 @@ AutoDistil's evaluation (arXiv 2201.12507, section 4.1; rates and lengths are th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compress import adamw
@@ -23,6 +26,7 @@ from nas.judge import device_of
 from nas.search_spaces.bert import Bert
 
 BATCH_EVAL = 256
+WINDOW = 16  # batches that are drawn together and sorted by length
 
 
 class Labelled(NamedTuple):
@@ -83,7 +87,7 @@ def finetune(
     net: Bert, data: Labelled, how: Finetuning, *, resume: Path | None = None
 ) -> Generator[Step, None, None]:
     """Train `net` in place on the labels, yielding after each step."""
-    rows = adamw.shuffled(len(data.labels), how.batch, how.seed)
+    rows = batches(lengths(data.tokens, net.frame.padding), how.batch, how.seed)
 
     def gradients(step: int) -> Tensor:
         chosen = torch.from_numpy(rows(step))
@@ -108,10 +112,42 @@ def finetune(
 def predictions(net: Bert, tokens: Tensor) -> Tensor:
     """Classes [N] by an eval-mode network, on the processor."""
     net.eval()
-    found, device = [], device_of(net)
-    for part in tokens.split(BATCH_EVAL):
-        found.append(net(trimmed(part, net.frame.padding).to(device)).argmax(1).cpu())
-    return torch.cat(found)
+    device, padding = device_of(net), net.frame.padding
+    found = torch.empty(len(tokens), dtype=torch.int64)
+    # texts of one length together: padding costs as much as words
+    for rows in torch.from_numpy(np.argsort(lengths(tokens, padding))).split(BATCH_EVAL):
+        found[rows] = net(trimmed(tokens[rows], padding).to(device)).argmax(1).cpu()
+    return found
+
+
+def lengths(tokens: Tensor, padding: int) -> NDArray[np.int64]:
+    """[N]: how many tokens each row has before its padding."""
+    places = torch.arange(1, tokens.shape[1] + 1)
+    found: NDArray[np.int64] = ((tokens != padding) * places).amax(1).numpy()
+    return found
+
+
+def batches(length: NDArray[np.int64], batch: int, seed: int) -> Callable[[int], NDArray[np.int64]]:
+    """A step's number to the rows of its batch, which are of similar length.
+
+    Epochs are permutations of (seed, epoch); in each, WINDOW batches at a time are sorted by length
+    and cut, and the batches come in an order drawn again. Raises NasctlError if there are fewer
+    rows than `batch`.
+    """
+    if batch > len(length):
+        raise NasctlError(f"{batch} examples per step, but {len(length)} in all", where="--batch")
+    many = len(length) // batch
+
+    @lru_cache(maxsize=1)
+    def epoch_of(epoch: int) -> NDArray[np.int64]:
+        rng = np.random.default_rng((seed, 31, epoch))
+        order = rng.permutation(len(length))[: many * batch]
+        windows = [order[at : at + WINDOW * batch] for at in range(0, len(order), WINDOW * batch)]
+        near = np.concatenate([w[np.argsort(length[w], kind="stable")] for w in windows])
+        found: NDArray[np.int64] = near.reshape(many, batch)[rng.permutation(many)]
+        return found
+
+    return lambda step: epoch_of(step // many)[step % many]
 
 
 def trimmed(tokens: Tensor, padding: int) -> Tensor:

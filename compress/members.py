@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compress.distill import Student
+from compress.lessons import read_by
 from hw_profiles import lines
 from nas import pareto
 from nas.errors import BudgetInfeasible
@@ -43,9 +44,10 @@ def every(space: SearchSpace) -> Genes:
 
 
 @torch.no_grad()
-def taught(teacher: Any, batches: Sequence[Tensor]) -> list[Seen]:
-    """What the teacher shows of each held-out batch: computed once, compared with every member."""
-    return [teacher(x) for x in batches]
+def taught(teacher: Any, batches: Sequence[Tensor], lesson: nn.Module) -> list[Seen]:
+    """What the teacher shows of each held-out batch, as far as the lesson reads it: computed once,
+    compared with every member."""
+    return [read_by(lesson, teacher(x)) for x in batches]
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """Several questions about the same images: data, goals and how images are moved and fed.
 
 `load` makes one from what `--data` names: a folder of parquet files with boxes or with label maps,
-or the user's own `my_pkg.my_mod:task`. As with `nas.tasks`, nothing but the final judgement reads
-`test`.
+or the user's own `my_pkg.my_mod:task`, whose training and validation images are put into a fixed
+shuffled order: parts of them have to be fair samples. As with `nas.tasks`, nothing but the final
+judgement reads `test`.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ def load(data: str, *, size: int | None = None) -> MultiTask:
                 where=f"--data {data}",
                 allowed="a nas.multitask.MultiTask",
             )
-        return task
+        return replace(task, train=task.train.mixed(3, 0), val=task.val.mixed(3, 1))
     raise UsageError(f"no such data '{data}'", where="--data", allowed=FORMS)
 
 

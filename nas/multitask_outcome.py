@@ -7,6 +7,7 @@ caller does with it, the search knows nothing of that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,17 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nas.differentiable.proposals import propose
+from nas.data.split import shuffled
+from nas.differentiable.proposals import DRAWS, propose
 from nas.elastic import channels_last, extract, recalibrate
 from nas.errors import BudgetInfeasible
 from nas.goals import Goal
 from nas.judge import device_of
+from nas.mixture import Array, Policies, draw
 from nas.multitask import BATCH_EVAL, MultiTask, answers, evidence
 from nas.multitask_search import Search, Shared
 from nas.search import GENERATION, Problem
 from nas.space import Genes
 
-CONSTANT = 64  # images that the best constant answer is fitted to
+FITTED = 2**24  # answers, at most, that the best constant one is fitted to
+LEAST = 256  # images that it is fitted to, however many answers each has
 CALIBRATION = 512  # training images that batch norms are re-calibrated on
 
 
@@ -37,6 +41,7 @@ class Outcome:
     entropy: float  # of the distribution, 1 at first and 0 when settled
     effective: float | None  # share of the last step's networks that its estimate was worth
     expected: float | None  # their cost: microseconds, or MACs
+    inside: float | None  # share of the distribution's draws that its budget lets through
     labelled: float  # share of the training images
 
     @property
@@ -56,9 +61,17 @@ def outcomes(shared: Shared, search: Search) -> dict[str, Outcome]:
             entropy=float(entropy[at]),
             effective=_number(shared.effective[at]),
             expected=_number(shared.expected[at]),
+            inside=_inside(search.problems[goal.name], shared.state.logits[at]),
             labelled=len(search.labelled(goal, every)) / len(every),
         )
     return found
+
+
+def _inside(problem: Problem, logits: Array) -> float | None:
+    if not problem.budgets:
+        return None
+    rows = draw(Policies(logits[None]), np.random.default_rng((problem.seed, 59)), DRAWS)
+    return len(problem.inside(rows)[0]) / len(rows)
 
 
 def _number(value: Tensor) -> float | None:
@@ -66,15 +79,16 @@ def _number(value: Tensor) -> float | None:
 
 
 def constant_loss(task: MultiTask, goal: Goal) -> float:
-    """The least loss of an answer that is the same for every image and pixel, on some labelled
-    training images."""
+    """The least loss of an answer that is the same for every image and pixel, on the labelled
+    training images, or as many of them at random as FITTED answers are."""
     assert goal.answer is not None
     rows = torch.arange(len(task.train))
     if goal.labelled is not None:
         rows = rows[goal.labelled(task.train.targets)]
-    rows = rows[:CONSTANT]
-    targets = task.train.at(rows).targets
     sides = task.shape[1:] if goal.answer.form == "map" else ()
+    most = max(LEAST, FITTED // math.prod((goal.answer.channels, *sides)))
+    rows = rows[torch.from_numpy(shuffled(len(rows)))[:most]]
+    targets = {name: values[rows] for name, values in task.train.targets.items()}
     shape = (len(rows), goal.answer.channels, *sides)
     bias = torch.zeros(goal.answer.channels, requires_grad=True)
     optimiser = torch.optim.LBFGS([bias], max_iter=30, line_search_fn="strong_wolfe")

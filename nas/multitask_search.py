@@ -49,8 +49,9 @@ EVERY = 4  # steps of the weights per step of the distributions
 TRAVEL = 25.0  # of a logit over a whole search, at most: as in the plans of benchmarks.fbnetv5
 DECAY = 0.98  # of the running losses
 LEAST_SCALE = 1e-12  # of a loss: one that is zero divides nothing
+MOVED = ("logits", "first", "second", "price")  # of a State, kept as buffers under these names
+LABEL = "Leave the task out of --tasks, or label more images."
 LEAST = 8  # labelled images that every task has among those of a step of the distributions
-CONSTANT = 64  # images that the best constant answer is fitted to
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +75,15 @@ class Search:
                     raise NasctlError(
                         f"none of the {len(rows)} training images for the {part} has a label",
                         where=f"task '{goal.name}'",
-                        next="Leave the task out of --tasks, or label more images.",
+                        next=LABEL,
                     )
+            if goal.labelled is not None and not goal.labelled(self.task.val.targets).any():
+                raise NasctlError(
+                    f"none of the {len(self.task.val)} validation images, which choose its "
+                    "network, has a label",
+                    where=f"task '{goal.name}'",
+                    next=LABEL,
+                )
         for name, problem in self.problems.items():
             _check_budget(name, problem)
 
@@ -117,11 +125,12 @@ class Search:
         return every[goal.labelled({name: t[every] for name, t in targets.items()})]
 
     def costs(self, rows: Genes) -> Array | None:
-        """What each task's budget counts [N, T]: microseconds, or MACs; None without budgets."""
+        """What each task's budget counts [N, T]: microseconds, or MACs; NaN for a task without a
+        budget, None if none has one."""
         budgets = [self.problems[name].budgets for name in self.names]
         if not any(budgets):
             return None
-        found = np.zeros((len(rows), len(budgets)))
+        found = np.full((len(rows), len(budgets)), np.nan)
         for at, limits in enumerate(budgets):
             if limits:
                 found[:, at] = limits[0].cost(rows) * _unit(limits[0].name)
@@ -184,6 +193,7 @@ class Shared(nn.Module):
     first: Tensor
     second: Tensor
     window: Tensor  # [WINDOW, T], the latest losses last
+    price: Tensor  # [T], of what is above a budget
     moves: Tensor  # steps of the distributions so far
     level: Tensor  # [T], running loss; NaN before the first
     heard: Tensor  # [T], steps that had a loss of the task
@@ -199,7 +209,7 @@ class Shared(nn.Module):
         self.net = channels_last(net)
         tasks = len(search.names)
         begin = fbnetv5.start(tasks, search.space.sizes)
-        for name in ("logits", "first", "second"):
+        for name in MOVED:
             self.register_buffer(name, torch.from_numpy(getattr(begin, name).copy()))
         self.register_buffer("window", torch.full((WINDOW, tasks), torch.nan, dtype=torch.float64))
         self.register_buffer("moves", torch.zeros((), dtype=torch.int64))
@@ -212,13 +222,12 @@ class Shared(nn.Module):
     def state(self) -> State:
         step = int(self.moves)
         known = min(WINDOW, step * self.samples)
-        logits, first, second = (
-            tensor.numpy().copy() for tensor in (self.logits, self.first, self.second)
-        )
-        return State(logits, first, second, self.window.numpy()[WINDOW - known :].copy(), step)
+        losses = self.window.numpy()[WINDOW - known :].copy()
+        moved = {name: getattr(self, name).numpy().copy() for name in MOVED}
+        return State(losses=losses, step=step, **moved)
 
     def take(self, state: State, report: Report) -> None:
-        for name in ("logits", "first", "second"):
+        for name in MOVED:
             getattr(self, name).copy_(torch.from_numpy(getattr(state, name)))
         self.window[WINDOW - len(state.losses) :] = torch.from_numpy(state.losses)
         self.moves.fill_(state.step)

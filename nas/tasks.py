@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -156,7 +156,13 @@ def _users_task(reference: str, size: int | None) -> Task:
             where=where,
             next="Resize in your module, or drop --size",
         )
-    return task
+    return replace(task, train=_mixed(task.train, 0), val=_mixed(task.val, 1))
+
+
+def _mixed(split: Split, stream: int) -> Split:
+    """In a fixed shuffled order: parts of a split have to be fair samples."""
+    rows = torch.from_numpy(shuffled(len(split), 3, stream))
+    return Split(split.images[rows], split.labels[rows])
 
 
 def _assemble(name: str, source: Mapping[str, Labelled], where: str, *, flip: bool) -> Task:

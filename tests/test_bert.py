@@ -47,14 +47,23 @@ def test_layers_are_taken_alternately():
 
 
 def test_sub_spaces_lie_inside_any_teacher():
-    found = within(6, 384, 12)
+    found = within(6, 384, 12, 1536)
     assert found["base"] == Grid((5, 6), (288, 320, 352), (9, 10, 11, 12), (5, 6, 7, 8))
     assert found["small"] == Grid((4, 5), (192, 224, 256), (7, 8, 9, 10), (5, 6, 7, 8))
     assert found["tiny"] == Grid((3, 4), (128, 160), (7, 8, 9, 10), (4, 5, 6, 7))
     for layers, hidden, heads in ((12, 768, 12), (2, 64, 2), (1, 32, 1), (24, 1024, 16)):
-        for grid in within(layers, hidden, heads).values():
-            assert grid.layers[-1] <= layers and grid.heads[-1] <= heads
-            assert grid.hidden[-1] <= hidden and not any(wide % 32 for wide in grid.hidden)
+        for mlp in (hidden, 2 * hidden, 4 * hidden):
+            for grid in within(layers, hidden, heads, mlp).values():
+                assert grid.layers[-1] <= layers and grid.heads[-1] <= heads
+                assert grid.hidden[-1] <= hidden and not any(wide % 32 for wide in grid.hidden)
+                assert grid.hidden[-1] * grid.halves[-1] <= 2 * mlp
+    assert within(2, 24, 2, 96)["base"].hidden == (24,)
+
+
+def test_widths_of_ones_own_stay_as_they_are():
+    grid = Grid((1,), (100, 156, 160), (1,), (2,))
+    assert Space(size=8, grid=grid).genes[1].options == (100, 156, 160)
+    assert Space(size=8, grid=grid, width=0.5).genes[1].options == (48, 80)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +104,7 @@ def test_queries_keys_and_values_of_fewer_heads_are_prefixes_weights_and_biases(
     three, two = (net.look(TOKENS, arch).attention[0] for arch in (wide, narrow))
     for many, few in zip(three, two, strict=True):
         assert few.shape[2] == 8 and many.shape[2] == 12
-        assert torch.equal(many[..., :8], few)
+        torch.testing.assert_close(many[..., :8], few, rtol=1e-12, atol=1e-12)
     cut = extract(net, space.build(narrow).double())
     for name in ("query", "key", "value"):
         large = getattr(net.layers["0"].attention, name)

@@ -2,6 +2,7 @@ import re
 import sys
 
 import pytest
+import torch
 from pictures import message_of
 
 from nas.errors import UsageError
@@ -45,6 +46,15 @@ def test_module_with_a_task_or_a_callable(own):
     assert load(f"{own}:ready").flip is True
     assert load(f"{own}:make").fingerprint == load(f"{own}:ready").fingerprint
     assert load(f"{own}:make", size=4).size == 4
+
+
+def test_parts_of_a_modules_images_are_fair_samples(own):
+    """Its rows are mixed, each with its own label."""
+    images = torch.arange(192).to(torch.uint8).view(4, 3, 4, 4)
+    order = load(f"{own}:ready").train
+    rows = [int((images == image).flatten(1).all(1).nonzero()) for image in order.images]
+    assert sorted(rows) == [0, 1, 2, 3] != rows
+    assert order.labels.tolist() == [row % 2 for row in rows]
 
 
 def test_sys_path_is_left_as_it_was(own):

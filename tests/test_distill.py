@@ -71,7 +71,7 @@ def test_every_size_learns(space, found, course, rows):
     net = supernet(space, found)
     archs = [space.decode(row) for row in (space.smallest, space.largest)]
     held_out = [rows[-20:]]
-    wanted = members.taught(found.net.look, held_out)
+    wanted = members.taught(found.net.look, held_out, course.lesson)
 
     def losses():
         return [members.loss_of(net, arch, course.lesson, held_out, wanted) for arch in archs]
@@ -199,7 +199,7 @@ def test_two_processes_end_with_the_same_weights():
 def test_all_members_are_ranked_as_their_extracted_networks(tmp_path, space, found, course, rows):
     net = supernet(space, found)
     held_out = [rows[:6], rows[6:9]]
-    wanted = members.taught(found.net.look, held_out)
+    wanted = members.taught(found.net.look, held_out, course.lesson)
     every = members.every(space)
     assert len(every) == space.count() == 16
     kept = tmp_path / "members.jsonl"
@@ -211,10 +211,43 @@ def test_all_members_are_ranked_as_their_extracted_networks(tmp_path, space, fou
         assert member.params == sum(p.numel() for p in small.parameters())
 
 
+def test_batches_of_similar_length_are_every_row_once_an_epoch():
+    length = np.random.default_rng(0).integers(3, 50, 1000)
+    rows = finetune.batches(length, 32, seed=1)
+    epoch = [rows(step) for step in range(31)]
+    assert len(set(np.concatenate(epoch).tolist())) == 31 * 32
+    padded = np.mean([length[at].max() for at in epoch])
+    assert padded < 1.15 * length.mean() < length.max()
+    longest = [length[at].max() for at in epoch]
+    assert sorted(longest) != longest and longest != sorted(longest, reverse=True)
+    np.testing.assert_array_equal(rows(0), finetune.batches(length, 32, seed=1)(0))
+    assert (rows(31) != rows(0)).any()  # the next epoch
+    with pytest.raises(NasctlError, match="32 examples per step, but 31 in all"):
+        finetune.batches(length[:31], 32, seed=1)
+
+
+def test_predictions_are_of_their_own_rows_whatever_the_lengths(found):
+    texts = ["the cat sat on a mat", "the cat", "a dog ran", "the cat sat on a mat and a dog ran"]
+    tokens = finetune.encoded(found, texts * 3, 14)
+    net = finetune.with_classes(found.net, 5, seed=0)
+    alone = torch.cat([finetune.predictions(net, tokens[at : at + 1]) for at in range(12)])
+    assert torch.equal(finetune.predictions(net, tokens), alone)
+
+
+def test_only_what_the_lesson_reads_of_the_teacher_is_kept(found, course, rows):
+    whole = found.net.look(rows[:4])
+    (kept,) = members.taught(found.net.look, [rows[:4]], course.lesson)
+    assert [part.numel() > 0 for part in kept.attention[-1]] == [True] * 3
+    assert not kept.features and kept.logits is None
+    assert all(part.numel() == 0 for heads in kept.attention[:-1] for part in heads)
+    student = found.net.look(rows[:4])
+    assert course.lesson(student, kept) == course.lesson(student, whole)
+
+
 def test_ranking_goes_on_where_it_was_cut(tmp_path, space, found, course, rows):
     net, kept = supernet(space, found), tmp_path / "members.jsonl"
     held_out = [rows[:4]]
-    wanted = members.taught(found.net.look, held_out)
+    wanted = members.taught(found.net.look, held_out, course.lesson)
     every = members.every(space)
     going = members.rank(net, space, every, course.lesson, (held_out, wanted), kept=kept)
     some = [next(going) for _ in range(5)]

@@ -132,6 +132,10 @@ def test_a_run_ends_in_a_ranking_and_a_student_of_each_sub_space(finished):
     report = json.loads((finished / "report.json").read_text())
     assert [row["name"] for row in report["students"]] == ["teacher", "tiny", "base"]
     tiny, base = report["students"][1:]
+    for name, front in report["fronts"].items():
+        assert report["subspaces"][name]["students"] >= len(front) > 0
+        costs, losses = ([one[what] for one in front] for what in ("macs", "loss"))
+        assert costs == sorted(costs) and losses == sorted(losses, reverse=True)
     assert tiny["macs"] < base["macs"] and tiny["loss"] > base["loss"] >= 0
     assert all(row["latency_ms"] > 0 and row["accuracy"] is None for row in report["students"])
     assert "no --finetune" in report["notes"][0]

@@ -12,6 +12,7 @@ from benchmarks.fbnetv5_tables import MAIN, SEEDS
 from nas import fbnetv5 as search
 from nas.errors import NasctlError
 from nas.fbnetv5 import Plan
+from nas.mixture import draw
 
 GENES = 8
 SIZES = np.full(GENES, 2)
@@ -76,7 +77,36 @@ def test_only_genes_that_fit_the_budget_survive_it():
     assert report.latency_us[0] == pytest.approx(400, abs=60)
 
 
-def test_a_heavier_weight_of_the_budget_never_ends_slower():
+@pytest.mark.parametrize("steps", [81, 168])
+def test_a_task_that_wants_everything_settles_at_its_budget(steps):
+    """Losses are graded, so that no weight of the hinge that is fixed beforehand holds: by 2 it
+    ended at twice the budget here."""
+    genes = 28
+    rng = np.random.default_rng(steps)
+    cost, worth = rng.uniform(50, 150, genes), rng.uniform(0.2, 1.0, genes)
+    most = float(0.4 * cost.sum())
+
+    def wanting(rows):
+        return -(rows @ worth)[:, None] + rng.normal(0, 0.5, (len(rows), 1))
+
+    plan = Plan(steps, lr=min(0.4, 25 / steps), budgets_us=(most,))
+    begin = search.start(1, np.full(genes, 2))
+    *_, (state, _) = search.search(plan, begin, wanting, lambda rows: (rows @ cost)[:, None])
+    drawn = draw(state.policies, np.random.default_rng(1), 4096) @ cost
+    assert drawn.mean() < 1.1 * most
+    assert (drawn <= most).mean() > 0.05
+    assert state.price[0] > 1
+
+
+def test_the_price_of_a_budget_that_is_kept_stays_as_it_was():
+    def latency(rows):
+        return np.repeat(100.0 * rows.sum(1, keepdims=True), 2, axis=1)
+
+    state, _ = ended(Plan(steps=9, budgets_us=(1e6, None)), latency=latency)
+    np.testing.assert_array_equal(state.price, 1.0)
+
+
+def test_a_budget_holds_by_whatever_weight_and_only_by_one():
     def latency(rows):
         return np.repeat(100.0 * rows.sum(1, keepdims=True), 2, axis=1)
 
@@ -84,7 +114,8 @@ def test_a_heavier_weight_of_the_budget_never_ends_slower():
         ended(Plan(steps=30, weight=w, budgets_us=(200.0, None)), latency=latency)[1].latency_us
         for w in (0.0, 1.0, 10.0)
     ]
-    assert found[0][0] > found[2][0] and found[1][0] >= found[2][0]
+    assert found[0][0] > 300
+    assert found[1][0] < 240 and found[2][0] < 240
 
 
 def test_budgets_without_latencies_are_refused():

@@ -115,7 +115,7 @@ class Killed(BaseException):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("where", "place"), [(stages, "chosen"), (delivery, "_pick"), (delivery, "_row")]
+    ("where", "place"), [(stages, "chosen"), (delivery, "_pick"), (delivery, "_rows")]
 )
 def test_killed_anywhere_the_same_command_goes_on_to_the_same_files(
     nasctl, data, where, place, monkeypatch
@@ -199,6 +199,13 @@ def test_a_dry_run_says_how_long(nasctl, data):
     assert result.code == 0, result.err
     assert json.loads(result.out)["estimated_seconds"]["search"] > 0
     assert not (data / "run").exists()
+
+
+@pytest.mark.parametrize("tasks", ["3", '[["class"]]', "true"])
+def test_a_specs_tasks_are_a_list_of_names(nasctl, data, tasks):
+    (data / "spec.toml").write_text(f"tasks = {tasks}")
+    result = nasctl("search", "--data", "my_sides:task", "--spec", "spec.toml")
+    assert result.code == 2 and "allowed: a list, as" in " ".join(result.err.split())
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,26 @@ def test_a_task_of_ones_own(workdir):
         multitask.load("nothing here")
 
 
+def test_images_of_ones_own_are_mixed_for_parts_of_them_must_be_fair_samples(workdir):
+    source = (
+        "import torch\nimport tests.test_multitask as t\n"
+        "from nas.data.examples import Examples\nfrom nas.goals import classes\n"
+        "images = torch.arange(64).to(torch.uint8).view(64, 1, 1, 1).expand(64, 1, 8, 8)\n"
+        "every = Examples(images, {'label': torch.arange(64)})\n"
+        "goal = classes('class', target='label', n_classes=64)\n"
+        "task = t.MultiTask('sorted', (goal,), every, every, every)\n"
+    )
+    (workdir / "my_sorted_multitask.py").write_text(source)
+    task = multitask.load("my_sorted_multitask:task")
+    for split in (task.train, task.val):
+        labels = split.targets["label"]
+        assert labels.tolist() == split.images[:, 0, 0, 0].tolist()
+        assert sorted(labels.tolist()) == list(range(64))
+        assert 20 < float(labels[:32].float().mean()) < 43
+    assert task.test.targets["label"].tolist() == list(range(64))
+    assert multitask.load("my_sorted_multitask:task").fingerprint == task.fingerprint
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(contract.data("camvid") is None, reason="NASCTL_DATA/camvid is absent")
 def test_camvid_itself():

@@ -141,6 +141,31 @@ def test_a_task_without_any_label_is_named():
         search(sides(none))
 
 
+def test_a_task_without_a_label_to_choose_by_is_named():
+    val = examples(32, 1)
+    none = Examples(val.images, {**val.targets, "label": torch.full((32,), UNLABELLED)})
+    with pytest.raises(NasctlError, match="task 'class': none of the 32 validation images"):
+        search(replace(sides(), val=none))
+
+
+def test_the_best_constant_answer_knows_all_classes_however_images_are_sorted():
+    labels = torch.arange(2000) // 100
+    goal = classes("class", target="label", n_classes=20)
+    sorted_ = Examples(torch.zeros(2000, 1, 8, 8, dtype=torch.uint8), {"label": labels})
+    task = MultiTask("sorted", (goal,), sorted_, sorted_, sorted_)
+    assert multitask_outcome.constant_loss(task, goal) == pytest.approx(np.log(20), abs=1e-3)
+
+
+def test_what_is_said_of_a_budget_is_of_the_task_that_has_one():
+    space = space_for(sides(), 0.25).only("box")
+    low, high = (float(space.costs(row[None])[0, 0]) for row in (space.smallest, space.largest))
+    asked = search(budgets={"box": (low + high) / 2})
+    shared, _ = ended(asked)
+    found = multitask_outcome.outcomes(shared, asked)
+    assert found["class"].expected is None and found["class"].inside is None
+    assert low <= found["box"].expected <= high and 0 < found["box"].inside < 1
+
+
 def test_a_task_that_learns_nothing_is_named():
     train = examples(80)
     generator = torch.Generator().manual_seed(0)

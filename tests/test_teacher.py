@@ -100,7 +100,7 @@ def test_the_whole_teacher_is_inherited_bit_by_bit(found):
 
 
 def test_a_smaller_network_takes_alternate_layers_and_corners(found):
-    grid = within(4, 64, 4)["small"]
+    grid = within(4, 64, 4, 256)["small"]
     space = Space(size=8, grid=grid, frame=found.net.frame)
     net = inherit.inherit(space.supernet(), found.net)
     assert net.arch.layers == (0, 1, 2) and net.arch.hidden < 64

@@ -16,6 +16,14 @@ from torch import Tensor, nn
 from nas.seen import Seen
 
 
+def read_by(lesson: nn.Module, teacher: Seen) -> Seen:
+    """Of what a teacher shows, what the lesson reads, if it says so (`read`): all that has to stay
+    in memory."""
+    read = getattr(lesson, "read", None)
+    found: Seen = teacher if read is None else read(teacher)
+    return found
+
+
 class Weighted(nn.Module):
     """A sum of lessons, each with its weight."""
 

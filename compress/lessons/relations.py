@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.errors import UsageError
-from nas.seen import Seen
+from nas.seen import Heads, Seen
 
 KINDS = ("kl", "mse", "scores")
 
@@ -42,6 +42,15 @@ class Relations(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.heads}, {self.kind}, layers {self.layer}, {self.teachers}"
+
+    def read(self, teacher: Seen) -> Seen:
+        """One layer's queries, keys and values, in their place, and the mask."""
+        at, nothing = self.teachers % len(teacher.attention), teacher.attention[0].q.new_zeros(0)
+        attention = tuple(
+            heads if n == at else Heads(nothing, nothing, nothing)
+            for n, heads in enumerate(teacher.attention)
+        )
+        return Seen(attention=attention, heads=teacher.heads, mask=teacher.mask)
 
     def forward(self, student: Seen, teacher: Seen) -> Tensor:
         ours, theirs = student.attention[self.layer], teacher.attention[self.teachers]

@@ -47,13 +47,13 @@ def read(folder: Path, size: int | None) -> dict[str, Examples]:
         raise NasctlError("no image has a label", where=str(files["train"]))
     for part, given in labels.items():
         _check_labels(given, len(known), str(files[part]))
+    # a prefix of a split must be a fair sample
     if "test" in found and "val" in found:
-        return found
+        return {part: split.mixed(1, stream) for stream, (part, split) in enumerate(found.items())}
     if len(found) == 1:
         raise NasctlError("no *val* or *test* file", where=str(folder))
     (test,) = (split for part, split in found.items() if part != "train")
     train, val = _held_out(labels["train"].numpy(), str(folder))
-    # a prefix of a split must be a fair sample
     train, val = (rows[shuffled(len(rows), 1, s)] for s, rows in enumerate((train, val)))
     every = found["train"]
     return {

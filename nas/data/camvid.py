@@ -17,7 +17,6 @@ from PIL import Image
 from nas.data import parquet
 from nas.data.examples import Examples
 from nas.data.images import Encoded, decode
-from nas.data.split import shuffled
 from nas.errors import NasctlError
 from nas.goals import VOID
 
@@ -51,8 +50,7 @@ def read(folder: Path, size: int | None) -> dict[str, Examples]:
         files = sorted(folder.glob(f"*{part}*.parquet"))
         if len(files) != 1:
             raise NasctlError(f"{len(files)} files *{part}*.parquet", where=str(folder))
-        examples = _of_file(files[0], size)
-        found[part] = examples.at(torch.from_numpy(shuffled(len(examples), 2, stream)))
+        found[part] = _of_file(files[0], size).mixed(2, stream)
     return found
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nas.data.split import shuffled
+
 
 @dataclass(frozen=True, eq=False)
 class Examples:
@@ -23,6 +25,11 @@ class Examples:
         return Examples(
             self.images.to(device), {name: t.to(device) for name, t in self.targets.items()}
         )
+
+    def mixed(self, *stream: int) -> Examples:
+        """In a fixed shuffled order, so that a prefix is a fair sample; of another `stream` another
+        one."""
+        return self.at(torch.from_numpy(shuffled(len(self), *stream)))
 
     def at(self, rows: Tensor) -> Examples:
         return Examples(self.images[rows], {name: t[rows] for name, t in self.targets.items()})

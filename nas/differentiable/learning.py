@@ -3,9 +3,10 @@ section 3.2; ProxylessNAS, arXiv 1812.00332, section 3.2).
 
 Weights learn on 80 % of the training images at every step. After a warm-up the distribution moves
 every few steps, on the other 20 %. All methods have one objective, which is ours so that they can
-be compared: cross-entropy plus WEIGHT times the share by which the expected latency exceeds the
-budget. The papers multiply by powers of the logarithm of latency (FBNet, ProxylessNAS) or of
-latency (its REINFORCE), which say what latency is worth and know no budget.
+be compared: cross-entropy plus WEIGHT times the share by which latency exceeds the budget, of what
+each differentiates (a sampled mixture's expectation, a pair's, a network's own). The papers
+multiply by powers of the logarithm of latency (FBNet, ProxylessNAS) or of latency (its REINFORCE),
+which say what latency is worth and know no budget.
 
 Everything random is a function of (seed, step); with `resume` a search that is killed goes on from
 the last save to the same result.

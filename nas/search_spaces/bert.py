@@ -29,6 +29,7 @@ from nas.space import Gene, Genes, SearchSpace
 from nas.transformer import Attention, LayerNorm, Mlp, Table
 
 STEP = 32  # of hidden widths: the paper's, and what tiles of every device divide
+NARROW = (8, 2)  # of teachers that are narrower
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ class Space(SearchSpace):
                 f"{size} tokens, but positions for {frame.positions}", where="--sequence"
             )
         self.channels, self.classes, self.size, self.frame = channels, classes, size, frame
-        hidden = tuple(sorted({round_to(wide * (width or 1.0)) for wide in grid.hidden}))
+        hidden = grid.hidden
+        if width is not None:
+            hidden = tuple(sorted({round_to(wide * width) for wide in grid.hidden}))
         self.genes = (
             Gene("layers", grid.layers),
             Gene("hidden", hidden),
@@ -148,21 +151,24 @@ def kept(depth: int, of: int) -> tuple[int, ...]:
     return tuple(at * of // depth for at in range(depth))
 
 
-def within(layers: int, hidden: int, heads: int) -> dict[str, Grid]:
+def within(layers: int, hidden: int, heads: int, mlp: int) -> dict[str, Grid]:
     """Three sub-spaces inside a teacher of these sizes: table 1 for the paper's own, else its idea
     (thin and deep, the sizes of each close together). These shares of a teacher's sizes are ours: a
-    teacher of 384 channels cannot spare three quarters of them.
+    teacher of 384 channels cannot spare three quarters of them. MLPs are no wider than its own.
     """
-    if (layers, hidden, heads) == (12, 768, 12):
+    if (layers, hidden, heads, mlp) == (12, 768, 12, 3072):
         return dict(GRIDS)
+    step = next((step for step in (STEP, *NARROW) if step <= hidden), 1)
     found = {}
     for name, share in SHARES.items():
-        wide = _between(hidden // STEP, share.hidden)
+        wide = tuple(step * tiles for tiles in _between(hidden // step, share.hidden))
+        widest = 2 * mlp // wide[-1]  # as halves
+        halves = tuple(half for half in share.halves if half <= widest)
         found[name] = Grid(
             _between(layers, share.layers),
-            tuple(STEP * tiles for tiles in wide),
+            wide,
             _between(heads, share.heads),
-            share.halves,
+            halves or (max(1, widest),),
         )
     return found
 
