@@ -1,10 +1,13 @@
-"""Distributions over operators against random search and RoBoT, at equal steps and equal latency.
+"""Distributions over operators against random search and RoBoT, at equal work and equal latency.
 
 Part `search`: CIFAR-10 in the FBNet space; latencies are the Raspberry Pi 4's table of blocks
-(HW-NAS-Bench), or those of `--table`, a file that `nasctl profile --space fbnet` made here. Every
-method has as many steps of training: the learners in one supernet, random search and RoBoT in
-short trainings of sixteen networks. What each finds inside the budget is then trained alone by
-one recipe and judged once on test images. Part `memory`: what a step of each method holds.
+(HW-NAS-Bench; of the full width, so here a target like another), and those of `--table`, a file
+that `nasctl profile --space fbnet` made here. Learners train one supernet for `--epochs`; random
+search and RoBoT (with the scores of untrained networks that `nasctl search` gives it) train sixteen
+networks for twice as many steps in all, which is what the steps of a learner's distribution cost by
+one path. Gumbel's mixture takes some ten times that. What each finds inside the budget is then
+trained alone by one recipe and judged once on test images. Part `memory`: what a step of each
+method holds.
 
 Rows go to benchmarks/results/differentiable.rows.jsonl as they finish; the same command goes on
 where it was stopped, in the middle of a training if need be.
@@ -15,7 +18,7 @@ from __future__ import annotations
 import itertools
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +29,21 @@ import torch
 from benchmarks import contract, differentiable_memory
 from benchmarks.fbnet_blocks import block_latency
 from benchmarks.supernet_training import Experiment, alone, shortened
+from cli.features import IMAGES, PROXIES
 from hw_profiles.latency import LatencyTable
-from nas import differentiable, space, strategies, supernet, tasks
+from nas import differentiable, scores, space, strategies, supernet, tasks
 from nas.differentiable.learning import Goal, Searched, learn
 from nas.differentiable.policy import Latency, latency_of
 from nas.elastic import channels_last
-from nas.search import Array, Candidate, Problem
+from nas.search import Array, Candidate, Problem, row_keys
 from nas.space import Genes
 from nas.supernet import Course
 
 PARTS = ("memory", "search")
 RIVALS = ("random", "robot")
+SHARES = (0.35, 0.6)
+METHODS = (*differentiable.names(), *RIVALS)
+WORK = 2.0  # of the learners' steps of weights: what rivals train
 Named = tuple[str, Latency]
 
 
@@ -47,7 +54,8 @@ class Setting:
     experiments: list[Experiment]
     named: list[Named]  # latencies
     final: int  # steps of the network that was found
-    shares: tuple[float, ...] = (0.35, 0.6)  # budgets, from the fastest network to the slowest
+    shares: Sequence[float]  # budgets, from the fastest network to the slowest
+    methods: Sequence[str] = METHODS
     candidates: int = 16  # networks that a search judges at the end, or trains a little
 
 
@@ -71,6 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", type=Path, help="latencies of this machine, fbnet's own")
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="budgets")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--folder", type=Path, help="for unfinished trainings; kept between runs")
     arguments = parser.parse_args(argv)
     outcome = contract.Outcome("differentiable")
@@ -98,7 +108,8 @@ def _full(arguments: Any, data: str) -> Setting:
         Experiment(task, found, steps, 128, seed, rows, folder, {**key, "seed": seed})
         for seed in range(arguments.seeds)
     ]
-    return Setting(experiments, _latencies(found, arguments.table), final)
+    latencies = _latencies(found, arguments.table)
+    return Setting(experiments, latencies, final, arguments.shares, arguments.methods)
 
 
 def _quick(arguments: Any, data: str) -> Setting:
@@ -120,8 +131,7 @@ def _latencies(found: space.SearchSpace, table: Path | None) -> list[Named]:
 
 
 def _search(setting: Setting, outcome: contract.Outcome) -> None:
-    methods = (*differentiable.names(), *RIVALS)
-    every = itertools.product(setting.experiments, _targets(setting), methods)
+    every = itertools.product(setting.experiments, _targets(setting), setting.methods)
     _report([_row(*each, setting.final) for each in every], outcome)
 
 
@@ -186,7 +196,8 @@ def _tried(
     experiment: Experiment, target: Target, method: str, state: Path
 ) -> tuple[Genes, dict[str, float]]:
     """The best of CANDIDATES networks by a short training each."""
-    recipe = replace(experiment.recipe, steps=max(1, experiment.steps // target.candidates))
+    steps = max(1, round(WORK * experiment.steps / target.candidates))
+    recipe = replace(experiment.recipe, steps=steps)
 
     def short(genes: Genes) -> tuple[float, float]:
         def trained(own: Path) -> dict[str, Any]:
@@ -197,7 +208,25 @@ def _tried(
         row = experiment.row(name, trained)
         return row["val_cross_entropy"], row["val_accuracy"]
 
-    return _best(_problem(experiment, target, short), method, target.candidates), {}
+    problem = _with_scores(experiment, _problem(experiment, target, short), method)
+    return _best(problem, method, target.candidates), {}
+
+
+def _with_scores(experiment: Experiment, problem: Problem, method: str) -> Problem:
+    """With the scores of untrained networks that `nasctl search` computes, for who asks for any."""
+    rows = strategies.drawn(method, problem)
+    if rows is None:
+        return problem
+    images = scores.batch_of(experiment.task, IMAGES, experiment.seed)
+    work = scores.scored(scores.Job(experiment.space, images, PROXIES), rows)
+    matrix = scores.matrix(work, rows, PROXIES)
+    place = {int(key): at for at, key in enumerate(row_keys(rows))}
+
+    def features(genes: Genes) -> dict[str, Array]:
+        known = matrix[[place[int(key)] for key in row_keys(genes)]]
+        return dict(zip(PROXIES, known.T, strict=True))
+
+    return replace(problem, features=features)
 
 
 def _problem(
@@ -247,6 +276,8 @@ def _report(rows: list[dict[str, Any]], outcome: contract.Outcome) -> None:
         if method in RIVALS:
             continue
         for rival in RIVALS:
+            if (device, budget, rival) not in mean:
+                continue
             gap = mean[device, budget, method] - mean[device, budget, rival]
             name = f"{method}_{rival}_{device}_{budget}".replace(" ", "_")
             outcome.aim(name, f"no worse than {rival}, points", gap, gap >= 0)
