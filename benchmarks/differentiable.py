@@ -163,7 +163,8 @@ def _row(experiment: Experiment, target: Target, method: str, final: int) -> dic
         net = alone(experiment, np.array(found["genes"]), Course(experiment.task, recipe), state)
         return experiment.judged(net, net.arch.resolution)
 
-    own = experiment.row({**name, "what": "trained"}, trained)
+    # by its genes: what another search found under this name is another network
+    own = experiment.row({**name, "what": "trained", "genes": found["genes"]}, trained)
     return {**name, "seed": experiment.seed, **found, "test_accuracy": own["test_accuracy"]}
 
 
