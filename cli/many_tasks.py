@@ -203,6 +203,9 @@ def say_outcome(content: dict[str, Any], folder: Path) -> None:
             "no labels" if row["test"] is None else f"{row['test']:.4f}",
         )
     console.show(table)
+    for name, row in content["tasks"].items():
+        if row["measured"] and row["measured"]["noisy"]:
+            console.say(f"what was measured is in doubt: {row['measured']['noisy']}", name)
     for name, told in content["convergence"].items():
         unsettled = "" if told["entropy"] < 0.1 else ", not settled"
         console.say(

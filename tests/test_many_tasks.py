@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -248,6 +249,14 @@ def test_json_is_all_that_stdout_gets(nasctl, data, monkeypatch):
     monkeypatch.setattr(many_tasks, "execute", lambda job, force: content)
     assert json.loads(nasctl(*SEARCH, *LITTLE, "--json").out) == content
     assert "predicted" in nasctl(*SEARCH, *LITTLE).out
+
+
+def test_a_doubtful_measurement_is_told_as_one(capsys):
+    row = {"macs": 1e6, "budget": None, "val": 0.9, "test": None, "file": {"path": "model.onnx"}}
+    row["predicted"] = {"value_ms": 0.9, "high_ms": 1.1, "source": "table"}
+    row["measured"] = {"median_ms": 1.0, "noisy": "other programs were running"}
+    many_tasks.say_outcome({"tasks": {"class": row}, "convergence": {}}, Path("run"))
+    assert "in doubt: other programs" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_pick_holds_for_its_own_key_only(tmp_path, monkeypatch):
