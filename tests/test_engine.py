@@ -248,7 +248,7 @@ def test_trtexec_is_told_the_same_sizes_and_compatibility(nasctl, workdir):
 def test_sizes_that_are_none_are_one_line(nasctl, workdir, text, said):
     small(workdir / "b")
     refused = nasctl("build", "b", "--commands", "--sizes", text)
-    assert refused.code == 2 and f"--sizes: {said}" in refused.err or said in refused.err
+    assert refused.code == 2 and "--sizes: " in refused.err and said in refused.err
     assert len(refused.err.strip().splitlines()) == 1
 
 
