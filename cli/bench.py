@@ -5,7 +5,6 @@ Also a gate for CI, against a budget or an older file.
 
 from __future__ import annotations
 
-import os
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import console, gate
-from cli.measuring import here_or_there, on_board
+from cli.measuring import cache, here_or_there, on_board
 from nas.errors import BudgetMissed, NasctlError
 
 if TYPE_CHECKING:
@@ -213,11 +212,10 @@ def _there(
     from hw_profiles import protocol, runtimes
 
     # one folder for all: after a lost connection the same command collects what the board measured
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nasctl"
     content = {str(at): path.read_bytes() for at, path in enumerate(models)}
     # every parcel is a process of its own there, and one of another seed another parcel
     parts = [
-        on_board(dict(list(content.items())[::step]), on, setting, plan, seed + at, cache)
+        on_board(dict(list(content.items())[::step]), on, setting, plan, seed + at, cache())
         for at, step in enumerate(_steps(times))
     ]
     found = [

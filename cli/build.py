@@ -25,6 +25,16 @@ def command(
     on: Annotated[
         str | None, typer.Option(help="local, or ssh://[user@]host[:port]. [local]")
     ] = None,
+    compatible: Annotated[
+        str | None,
+        typer.Option(
+            help="tensorrt: version (later ones too), hardware (GPUs from Ampere on, not Jetson)."
+        ),
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(help="tensorrt: of free dimensions, as batch=1:8:32. [of one example]"),
+    ] = None,
     layout: Annotated[
         str | None, typer.Option(help="Instead, as others want it: triton, mobile or openvino.")
     ] = None,
@@ -40,10 +50,12 @@ def command(
     what it was observed to compute in. Built where it will run: here, or --on a board over ssh.
     """
     from cli import building, bundling
+    from deploy import sizes as free_sizes
     from hw_profiles import device
 
     here: dict[str, object] = {"--engine": engine, "--threads": threads, "--on": on}
     of_engine = {"--hw": hw, "--precision": precision, **here}
+    of_engine |= {"--compatible": compatible, "--sizes": sizes}
     if commands:
         words = {"--layout": layout, "--out": out, **here}
         options.refuse(words, "changes nothing of trtexec's command (--commands)")
@@ -54,7 +66,16 @@ def command(
         options.refuse(of_engine, "is about an engine, a layout is none")
     board, on = device.load(hw or "cpu"), on or "local"
     with bundling.opened(model, changes=not commands and layout is None) as bundle:
-        asked = building.Asked(board, engine, member, precision, threads or 1, on)
+        asked = building.Asked(
+            board,
+            engine,
+            member,
+            precision,
+            threads or 1,
+            on,
+            building.parse_compatible(compatible),
+            free_sizes.parse(sizes),
+        )
         if commands:
             return print(building.trtexec(bundle, asked))
         if layout is not None and out is not None:
@@ -69,6 +90,12 @@ def command(
     why = f", as {board.name} states" if car.requested and precision is None else ""
     said = f"asked for: {car.requested or 'as the file is'}{why}"
     console.say(f"{car.observed} ({said})", "computes in")
+    for one in car.compatible:
+        console.say(building.MEANS[one], "also in")
+    for name, (low, usual, high) in car.shapes.items():
+        each = ["x".join(map(str, shape)) for shape in (low, usual, high)]
+        if low != high:
+            console.say(f"{name} {each[0]} to {each[2]}, best at {each[1]}", "shapes")
     console.say(
         f"median {console.format_ms(car.latency['median_ms'])}, measured {where}", "latency"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +16,19 @@ from deploy import external, layouts, recipes, verify
 from deploy import onnx as files
 from deploy.bundle import Bundle
 from deploy.engine import SideCar
+from deploy.sizes import Sizes
 from hw_profiles import runtimes
 from hw_profiles.device import Device
 from hw_profiles.measure import Plan, Setting, reference_model
 from hw_profiles.remote import build as remote
 from hw_profiles.remote import ssh
+from hw_profiles.runtimes import Options
 from nas.errors import NasctlError, UsageError, unknown
 
 FOLDER = "engines"
 MEASURING = Plan(rounds=10, time_limit_s=10.0)
+#: what `--compatible` takes
+MEANS = {"version": "later versions of TensorRT", "hardware": "other GPUs from Ampere on"}
 PLACES = "local, ssh://[user@]host[:port]"
 
 
@@ -38,6 +42,16 @@ class Asked:
     precision: str | None = None
     threads: int = 1
     on: str = measuring.LOCAL
+    compatible: tuple[str, ...] = ()  # TensorRT's alone, as what follows
+    sizes: Sizes = field(default_factory=dict)
+
+
+def parse_compatible(text: str | None) -> tuple[str, ...]:
+    found = tuple(word.strip() for word in text.split(",")) if text is not None else ()
+    for word in found:
+        if word not in MEANS:
+            raise unknown("compatibility", word, MEANS, where="--compatible")
+    return tuple(dict.fromkeys(found))
 
 
 def build(bundle: Bundle, asked: Asked) -> SideCar:
@@ -61,13 +75,14 @@ def build(bundle: Bundle, asked: Asked) -> SideCar:
         )
     asked = replace(asked, precision=precision_of(bundle, asked))
     source = bundle.onnx(asked.member or bundle.manifest.model)
-    _check_free(source, runtime)
+    options = _options(bundle, source, runtime, asked)
     module = runtimes.compiled(runtime)
     name = f"{FOLDER}/{source.stem}.{board.name}.{runtime}{module.ENGINE}"
     with tempfile.TemporaryDirectory(dir=bundle.folder.parent) as folder:
         made = Path(folder) / Path(name).name
         make = _built_here if asked.on == measuring.LOCAL else _built_there
-        car = make(source, made, runtime, asked)
+        car = make(source, made, runtime, asked, options)
+        car = car.model_copy(update={"device": board.name})
         engines.write(car, made)
         found: dict[str, tuple[bundles.Role, bytes | Path]] = {
             name: ("engine", made),
@@ -86,6 +101,37 @@ def precision_of(bundle: Bundle, asked: Asked) -> str | None:
     return asked.board.precision
 
 
+def _options(bundle: Bundle, source: Path, runtime: str, asked: Asked) -> Options | None:
+    """What TensorRT alone is asked for besides; None for any other runtime.
+
+    Raises UsageError for what is TensorRT's and asked of another, and where the smallest of a size
+    is not that of the bundle's own inputs: at the smallest an engine is timed and verified on them.
+    """
+    if runtime != "tensorrt":
+        if asked.compatible or asked.sizes:
+            raise UsageError(
+                f"{runtime} has no such engines",
+                where="--compatible" if asked.compatible else "--sizes",
+                allowed="--engine tensorrt",
+            )
+        _check_free(source, runtime)
+        return None
+    sample = bundling.sample_of(bundle)
+    shapes = bundling.free_shapes(source, sample, asked.sizes)
+    for name, (low, _, _) in shapes.items():
+        own = (1, *sample[name].shape[1:])
+        if tuple(low) != own:
+            told = ("x".join(map(str, shape)) for shape in (low, own))
+            raise UsageError(
+                f"{name} is {next(told)} at the smallest",
+                where="--sizes",
+                allowed=f"{next(told)}, as the bundle's own inputs",
+                next="The engine is timed and verified on them. trtexec is not (--commands).",
+            )
+    beside = bool(external.beside(source))
+    return Options(asked.compatible, shapes, measuring.cache() / "tensorrt", beside)
+
+
 def _check_free(source: Path, runtime: str) -> None:
     """Refuse what would be built, or timed, at 1 wherever a dimension besides the batch is free:
     ONNX Runtime alone reads the sizes that a file states."""
@@ -102,9 +148,16 @@ def _check_free(source: Path, runtime: str) -> None:
         )
 
 
-def _built_here(source: Path, made: Path, runtime: str, asked: Asked) -> SideCar:
+def _built_here(
+    source: Path, made: Path, runtime: str, asked: Asked, options: Options | None
+) -> SideCar:
     car = engines.build(
-        source, made, runtime=runtime, precision=asked.precision, threads=asked.threads
+        source,
+        made,
+        runtime=runtime,
+        precision=asked.precision,
+        threads=asked.threads,
+        options=options,
     )
     # float32 weights inside say nothing of what ONNX Runtime's own format computes in
     setting = Setting(runtime, None, asked.threads)
@@ -112,7 +165,9 @@ def _built_here(source: Path, made: Path, runtime: str, asked: Asked) -> SideCar
     return car.model_copy(update={"latency": asdict(timing)})
 
 
-def _built_there(source: Path, made: Path, runtime: str, asked: Asked) -> SideCar:
+def _built_there(
+    source: Path, made: Path, runtime: str, asked: Asked, options: Options | None
+) -> SideCar:
     if held := external.beside(source):
         raise NasctlError(
             f"its weights are in {held[0].name}, and one file alone goes to a board",
@@ -126,6 +181,7 @@ def _built_there(source: Path, made: Path, runtime: str, asked: Asked) -> SideCa
         asked.precision,
         asked.threads,
         MEASURING,
+        options=options,
     )
     found = remote.build(ssh.parse(asked.on), request)
     if found.left:
@@ -176,12 +232,12 @@ def trtexec(bundle: Bundle, asked: Asked) -> str:
                 next=f"{first} writes {member}; --precision fp32 takes {bundling.FLOAT}.",
             )
     source = bundle.onnx(member)
-    shapes = bundling.free_shapes(source, bundling.sample_of(bundle))
+    shapes = bundling.free_shapes(source, bundling.sample_of(bundle), asked.sizes)
     within = Path.cwd().is_relative_to(bundle.folder.resolve())
     engine = (bundle.folder.resolve().parent if within else Path()) / f"{source.stem}.engine"
     lines = []
     for major in (10, 11):
-        words = recipes.trtexec(source, engine, shapes, major=major)
+        words = recipes.trtexec(source, engine, shapes, compatible=asked.compatible, major=major)
         lines.append(f"# TensorRT {major}, precision as {member} is written\n{shlex.join(words)}")
     return "\n".join(lines)
 

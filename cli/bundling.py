@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deploy import bundle, external, interface, onnx, recipes
+from deploy import bundle, external, interface, onnx, recipes, sizes
 from deploy.bundle import Bundle, Role
 from deploy.interface import Interface
 from hw_profiles.device import Device
@@ -73,10 +73,11 @@ def seal(folder: Path, contents: Contents) -> Bundle:
     )
 
 
-def free_shapes(model: Path, sample: Feeds) -> recipes.Shapes:
-    """Of the file's inputs that have a free dimension: one example's, as it is in the sample."""
-    free = {name for name, sizes in onnx.inputs(model).items() if {*map(type, sizes)} - {int}}
-    return {name: values.shape[1:] for name, values in sample.items() if name in free}
+def free_shapes(model: Path, sample: Feeds, asked: sizes.Sizes | None = None) -> sizes.Shapes:
+    """What an engine of the file is to serve, of its inputs with a free dimension: what was asked
+    for, else one example as it is in the sample."""
+    examples = {name: values.shape[1:] for name, values in sample.items()}
+    return sizes.shapes(onnx.inputs(model), examples, asked or {})
 
 
 def sample(of: Interface, images: torch.Tensor) -> Feeds:

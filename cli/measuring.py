@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,8 +90,6 @@ def timer(
     """What times ONNX files, in turn with each other, at `on`: of each the middle one of several
     processes here, or of one session on a board over ssh. `rough`: of one short session.
     `as_written`: files of several precisions, each in its own and not in the device's."""
-    import os
-
     import numpy as np
 
     from hw_profiles import measure
@@ -112,11 +111,15 @@ def timer(
 
     def there(paths: Sequence[Path]) -> list[Timing]:
         models = {str(place): path.read_bytes() for place, path in enumerate(paths)}
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nasctl"
-        found = on_board(models, on, _demanded(setting), plan, seed, cache)
+        found = on_board(models, on, _demanded(setting), plan, seed, cache())
         return [found.timings[str(place)] for place in range(len(paths))]
 
     return here if on == LOCAL else there
+
+
+def cache() -> Path:
+    """The folder for what a later command need not make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nasctl"
 
 
 def _demanded(setting: Setting) -> Setting:

@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 import psutil
-import torch
-from torch import nn
 
-from cli import building, bundling, console, judging, quantizing, several
+from cli import building, bundling, console, judging, origins, quantizing
 from cli.bundling import Feeds
 from cli.judging import Judge, Run
 from cli.prune import parse_drops
@@ -26,17 +24,13 @@ from deploy.chain import Link, Outputs
 from hw_profiles import device, half, processes, runtimes
 from hw_profiles.device import Device
 from hw_profiles.measure import Plan, Setting
-from nas import checkpoint, file
+from nas import file
 from nas.data.examples import Examples
 from nas.errors import NasctlError, UsageError
-from nas.outputs import named as outputs_of
-from nas.run import Run as RunFolder
 
-WEIGHTS = "model.safetensors"
 MEASURING = Plan(rounds=10, time_limit_s=10.0)
 PLAIN = "onnxruntime"
 Scores = dict[str, dict[str, Any]]  # by task
-COMPARED = "network = ONNX: it was compared when the file was written"
 
 
 @dataclass(frozen=True)
@@ -74,6 +68,7 @@ class Compared:
     links: list[Link]
     notes: list[str]  # links that were not compared, and why
     why: str = ""  # the delivered file cannot be run here; empty where it can
+    built_for: str | None = None  # the device that this machine is, as the engine's side-car says
 
 
 @dataclass(frozen=True)
@@ -99,9 +94,10 @@ def verify(bundle: Bundle, named: Path, asked: Asked) -> dict[str, Any]:
         missing = [f"metric, latency and memory: {compared.why}"]
     else:
         scores, bound, missing = _scores(bundle, delivered, asked)
-        measured = _measured(delivered, asked, inputs)
-        if measured is None:
-            missing.append(f"latency and memory: {asked.board.name} is not this machine")
+        if asked.board.local or asked.board.name == compared.built_for:
+            measured = _measured(delivered, inputs)
+        else:
+            missing.append(f"latency and memory: {_elsewhere(asked)}")
     budget_ms, elsewhere = _budget(bundle, asked)
     return {
         "nasctl": bundle.manifest.nasctl,
@@ -129,7 +125,7 @@ def _compared(bundle: Bundle, named: Path, asked: Asked, inputs: Feeds) -> Compa
     """Every link: before the float file, to the delivered one, to the engine that was named."""
     plain = bundle.onnx(bundling.FLOAT)
     expected = judging.runner(plain, PLAIN)(inputs)
-    links, notes = _before(bundle, named, asked.data, inputs, expected)
+    links, notes = origins.links(bundle, named, asked.data, inputs, expected)
     delivered = Delivered(bundle.model, PLAIN, None, 1)
     why = _unloadable(delivered)
     if why:
@@ -157,6 +153,8 @@ def _to_engine(bundle: Bundle, engine: str, inputs: Feeds, found: Compared) -> N
         )
     loads = None if car.runtime == PLAIN else car.requested
     found.delivered, found.why = Delivered(path, car.runtime, loads, car.threads), ""
+    if not engines.differences(car):  # a compatible engine may be loaded on other machines too
+        found.built_for = car.device
     name = f"{car.model} = engine"
     if unread := _unloadable(source):
         found.notes.append(f"{name}: {unread}")
@@ -226,54 +224,6 @@ def _link(
         module = runtimes.load_module(after.runtime)
         observed = module.observed_precision(module.load(after.path, threads=after.threads))
     return chain.link(name, chain.coarsest(observed), before, found, limit)
-
-
-def _before(
-    bundle: Bundle, named: Path, data: str | None, inputs: Feeds, expected: Outputs
-) -> tuple[list[Link], list[str]]:
-    """The links before the ONNX file, where the run with its weights and its data are at hand."""
-    weights = named / WEIGHTS
-    if not named.is_dir() or not weights.is_file():
-        theirs = bundling.ARCH in bundle.manifest.members and "model" in _arch(bundle)
-        return [], [COMPARED if theirs else "supernet = extracted = ONNX: the run is not here"]
-    _, meta = checkpoint.read(weights)
-    if several.described(meta, weights):
-        try:
-            net = several.read(weights, data).net
-        except NasctlError as error:
-            if data is not None:
-                raise
-            return [], [f"network = ONNX: {error}"]
-        return [_exported(net, inputs, expected)], []
-    if not meta or "network" not in checkpoint.description(meta, weights):
-        return [], [COMPARED]
-    from cli import child, training
-
-    try:
-        opened, genes, net = child.read(weights, data)
-    except NasctlError as error:
-        if data is not None:
-            raise
-        return [], [f"supernet = extracted = ONNX: {error}"]
-    links = [_exported(net, inputs, expected)]
-    run = RunFolder(named)
-    spec = run.manifest().get("spec", {})
-    if spec.get("alone") or spec.get("supernet") or not run.unchanged("train"):
-        return links, ["supernet = extracted: there is no supernet in this run, or another by now"]
-    _, apart = child.extracted(opened, training.finished_supernet(opened), genes)
-    return [Link("supernet = extracted", "fp32", apart), *links], []
-
-
-def _arch(bundle: Bundle) -> dict[str, Any]:
-    found: dict[str, Any] = deployed.read(bundle.path(bundling.ARCH))
-    return found
-
-
-def _exported(net: nn.Module, inputs: Feeds, expected: Outputs) -> Link:
-    with torch.no_grad():
-        outputs = outputs_of(net(*map(torch.from_numpy, inputs.values())))
-    found = {name: tensor.numpy() for name, tensor in outputs.items()}
-    return chain.link("network = float file", "fp32", found, expected)
 
 
 def _scores(
@@ -360,9 +310,14 @@ def _promised(bundle: Bundle, names: list[str]) -> Promised | None:
     return Promised(parse_drops(drops, names), seed, board)
 
 
-def _measured(delivered: Delivered, asked: Asked, inputs: Feeds) -> dict[str, Any] | None:
-    if not asked.board.local:
-        return None
+def _elsewhere(asked: Asked) -> str:
+    name = asked.board.name
+    if asked.engine is None:
+        return f"{name} is not this machine"
+    return f"the engine was not built on this machine for {name} (--hw)"
+
+
+def _measured(delivered: Delivered, inputs: Feeds) -> dict[str, Any]:
     timing = deployed.latency(
         delivered.path,
         rng=np.random.default_rng(0),

@@ -4,10 +4,11 @@ of NVIDIA's own tool, which needs nothing of ours on the board."""
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy.sizes import Shapes
 from hw_profiles.device import Device
 
 NAME = "recipes.json"
@@ -25,10 +26,11 @@ ENGINES = {
     "aoti": {"cpu": "aoti", "gpu": "aoti_cuda"},
     "tensorrt": {"gpu": "tensorrt"},
 }
-
-
-#: of inputs with a free dimension, of one example: without the batch
-Shapes = Mapping[str, Sequence[int]]
+#: trtexec's words for what `nasctl build --compatible` takes
+COMPATIBLE = {
+    "version": "--versionCompatible",
+    "hardware": "--hardwareCompatibilityLevel=ampere+",
+}
 
 
 def of(device: Device, shapes: Shapes) -> dict[str, Any]:
@@ -55,18 +57,28 @@ def lowering(bundle: str, device: str, precision: str) -> str:
     return f"nasctl quantize {bundle} --hw {device} --forms {precision}"
 
 
-def trtexec(model: Path, engine: Path, free: Shapes, *, major: int = 10) -> list[str]:
+def trtexec(
+    model: Path,
+    engine: Path,
+    shapes: Shapes,
+    *,
+    compatible: Sequence[str] = (),
+    major: int = 10,
+) -> list[str]:
     """The words of the `trtexec` command that builds what `hw_profiles.runtimes.tensorrt` does.
 
     Precision is that of the file: 10.x is asked for strong typing, which 11.x has no flag for, as
-    it has none other. Batch 1, TF32 off, layers described in detail, so that their precision can
-    be read back. Shapes are stated of `free` inputs only: the tool refuses them for others.
+    it has none other. TF32 off, layers described in detail, so that their precision can be read
+    back; a timing cache beside the engine, as those of one major version are refused by another.
+    Shapes are stated of inputs with a free dimension only: the tool refuses them for others.
     """
-    each = (f"{name}:{'x'.join(map(str, (1, *shape)))}" for name, shape in free.items())
-    shape = ",".join(each)
     words = ["trtexec", f"--onnx={model}", f"--saveEngine={engine}"]
     if major < 11:
         words.append("--stronglyTyped")
-    shapes = [f"--{which}Shapes={shape}" for which in ("min", "opt", "max") if free]
+    for at, which in enumerate(("min", "opt", "max") if shapes else ()):
+        each = (f"{name}:{'x'.join(map(str, three[at]))}" for name, three in shapes.items())
+        words.append(f"--{which}Shapes={','.join(each)}")
+    words += [COMPATIBLE[one] for one in compatible]
+    words.append(f"--timingCacheFile={engine.with_name(f'tensorrt{major}.cache')}")
     more = ["--noTF32", "--memPoolSize=workspace:1024M", "--profilingVerbosity=detailed"]
-    return [*words, *shapes, *more, "--skipInference"]
+    return [*words, *more, "--skipInference"]

@@ -18,6 +18,10 @@ import torch
 folder, images = Path(sys.argv[1]), np.load(sys.argv[3])
 task = json.loads((folder / "task.json").read_text())
 runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+car = Path(f"{sys.argv[2]}.json")  # what `nasctl build` said of the engine
+# one that runs in later versions (--compatible version) brings native code of its own
+said = json.loads(car.read_text()) if car.is_file() else {}
+runtime.engine_host_code_allowed = "version" in said.get("compatible", [])
 engine = runtime.deserialize_cuda_engine(Path(sys.argv[2]).read_bytes())
 if engine is None:
     sys.exit("not an engine for this GPU and this version of TensorRT")

@@ -7,11 +7,13 @@ it needs Python 3.8 and the runtime, nothing else.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any, Dict
 
 from hw_profiles import fingerprint, runtimes
+from hw_profiles.runtimes import Options
 from nas.errors import NasctlError
 
 #: what of a machine an engine depends on; the rest of a fingerprint is for reading
@@ -38,9 +40,17 @@ INSTRUCTIONS = re.compile(
 Facts = Dict[str, Any]
 
 
-def built(model: Path, path: Path, runtime: str, precision: str | None, threads: int) -> Facts:
+def built(
+    model: Path,
+    path: Path,
+    runtime: str,
+    precision: str | None,
+    threads: int,
+    options: Options | None = None,
+) -> Facts:
     """Build the engine of an ONNX file at `path`, whole or not at all; returns which version built
     it for which machine, what goes in and out and what it computes in, by the side-car's names.
+    `options` are for TensorRT alone.
 
     Raises NasctlError where the runtime is not here or cannot build it, and where the engine
     computes in another precision than asked for.
@@ -48,7 +58,15 @@ def built(model: Path, path: Path, runtime: str, precision: str | None, threads:
     module = runtimes.compiled(runtime)
     if missing := module.unavailable():
         raise NasctlError(missing, where=f"runtime {runtime}")
-    module.build(model, path, threads=threads, precision=precision)
+    asked: dict[str, Any] = {} if options is None else {"options": options}
+    module.build(model, path, threads=threads, precision=precision, **asked)
+    options = options or Options()
+    said = {
+        "compatible": list(options.compatible),
+        "shapes": {name: [list(one) for one in each] for name, each in options.shapes.items()},
+    }
+    if options.compatible:  # the side-car's first words: loading it depends on them
+        beside(path).write_text(json.dumps(said), encoding="utf-8")
     # ONNX Runtime's own format cannot be looked into, so it is the same graph that is asked
     source = model if runtime == "onnxruntime" else path
     try:
@@ -56,6 +74,8 @@ def built(model: Path, path: Path, runtime: str, precision: str | None, threads:
         observed = module.observed_precision(session)
     except NasctlError:
         path.unlink()
+        if options.compatible:
+            beside(path).unlink()
         raise
     return {
         "runtime": runtime,
@@ -66,7 +86,13 @@ def built(model: Path, path: Path, runtime: str, precision: str | None, threads:
         "inputs": {name: list(shape) for name, shape in session.inputs.items()},
         "outputs": list(session.outputs),
         "machine": machine(runtime),
+        **said,
     }
+
+
+def beside(path: Path) -> Path:
+    """The place of an engine's side-car."""
+    return path.with_name(f"{path.name}.json")
 
 
 def machine(runtime: str) -> dict[str, str]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from enum import Enum, IntEnum
 
 import numpy as np
 import onnx
 import onnxruntime
+from onnx.external_data_helper import load_external_data_for_model
 
 __version__ = "11.4.0"
 
@@ -36,6 +38,12 @@ class TensorIOMode(Enum):
 
 class BuilderFlag(Enum):
     TF32 = 7
+    VERSION_COMPATIBLE = 14
+
+
+class HardwareCompatibilityLevel(Enum):
+    NONE = 0
+    AMPERE_PLUS = 1
 
 
 class NetworkDefinitionCreationFlag(IntEnum):
@@ -92,7 +100,16 @@ class Builder:
         if config.profile.shapes.keys() != {value.name for value in network.model.graph.input}:
             self.logger.log(ILogger.ERROR, "an input has no shapes")
             return None
-        config.cache.content += b"timed;"
+        if config.cache:
+            config.cache.content += b"timed;"
+        onnx.helper.set_model_props(
+            network.model,
+            {
+                "profile": json.dumps(config.profile.shapes),
+                "flags": ",".join(flag.name for flag in config.flags),
+                "level": config.hardware_compatibility_level.name,
+            },
+        )
         return network.model.SerializeToString()
 
 
@@ -101,12 +118,19 @@ class OptimizationProfile:
         self.shapes = {}
 
     def set_shape(self, name, low, best, high):
-        assert low == best == high
-        self.shapes[name] = low
+        assert len(low) == len(best) == len(high)
+        self.shapes[name] = low, best, high
 
 
 class BuilderConfig:
     profiling_verbosity = None
+    hardware_compatibility_level = HardwareCompatibilityLevel.NONE
+
+    def __init__(self):
+        self.flags, self.cache = [], None
+
+    def set_flag(self, flag):
+        self.flags.append(flag)
 
     def set_memory_pool_limit(self, pool, size):
         assert size > 1 << 20
@@ -147,9 +171,11 @@ class OnnxParser:
     def get_error(self, at):
         return self.errors[at]
 
-    def parse(self, content):
+    def parse(self, content, path=None):
         try:
             self.network.model = onnx.load_from_string(content)
+            if path:  # else weights in other files are not found
+                load_external_data_for_model(self.network.model, os.path.dirname(path))
             return bool(self.network.model.graph.node)
         except Exception as error:  # as the library, whose parser never raises
             self.errors.append(ParserError(str(error)))
@@ -165,6 +191,8 @@ class ParserError:
 
 
 class Runtime:
+    engine_host_code_allowed = False
+
     def __init__(self, logger):
         self.logger = logger
 
@@ -172,6 +200,9 @@ class Runtime:
         model = onnx.ModelProto()
         try:
             model.ParseFromString(plan)
+            if "VERSION" in CudaEngine(model).said["flags"] and not self.engine_host_code_allowed:
+                self.logger.log(ILogger.ERROR, "host code is not allowed")
+                return None
             return CudaEngine(model)
         except Exception:
             self.logger.log(ILogger.ERROR, "magic tag does not match")
@@ -181,6 +212,7 @@ class Runtime:
 class CudaEngine:
     def __init__(self, model):
         self.model = model
+        self.said = {each.key: each.value for each in model.metadata_props}
         self.session = onnxruntime.InferenceSession(
             model.SerializeToString(), providers=["CPUExecutionProvider"]
         )
@@ -200,6 +232,9 @@ class CudaEngine:
     def get_tensor_shape(self, name):
         shape = (self.inputs | self.outputs)[name].shape
         return tuple(size if isinstance(size, int) else -1 for size in shape)
+
+    def get_tensor_profile_shape(self, name, profile_index):
+        return [tuple(shape) for shape in json.loads(self.said["profile"])[name]]
 
     def get_tensor_dtype(self, name):
         return {"tensor(float)": "float32"}[(self.inputs | self.outputs)[name].type]

@@ -51,6 +51,10 @@ def test_the_verb_brings_engine_and_side_car_back(nasctl, board, bundle, workdir
     session, said = engine.load(found.path(name))
     assert session.outputs == ("logits",) and said.model_sha256 == car["model_sha256"]
     assert said.machine == engine.machine("onnxruntime")
+    # so its budget can be measured on it, and under no other name
+    words = ("verify", "b", "--engine", name, "--latency", "1s", "--hw")
+    assert nasctl(*words, "raspi4").code == 0
+    assert nasctl(*words, "jetson").code == 1
 
 
 def test_what_the_board_cannot_build_is_one_line(board, bundle):

@@ -1,5 +1,6 @@
 """deploy.engine and `nasctl build`: engines say what they are, misfits are refused."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -8,11 +9,14 @@ from bundles import digits, small
 
 from cli import building, bundling, judging
 from deploy import bundle as bundles
-from deploy import engine, recipes
+from deploy import engine, recipes, sizes
 from deploy import onnx as files
 from hw_profiles import device, engines, runtimes
 from hw_profiles.half import half
-from hw_profiles.runtimes import onnxruntime
+from hw_profiles.protocol import Plan
+from hw_profiles.remote import build
+from hw_profiles.remote import engines as there
+from hw_profiles.runtimes import Options, onnxruntime
 from nas.errors import NasctlError
 
 HERE = [
@@ -156,6 +160,13 @@ def test_build_puts_a_measured_engine_into_the_bundle(nasctl, workdir):
         (("--engine", "tensorrt"), 2, "no tensorrt for a cpu"),
         (("--hw", "raspi4", "--engine", "ort"), 2, "raspi4 is not this machine"),
         (("--hw", "raspi4"), 2, "tflite has no engines; allowed: ort, openvino, aoti"),
+        (
+            ("--engine", "ort", "--compatible", "version"),
+            2,
+            "--compatible: onnxruntime has no such",
+        ),
+        (("--engine", "ort", "--sizes", "batch=1:4:8"), 2, "--sizes: onnxruntime has no such"),
+        (("--compatible", "versions"), 2, "unknown compatibility 'versions'"),
         (("--engine", "ort", "--member", "x.onnx"), 1, "no member 'x.onnx'"),
         (("--engine", "ort", "--member", "task.json"), 1, "'task.json' is no ONNX file; allowed"),
     ],
@@ -198,9 +209,69 @@ def test_trtexec_is_told_no_shapes_of_what_is_fixed(nasctl, workdir):
         "runtime": "tensorrt",
         "precision": "fp32",
         "trtexec": "trtexec --onnx=BUNDLE/model.onnx --saveEngine=model.engine "
-        "--stronglyTyped --noTF32 "
+        "--stronglyTyped --timingCacheFile=tensorrt10.cache --noTF32 "
         "--memPoolSize=workspace:1024M --profilingVerbosity=detailed --skipInference",
     }
+
+
+def test_trtexec_is_told_the_same_sizes_and_compatibility(nasctl, workdir):
+    small(workdir / "b", sizes=("batch", 1, "height", 8), data=False)
+    words = ("--sizes", "batch=2:4:16,height=8:8:32", "--compatible", "hardware,version")
+    ten, eleven = nasctl("build", "b", "--commands", *words).out.split("# TensorRT 11")
+    for at, line in ((10, ten), (11, eleven)):
+        assert {
+            "--minShapes=input:2x1x8x8",
+            "--optShapes=input:4x1x8x8",
+            "--maxShapes=input:16x1x32x8",
+            "--hardwareCompatibilityLevel=ampere+",
+            "--versionCompatible",
+            f"--timingCacheFile=tensorrt{at}.cache",
+        } <= set(line.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("batch", "'batch'; allowed: NAME=SMALLEST:USUAL:LARGEST, as batch=1:8:32"),
+        ("batch=1:8", "'batch=1:8'; allowed: NAME"),
+        ("batch=1:8:32:64", "allowed: NAME"),
+        ("batch=1x3:8x3:32x3", "allowed: NAME"),
+        ("", "''; allowed: NAME"),
+        ("batch=8:4:32", "batch is 8:4:32; allowed: 1 <= smallest <= usual <= largest"),
+        ("batch=1:64:32", "batch is 1:64:32"),
+        ("batch=0:1:2", "batch is 0:1:2"),
+        ("batch=1:2:4,batch=1:2:4", "batch is there twice"),
+        ("length=1:2:4", "the model has no free size 'length'; allowed: batch"),
+        ("input=1:2:4", "the model has no free size 'input'; allowed: batch"),
+    ],
+)
+def test_sizes_that_are_none_are_one_line(nasctl, workdir, text, said):
+    small(workdir / "b")
+    refused = nasctl("build", "b", "--commands", "--sizes", text)
+    assert refused.code == 2 and "--sizes: " in refused.err and said in refused.err
+    assert len(refused.err.strip().splitlines()) == 1
+
+
+def test_a_model_of_fixed_sizes_has_none_to_choose(nasctl, workdir):
+    small(workdir / "b", sizes=(1, 1, 8, 8))
+    refused = nasctl("build", "b", "--commands", "--sizes", "batch=1:2:4")
+    assert refused.code == 2 and "allowed: none: its sizes are fixed" in refused.err
+
+
+def test_the_smallest_is_what_an_engine_is_verified_at(nasctl, workdir):
+    small(workdir / "b", sizes=("batch", 1, "height", 8), data=False)
+    words = ("build", "b", "--hw", "tx2", "--engine", "tensorrt")
+    for text, low in (("batch=2:4:8", "2x1x8x8"), ("height=4:8:16", "1x1x4x8")):
+        refused = nasctl(*words, "--sizes", text)
+        assert refused.code == 2 and len(refused.err.strip().splitlines()) == 1
+        assert f"--sizes: input is {low} at the smallest; allowed: 1x1x8x8" in refused.err
+
+
+def test_one_named_size_is_that_of_every_input():
+    inputs = {"ids": ("batch", "length"), "mask": ("batch", "length"), "scale": (1, 4)}
+    examples = {"ids": (16,), "mask": (16,), "scale": (4,)}
+    found = sizes.shapes(inputs, examples, sizes.parse("length=16:64:128"))
+    assert found == dict.fromkeys(("ids", "mask"), [(1, 16), (1, 64), (1, 128)])
 
 
 def command(*more):
@@ -284,6 +355,28 @@ def test_the_small_bundle_is_worth_judging(bundle):
     judge = judging.judge(bundling.interface_of(bundle), None)
     run = judging.runner(bundle.model, "onnxruntime")
     assert judge.scores(run, judge.task.val)["class"] > 0.8
+
+
+def test_a_board_builds_with_the_options_that_were_asked_for(bundle, tmp_path, monkeypatch):
+    shapes = {"input": [(1, 1, 8, 8), (4, 1, 8, 8), (8, 1, 8, 8)]}
+    asked = Options(("version",), shapes, tmp_path / "cache", beside=True)
+    parts = (bundle.model.read_bytes(), b"reference", "tensorrt", None, 1, Plan())
+    content = build.Request(*parts, options=asked).content()
+    names = (there.REQUEST, there.MODEL, there.REFERENCE)
+    for name, each in zip(names, (content, *parts[:2]), strict=True):
+        (tmp_path / name).write_bytes(each)
+    seen = []
+
+    def built(*arguments):
+        seen.extend(arguments)
+        raise NasctlError("enough")
+
+    monkeypatch.setattr(there.engines, "built", built)
+    with pytest.raises(NasctlError, match="enough"):
+        there.build(tmp_path, hashlib.sha256(content).hexdigest())
+    (found,) = (one for one in seen if isinstance(one, Options))
+    assert (found.compatible, found.cache, found.beside) == (["version"], None, False)
+    assert found.shapes == {"input": [[1, 1, 8, 8], [4, 1, 8, 8], [8, 1, 8, 8]]}
 
 
 @pytest.mark.slow

@@ -42,7 +42,6 @@ IS = {
     "config.get_timing_cache()": "ITimingCache",
     "profile": "IOptimizationProfile",
     "tensor": "ITensor",
-    "trt.Runtime(_logger())": "Runtime",
     "trt.Logger": "Logger",
     "runtime": "Runtime",
     "engine": "ICudaEngine",
@@ -58,12 +57,13 @@ ENUMS = (
     "BuilderFlag",
     "TensorIOMode",
     "LayerInformationFormat",
+    "HardwareCompatibilityLevel",
 )
 IS |= {f"trt.{name}": name for name in ENUMS}
 #: of other libraries and our own
-OTHERS = """_cuda arrays buffers counts feeds first folder functools gpu importlib json known layer
-loaded log model np os path plan self session tempfile value whole WORDS
-answers image images stream sys task time times torch"""
+OTHERS = """_cuda arrays buffers contextlib counts feeds first folder functools gpu importlib json
+known layer loaded log model np options os path plan said self session shapes tempfile value whole
+WORDS answers car image images stream sys task time times torch"""
 DUMP = """
 import json, sys
 import tensorrt_bindings as trt

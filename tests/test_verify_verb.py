@@ -171,6 +171,36 @@ def test_a_typed_budget_of_a_device_that_is_not_here_is_not_passed_over(nasctl, 
         assert any("is not this machine" in note for note in content["not_measured"])
 
 
+OWN = """name = "{}"\nsummary = "?"\nkind = "cpu"\nruntime = "onnxruntime"
+precision = "fp32"\nsources = ["?"]\n"""
+
+
+@pytest.mark.usefixtures("stated")
+def test_a_board_measures_the_engine_that_was_built_on_it_for_it(nasctl, workdir):
+    """`nasctl` runs on the board, whose device file says nothing of this machine."""
+    made, name = small(workdir / "b"), "engines/model.cpu.onnxruntime.ort"
+    for board in ("own", "other"):
+        (workdir / f"{board}.toml").write_text(OWN.format(board))
+    assert nasctl("build", "b", "--engine", "ort").code == 0
+    car = json.loads((workdir / "b" / f"{name}.json").read_text())
+    assert car["device"] == "cpu"
+
+    def found(board, **change):
+        content = json.dumps({**car, "device": "own", **change}).encode()
+        bundles.add(bundles.read(made.folder), {f"{name}.json": ("sidecar", content)})
+        words = ("--engine", name, "--hw", f"{board}.toml", "--latency")
+        return [verified(nasctl, "b", *words, budget)[0] for budget in ("1s", "1us")]
+
+    assert found("own") == [0, 4]
+    assert found("other") == found("own", device=None) == [1, 1]
+    code, content, error = verified(nasctl, "b", "--engine", name, "--hw", "own.toml")
+    assert code == 0 and content["measured"] is None
+    told = "latency and memory: the engine was not built on this machine for own (--hw)"
+    assert told in content["not_measured"]
+    # the file alone says nothing of a machine
+    assert verified(nasctl, "b", "--hw", "own.toml", "--latency", "1s")[0] == 1
+
+
 @pytest.mark.usefixtures("stated")
 def test_inputs_that_are_not_numbers_compare_nothing(nasctl, workdir):
     made = small(workdir / "b")

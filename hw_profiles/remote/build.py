@@ -19,6 +19,7 @@ from hw_profiles.remote import engines, place, runner, ssh
 from hw_profiles.remote.engines import MODEL, REFERENCE, REQUEST
 from hw_profiles.remote.parcel import code
 from hw_profiles.remote.place import CHECK, RUN, UNPACK, Place
+from hw_profiles.runtimes import Options
 from nas.errors import NasctlError
 
 _CAT = 'cat "$1/$3"'
@@ -36,12 +37,16 @@ class Request:
     threads: int
     plan: Plan
     seed: int = 0
+    options: Options | None = None  # TensorRT's; caches stay here, and nothing stays there
 
     def content(self) -> bytes:
         files = {MODEL: self.model, REFERENCE: self.reference}
         digests = {name: hashlib.sha256(each).hexdigest() for name, each in files.items()}
         how = {"runtime": self.runtime, "precision": self.precision, "threads": self.threads}
         more = {"plan": self.plan.to_json(), "seed": self.seed, "files": digests}
+        if self.options is not None:
+            said = {"compatible": self.options.compatible, "shapes": self.options.shapes}
+            more["options"] = said
         return json.dumps({**how, **more}, sort_keys=True).encode()
 
 

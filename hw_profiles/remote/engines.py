@@ -21,7 +21,7 @@ from typing import Any
 
 from hw_profiles import clocks, engines, protocol
 from hw_profiles.remote import runner
-from hw_profiles.runtimes import Clock, compiled, random_feeds
+from hw_profiles.runtimes import Clock, Options, compiled, random_feeds
 from nas.errors import NasctlError
 
 REQUEST, MODEL, REFERENCE, ENGINE = "request.json", "model.onnx", "reference.onnx", "model"
@@ -41,7 +41,8 @@ def build(folder: Path, identity: str) -> runner.Record:
             raise NasctlError(f"{name} is not what was sent (checksum mismatch)")
     path = folder / (ENGINE + compiled(asked["runtime"]).ENGINE)
     how = (asked["runtime"], asked["precision"], asked["threads"])
-    facts = engines.built(folder / MODEL, path, *how)
+    options = Options(**asked["options"]) if "options" in asked else None
+    facts = engines.built(folder / MODEL, path, *how, options)
     whole = path.read_bytes()
     record = {"kind": "engine", "sha256": _sha256(whole), "bytes": len(whole)}
     return {**record, "facts": facts, "latency": _timed(folder, path, asked)}

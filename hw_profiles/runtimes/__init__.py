@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     Feeds = Mapping[str, np.ndarray]
+    #: of inputs by name: the smallest, the usual and the largest shape that an engine takes
+    Ranges = Mapping[str, Sequence[Sequence[int]]]
 
 #: property of ONNX files: what free dimensions measure where nothing else is said, as JSON
 SIZES = "free_sizes"
@@ -92,6 +94,17 @@ class Compiled(Runtime, Protocol):
         self, model: bytes | Path, path: Path, *, threads: int = 1, precision: str | None = None
     ) -> Path:
         """Write the runtime's own file for an ONNX model to `path`, whole or not at all."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What TensorRT's `build` alone takes."""
+
+    compatible: Sequence[str] = ()  # "version": runs in later ones, "hardware": on other GPUs
+    shapes: Ranges = field(default_factory=dict)  # 1 for every free size of an input not named
+    cache: Path | None = None  # folder of timing caches
+    #: the model's weights are in files beside it that the caller has looked at
+    beside: bool = False
 
 
 class Clock:

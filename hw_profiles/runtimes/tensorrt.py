@@ -4,11 +4,14 @@ Only names that both versions have are used, which a test checks against both ve
 Networks are strongly typed, the one kind that 11 knows: the precision is that of the ONNX file.
 `build` therefore lowers a float32 file when fp16 or bf16 is asked for, and reads back from the
 engine what its layers compute in. An engine belongs to the GPU model and the TensorRT version that
-built it, and it is native code: load only those you built. Free dimensions become 1.
+built it, unless it was asked to be compatible, and it is native code: load only those you built.
+One that takes several sizes is run and timed at the smallest. Where nothing is said, free sizes
+become 1.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -20,13 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hw_profiles.runtimes import Session, _cuda, fitting, obeyed, offered, summary, where
+from hw_profiles.engines import beside
+from hw_profiles.runtimes import Options, Session, _cuda, fitting, obeyed, offered, summary, where
 from nas.errors import NasctlError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from hw_profiles.runtimes import Feeds
+    from hw_profiles.runtimes import Feeds, Ranges
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 SUFFIX = ".engine"
@@ -88,14 +92,14 @@ def build(
     *,
     threads: int = 1,
     precision: str | None = None,
-    cache: Path | None = None,
+    options: Options = Options(),
 ) -> Path:
     """Write the engine of an ONNX model for this machine's GPU to `path`; minutes, not seconds.
 
-    `cache` is a folder for TensorRT's timing caches, one file per GPU, driver and version: with it
-    a second build of similar layers is fast and chooses the same kernels.
+    With a folder of timing caches a second build of similar layers is fast and chooses the same
+    kernels. Of a version-compatible engine `load` wants to read so in the side-car.
     """
-    _write(path, _plan(model, threads, precision, cache))
+    _write(path, _plan(model, threads, precision, options))
     return path
 
 
@@ -106,9 +110,11 @@ def load(model: bytes | Path, *, threads: int = 1, precision: str | None = None)
     if isinstance(model, Path) and model.suffix == SUFFIX:
         plan = model.read_bytes()
     else:
-        plan = _plan(model, threads, precision, None)
+        plan = _plan(model, threads, precision, Options())
     trt = _library()  # after this line there is a GPU: without one, TensorRT crashes on bad files
-    engine = trt.Runtime(_logger()).deserialize_cuda_engine(plan)
+    runtime = trt.Runtime(_logger())
+    runtime.engine_host_code_allowed = isinstance(model, Path) and _brings_code(model)
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise NasctlError(
             f"TensorRT cannot load it ({_said()})",
@@ -170,7 +176,7 @@ def precisions_of(text: str) -> str:
 # ---- building ------------------------------------------------------------------------------------
 
 
-def _plan(model: bytes | Path, threads: int, precision: str | None, cache: Path | None) -> bytes:
+def _plan(model: bytes | Path, threads: int, precision: str | None, options: Options) -> bytes:
     """The serialised engine of an ONNX model."""
     offered(precision, PRECISIONS, "TensorRT")
     name, trt = where(model), _library()
@@ -180,55 +186,77 @@ def _plan(model: bytes | Path, threads: int, precision: str | None, cache: Path 
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, _logger())
-    if not parser.parse(_onnx(model, precision, name)):
+    # with its path the parser also reads the files beside it that hold weights
+    path = (name,) if options.beside else ()
+    if not parser.parse(_onnx(model, precision, name, options.beside), *path):
         said = "; ".join(parser.get_error(at).desc() for at in range(parser.num_errors))
         raise NasctlError(f"TensorRT cannot read it ({said or _said()})", where=name)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_MB << 20)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or layers have no types
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is fp32
-    config.add_optimization_profile(_ones(builder, network))
-    known = _timing_cache(cache)
-    stored = known.read_bytes() if known and known.exists() else b""
-    timings = config.create_timing_cache(stored)
-    if timings is None or not config.set_timing_cache(timings, False):
-        raise NasctlError(
-            "TensorRT refuses this timing cache", where=str(known), next="Delete the file."
-        )
+    config.add_optimization_profile(_profile(builder, network, options.shapes))
+    if "version" in options.compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if "hardware" in options.compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    known = _timing_cache(options)
+    if known:
+        _use(known, config)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise NasctlError(f"TensorRT cannot build it ({_said()})", where=name)
     if known:
-        _write(known, config.get_timing_cache().serialize())
+        # the engine is there, after minutes; without the cache the next one takes as long
+        with contextlib.suppress(OSError):
+            _write(known, config.get_timing_cache().serialize())
     return bytes(plan)
 
 
-def _onnx(model: bytes | Path, precision: str | None, name: str) -> bytes:
+def _onnx(model: bytes | Path, precision: str | None, name: str, beside: bool = False) -> bytes:
     """The file to parse: as it is, or its twin in half precision."""
     if precision in ("fp16", "bf16"):
+        if beside:
+            raise NasctlError(
+                f"its weights are in another file, and only one file is lowered to {precision}",
+                where=name,
+                next="--precision fp32 builds it as it is.",
+            )
         from hw_profiles.half import half_file
 
         return half_file(model, name, to=precision)
     return model.read_bytes() if isinstance(model, Path) else model
 
 
-def _ones(builder: Any, network: Any) -> Any:
-    """A profile in which every free dimension is 1."""
+def _profile(builder: Any, network: Any, shapes: Ranges) -> Any:
+    """The shapes that were asked for; every other free dimension is 1."""
     profile = builder.create_optimization_profile()
     for at in range(network.num_inputs):
         tensor = network.get_input(at)
-        shape = tuple(1 if size == -1 else size for size in tensor.shape)
-        profile.set_shape(tensor.name, shape, shape, shape)
+        one = tuple(1 if size == -1 else size for size in tensor.shape)
+        low, usual, high = (tuple(each) for each in shapes.get(tensor.name, (one, one, one)))
+        profile.set_shape(tensor.name, low, usual, high)
     return profile
 
 
-def _timing_cache(folder: Path | None) -> Path | None:
-    """The file for this GPU, driver and version: a cache is refused or wrong for any other."""
-    if folder is None:
+def _timing_cache(options: Options) -> Path | None:
+    """The file for this GPU, driver, version and kind of engine: a cache is refused or wrong for
+    any other."""
+    if options.cache is None:
         return None
     gpu = _cuda.gpu()
-    parts = (gpu.name, f"sm{gpu.capability}", f"cuda{gpu.driver_version // 1000}", version())
-    return folder / ("-".join(parts).replace(" ", "_").replace("/", "_") + ".cache")
+    key = (gpu.name, f"sm{gpu.capability}", f"cuda{gpu.driver_version // 1000}", version())
+    parts = (*key, *sorted(options.compatible))
+    return options.cache / ("-".join(parts).replace(" ", "_").replace("/", "_") + ".cache")
+
+
+def _use(known: Path, config: Any) -> None:
+    """Build with what is in a timing cache, which may not be there yet."""
+    timings = config.create_timing_cache(known.read_bytes() if known.exists() else b"")
+    if timings is None or not config.set_timing_cache(timings, False):
+        raise NasctlError(
+            "TensorRT refuses this timing cache", where=str(known), next="Delete the file."
+        )
 
 
 def _write(path: Path, content: Any) -> None:
@@ -243,6 +271,15 @@ def _write(path: Path, content: Any) -> None:
 # ---- running -------------------------------------------------------------------------------------
 
 
+def _brings_code(path: Path) -> bool:
+    """Whether the engine's side-car says that it is version-compatible: such a one brings native
+    code for the processor too, which TensorRT runs only if it is told to."""
+    with contextlib.suppress(OSError, ValueError):
+        said = json.loads(beside(path).read_text(encoding="utf-8"))
+        return isinstance(said, dict) and "version" in said.get("compatible", ())
+    return False
+
+
 def _session(trt: Any, engine: Any, name: str) -> Session:
     import numpy as np
 
@@ -250,7 +287,10 @@ def _session(trt: Any, engine: Any, name: str) -> Session:
     tensors = [engine.get_tensor_name(at) for at in range(engine.num_io_tensors)]
     inputs = [t for t in tensors if engine.get_tensor_mode(t) == trt.TensorIOMode.INPUT]
     for tensor in inputs:
-        shape = tuple(1 if size == -1 else size for size in engine.get_tensor_shape(tensor))
+        shape = tuple(engine.get_tensor_shape(tensor))
+        if -1 in shape:
+            smallest, _, _ = engine.get_tensor_profile_shape(tensor, 0)
+            shape = tuple(smallest)
         context.set_input_shape(tensor, shape)
     buffers, arrays = {}, {}
     for tensor in tensors:
