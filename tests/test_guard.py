@@ -148,7 +148,13 @@ def variant(name, ms, spent=0.0, spread=0.02, noisy=""):
         ([variant("a", 0.99, 0.1)], "float", "not faster beyond the spread"),
         ([variant("a", 0.6), variant("b", 0.5)], "b", "a: .* slower than b"),
         ([variant("a", 0.6), variant("b", 0.5, 2.0)], "a", "b: .* but spends"),
-        ([variant("a", 0.5, noisy="busy")], "float", "busy: such a figure decides nothing"),
+        ([variant("a", 0.8, noisy="busy")], "float", "busy: such a figure decides nothing"),
+        ([variant("a", 0.7, spread=0.3, noisy="busy")], "float", "busy: such a figure decides"),
+        (
+            [variant("a", 0.5, noisy="busy")],
+            "a",
+            "x2.00 of float's speed, 0.00 of the bound: taken",
+        ),
         ([], "float", "float is kept"),
     ],
 )

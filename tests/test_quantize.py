@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from onnxruntime import InferenceSession, SessionOptions
 
 from compress import quantize
 from compress.guard import relative_error
@@ -171,6 +172,20 @@ def test_nodes_that_are_kept_stay_in_float_in_the_runtime_too(plain):
     for name in multiplying:
         session = onnxruntime.load(made(plain, Scheme(), [name]).SerializeToString())
         assert onnxruntime.observed_precision(session) == "int8 3, fp32 1", name
+
+
+def test_average_pooling_is_in_float_in_the_runtime_too(tmp_path):
+    tape = Tape(3, 12)
+    x = tape.avgpool(tape.conv(tape.input, 8, kernel=3, bias=True, act="relu"))
+    tape.linear(tape.gap(tape.conv(x, 8, bias=True)), 5)
+    plain = quantize.prepared(onnx_graph(tape.ops, seed=0, batch=None))
+    settings, path = SessionOptions(), tmp_path / "optimised.onnx"
+    settings.optimized_model_filepath = str(path)
+    model = made(plain, Scheme())
+    InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert "AveragePool" in kinds and "QLinearAveragePool" not in kinds
+    assert kinds.count("QLinearConv") == 2
 
 
 def test_with_every_node_kept_it_is_the_float_model(plain):

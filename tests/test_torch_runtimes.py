@@ -34,6 +34,28 @@ def test_an_exported_network_comes_back(name, tmp_path):
     np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
 
 
+def test_a_batch_norm_that_follows_no_convolution():
+    rng = np.random.default_rng(0)
+    of = {name: rng.uniform(0.5, 2.0, 3).astype(np.float32) for name in "wbmv"}
+    of["k"] = rng.standard_normal((3, 3, 1, 1)).astype(np.float32)
+    nodes = [
+        helper.make_node("BatchNormalization", ["input", *"wbmv"], ["n"], epsilon=0.1),
+        helper.make_node("Conv", ["n", "k"], ["output"]),
+    ]
+    ends = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, (2, 3, 4, 4))
+        for n in ("input", "output")
+    ]
+    weights = [numpy_helper.from_array(value, name) for name, value in of.items()]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
+    opset = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, ir_version=8, opset_imports=opset).SerializeToString()
+    feeds = {"input": rng.standard_normal((2, 3, 4, 4)).astype(np.float32)}
+    (expected,) = onnxruntime.run(onnxruntime.load(model), feeds)
+    (got,) = _torch_graph.read(model, None)(torch.from_numpy(feeds["input"]))
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
 def changed(kind, **attributes):
     """The test network with other attributes on its operators of a kind."""
     model = onnx.load_from_string(MODEL)

@@ -98,6 +98,11 @@ def _layer_norm(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = 
     return F.layer_norm(x, weight.shape, weight, bias, a.get("epsilon", 1e-5))
 
 
+def _batch_norm(a: Attributes, x: Tensor, *of: Tensor) -> Tensor:
+    weight, bias, mean, variance = of
+    return F.batch_norm(x, mean, variance, weight, bias, eps=a.get("epsilon", 1e-5))
+
+
 def _cast(a: Attributes, x: Tensor) -> Tensor:
     if a["to"] not in CASTS:
         raise NasctlError(f"type {a['to']} is not known", where="operator Cast")
@@ -122,6 +127,7 @@ def _unsqueeze(a: Attributes, x: Tensor, axes: list[int]) -> Tensor:
 OPERATORS: dict[str, Callable[..., Tensor]] = {
     "Add": lambda a, x, y: x + y,
     "AveragePool": _average_pool,
+    "BatchNormalization": _batch_norm,
     "Cast": _cast,
     "Concat": lambda a, *xs: torch.cat(xs, a["axis"]),
     "Conv": _conv,
