@@ -13,6 +13,7 @@ from test_runtimes import FEEDS, MODEL, network
 
 from deploy.onnx import export
 from hw_profiles.graph import onnx_graph
+from hw_profiles.op import Tape
 from hw_profiles.runtimes import _torch_graph, aoti, onnxruntime
 from nas import space
 from nas.errors import NasctlError
@@ -54,6 +55,27 @@ def test_a_batch_norm_that_follows_no_convolution():
     (expected,) = onnxruntime.run(onnxruntime.load(model), feeds)
     (got,) = _torch_graph.read(model, None)(torch.from_numpy(feeds["input"]))
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_a_network_that_grows_its_maps_is_one_that_torch_exports():
+    tape = Tape(3, 4)
+    tape.upsample(tape.conv(tape.input, 2), 2)
+    model = onnx_graph(tape.ops, seed=0).SerializeToString()
+    x = np.random.default_rng(0).standard_normal((1, 3, 4, 4)).astype(np.float32)
+    (expected,) = onnxruntime.run(onnxruntime.load(model), {"input": x})
+    given = (torch.from_numpy(x),)
+    (got,) = torch.export.export(_torch_graph.read(model, None), given).module()(*given)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_what_torch_cannot_compile_is_told_in_one_line(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("the compiler\nsays no")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fails)
+    with pytest.raises(NasctlError, match=r"torch cannot compile it \(the compiler says no\)"):
+        aoti.build(MODEL, tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
 
 
 def changed(kind, **attributes):

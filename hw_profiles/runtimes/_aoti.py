@@ -66,10 +66,15 @@ def build(
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # all of them torch's, about its own internals
         whole = Path(folder) / path.name
-        program = torch.export.export(net, inputs)
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(whole), inductor_configs=settings
-        )
+        try:
+            program = torch.export.export(net, inputs)
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(whole), inductor_configs=settings
+            )
+        except RuntimeError as error:  # of the compiler, too
+            raise NasctlError(
+                f"torch cannot compile it ({short(error)})", where=where(model)
+            ) from error
         os.replace(whole, path)
     return path
 

@@ -74,16 +74,15 @@ def _reshape(a: Attributes, x: Tensor, shape: list[int]) -> Tensor:
     return x.reshape([x.shape[at] if size == 0 else size for at, size in enumerate(shape)])
 
 
-def _resize(a: Attributes, x: Tensor, to: Tensor | list[int]) -> Tensor:
+def _resize(a: Attributes, x: Tensor, to: list[Any]) -> Tensor:
     """`to` is the whole new shape, or how many times each dimension grows."""
     if a.get("mode", b"nearest") != b"linear" or not a.get(
         "coordinate_transformation_mode", b"half_pixel"
     ).endswith(b"half_pixel"):
         raise NasctlError("only bilinear, by half pixels, is known", where="operator Resize")
-    if isinstance(to, list):
+    if isinstance(to[0], int):
         return F.interpolate(x, to[2:], mode="bilinear", align_corners=False)
-    grown = [float(factor) for factor in to[2:]]
-    return F.interpolate(x, scale_factor=grown, mode="bilinear", align_corners=False)
+    return F.interpolate(x, scale_factor=to[2:], mode="bilinear", align_corners=False)
 
 
 def _gather(a: Attributes, table: Tensor, rows: Tensor) -> Tensor:
@@ -123,7 +122,7 @@ def _unsqueeze(a: Attributes, x: Tensor, axes: list[int]) -> Tensor:
     return x
 
 
-#: integers (shapes, axes) arrive as lists, because torch wants them so
+#: integers (shapes, axes) and factors arrive as lists, because torch wants them so
 OPERATORS: dict[str, Callable[..., Tensor]] = {
     "Add": lambda a, x, y: x + y,
     "AveragePool": _average_pool,
@@ -179,11 +178,12 @@ class Graph(nn.Module):
                 where=name,
                 allowed=OPERATORS,
             )
-        self.lists: dict[str, list[int]] = {}
+        self.lists: dict[str, list[Any]] = {}
         self.buffer_of: dict[str, str] = {}  # tensor name -> ours: theirs may contain dots
+        factors = {name for node in graph.node if node.op_type == "Resize" for name in node.input}
         for at, tensor in enumerate(graph.initializer):
             values = numpy_helper.to_array(tensor)
-            if tensor.data_type == TensorProto.INT64:
+            if tensor.data_type == TensorProto.INT64 or tensor.name in factors:
                 self.lists[tensor.name] = values.tolist()
             else:
                 self.buffer_of[tensor.name] = f"weight{at}"
