@@ -36,7 +36,7 @@ from nas.errors import NasctlError
 SIZE, NETWORKS = 32, 12
 ENOUGH = 0.75  # of the networks: those of a row that are beyond doubt
 RUNTIMES = ("onnxruntime", "openvino")
-SECONDS = 0.8  # of the session, per file
+SECONDS = 2.0  # of the session, per file, at most: less on a quiet machine
 HEADER = (
     "space",
     "runtime",
@@ -54,11 +54,11 @@ def run(outcome: contract.Outcome, rows: contract.Rows, quick: bool = False) -> 
     """A row per space and runtime; the same call goes on where it was stopped."""
     names = [name for name in space.names() if space.load(name).reads == "images"]
     places = [(name, runtime) for runtime in RUNTIMES for name in names]
-    n = 3 if quick else NETWORKS
+    n, attempts = (3, 1) if quick else (NETWORKS, ATTEMPTS)
     lines: list[list[object]] = []
     for name, runtime in places[:1] if quick else places:
         try:
-            found = row(rows, name, runtime, n)["networks"]
+            found = row(rows, name, runtime, n, attempts)["networks"]
         except NasctlError as error:
             print(f"{name}, {runtime}: not measured: {error}", flush=True)
             continue
@@ -71,13 +71,13 @@ def run(outcome: contract.Outcome, rows: contract.Rows, quick: bool = False) -> 
     print(contract.table(HEADER, lines))
 
 
-def row(rows: contract.Rows, name: str, runtime: str, n: int) -> dict[str, Any]:
+def row(rows: contract.Rows, name: str, runtime: str, n: int, attempts: int) -> dict[str, Any]:
     """Kept where enough networks are beyond doubt; else the next call measures again."""
     key = {"part": "int8", "space": name, "runtime": runtime, "size": SIZE, "n": n}
     key |= {"machine": machine(), "version": runtimes.load_module(runtime).version()}
     if (known := rows.get(key)) is not None:
         return known
-    networks = measured(name, runtime, n)
+    networks = measured(name, runtime, n, attempts)
     made = {"networks": networks, "load": load()}
     if len(sure(networks)) >= ENOUGH * n:
         rows.add(key, made)
@@ -118,9 +118,9 @@ def judged(work: np.ndarray, fp32: np.ndarray, int8: np.ndarray) -> dict[str, fl
     }
 
 
-def measured(name: str, runtime: str, n: int) -> list[dict[str, Any]]:
+def measured(name: str, runtime: str, n: int, attempts: int) -> list[dict[str, Any]]:
     """Of each network all files' milliseconds, the float one first, and why they are in doubt: all
-    networks of a space in one session, a few times while too many are in doubt."""
+    networks of a space in one session, `attempts` times while too many are in doubt."""
     found = space.load(name, size=SIZE)
     networks = [found.ops(found.decode(row)) for row in found.sample(np.random.default_rng(0), n)]
     files = [forms(graph(ops), runtime) for ops in networks]
@@ -130,7 +130,7 @@ def measured(name: str, runtime: str, n: int) -> list[dict[str, Any]]:
             paths.append(Path(folder) / f"{len(paths)}.onnx")
             onnx.save(model, paths[-1])
         plan = Plan(rounds=10, time_limit_s=SECONDS * len(paths))
-        for attempt in range(ATTEMPTS):
+        for attempt in range(attempts):
             rng = np.random.default_rng(attempt)
             session = measure.fresh_session(paths, Setting(runtime), rng=rng, plan=plan)
             left = iter(session.timings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,6 +123,33 @@ def test_quantizing_is_repeated_while_the_machine_is_busy(experiment, monkeypatc
         e = replace(experiment, seed=times)
         assert e.quantized(Made(run, {})).codes == {"quantize": 0}
         assert len(typed) == times
+
+
+def test_an_engine_is_timed_beside_its_onnx_file(experiment, monkeypatch):
+    run = experiment.folder / "run"
+    path = run / "bundle" / "engines" / "model.ort"
+    path.parent.mkdir(parents=True)
+    path.write_text("engine")
+    car = {"sha256": file.sha256(path), "bytes": 6, "observed": "int8", "runtime": "onnxruntime"}
+    (path.parent / "model.ort.json").write_text(json.dumps(car))
+    onnx = run / "bundle" / "model.onnx"
+    sealed = SimpleNamespace(of=lambda role: ["engines/model.ort"], model=onnx)
+    timed = []
+
+    def timings(paths, seed, runtime):
+        timed.append((list(paths), runtime))
+        return [Timing(ms, 0, 0, 0, 0, 10, "busy" if ms > 1 else "") for ms in (2.0, 1.0)]
+
+    monkeypatch.setattr(pipeline_stages.bundles, "read", lambda folder: sealed)
+    monkeypatch.setattr(pipeline_stages, "file_timings", timings)
+    monkeypatch.setattr(
+        pipeline_stages, "typed", lambda words, left: (4 if words[0] == "verify" else 0, "")
+    )
+    row = experiment.engine(run, "ort")
+    assert timed == [([onnx, path], "onnxruntime")]
+    assert (row["ms"], row["ratio"], row["noisy"]) == (1.0, 0.5, "busy")
+    assert row["codes"] == {"build": 0, "verify": 4}
+    assert experiment.there(row)
 
 
 def test_the_random_network_is_the_one_nearest_in_milliseconds(experiment, monkeypatch):
@@ -305,7 +333,7 @@ def test_networks_in_doubt_are_left_out_and_a_row_needs_enough_others(tmp_path, 
     monkeypatch.setattr(pipeline_int8, "RUNTIMES", ("onnxruntime",))
     for busy, kept in ((3, True), (4, False)):
         found = [network(40 + at, "busy") for at in range(busy)] + sure[busy:]
-        monkeypatch.setattr(pipeline_int8, "measured", lambda name, runtime, n, found=found: found)
+        monkeypatch.setattr(pipeline_int8, "measured", lambda *asked, found=found: found)
         rows = contract.Rows(tmp_path / f"{busy}.jsonl")
         outcome = contract.Outcome("pipeline_int8")
         pipeline_int8.run(outcome, rows)
@@ -313,6 +341,24 @@ def test_networks_in_doubt_are_left_out_and_a_row_needs_enough_others(tmp_path, 
     (key,) = contract.Rows(tmp_path / "3.jsonl").done
     assert json.loads(key)["machine"] == pipeline_rows.machine()
     assert pipeline_int8.figures(sure[:2])[2].tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize(("busy", "times"), [(1, 2), (9, 3)])
+def test_a_session_of_too_many_in_doubt_is_repeated(monkeypatch, busy, times):
+    sessions = []
+
+    def session(paths, setting, rng, plan):
+        sessions.append(len(paths))
+        noisy = "busy" if len(sessions) <= busy else ""
+        ms = [2.0 + at for at in range(len(paths))]
+        return SimpleNamespace(timings=[Timing(each, 0, 0, 0, 0, 10, noisy) for each in ms])
+
+    monkeypatch.setattr(pipeline_int8, "forms", lambda model, runtime: [model, model])
+    monkeypatch.setattr(pipeline_int8.measure, "fresh_session", session)
+    found = pipeline_int8.measured("resnet", "onnxruntime", 2, 3)
+    assert sessions == [4] * times
+    assert [network["ms"] for network in found] == [[2.0, 3.0], [4.0, 5.0]]
+    assert [network["noisy"] for network in found] == 2 * [2 * ["busy" if busy > 3 else ""]]
 
 
 @pytest.fixture
