@@ -128,7 +128,8 @@ def delivered(e: Experiment, chains: Sequence[str]) -> dict[str, dict[str, Any]]
                 break
             continue
         if WHOLE in rows and row["sha256"] == rows[WHOLE]["sha256"]:
-            print(f"{name}, seed {e.seed}: not applicable: the speed guard kept float", flush=True)
+            told = f"not applicable: the speed guard kept float{ended(row)}"
+            print(f"{name}, seed {e.seed}: {told}", flush=True)
             continue
         rows[name] = row
         print(f"{name}, seed {e.seed}: {row['file']}, test {row['test']}", flush=True)
@@ -190,7 +191,7 @@ def line(seed: Seed, name: str) -> list[object]:
 
 
 def ended(row: dict[str, Any]) -> str:
-    """Verbs whose budget or bound was missed."""
+    """Verbs whose budget or bound was missed, or that a busy machine kept from deciding."""
     return "".join(f", {verb} {code}" for verb, code in row["codes"].items() if code)
 
 

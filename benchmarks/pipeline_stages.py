@@ -45,12 +45,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Made:
-    """A run's folder, and the exit codes of the verbs that made what it delivers."""
+    """A run's folder, and what the verbs that made what it delivers ended with: an exit code, or
+    that the machine was busy."""
 
     run: Path
-    codes: dict[str, int]
+    codes: dict[str, int | str]
 
-    def then(self, verb: str, code: int, run: Path | None = None) -> Made:
+    def then(self, verb: str, code: int | str, run: Path | None = None) -> Made:
         return Made(run or self.run, {**self.codes, verb: code})
 
 
@@ -136,7 +137,7 @@ class Experiment:
 
     def quantized(self, found: Made) -> Made:
         """In place: the run's bundle then delivers INT8, or float where that is faster; repeated
-        where the machine was too busy to tell."""
+        where the machine was too busy to tell, which is said where it stays so."""
         run, left = found.run, found.run / "bundle" / bundles.MANIFEST
 
         def work() -> dict[str, Any]:
@@ -147,7 +148,7 @@ class Experiment:
                 busy = any("the machine was busy" in line for line in told_of(run)["why"])
                 if not busy:
                     break
-            return {"code": code, "busy": busy}
+            return {"code": "busy" if busy else code}
 
         def there(row: dict[str, Any]) -> bool:
             return "quantize.json" in bundles.read(run / "bundle").manifest.members

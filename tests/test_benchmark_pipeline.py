@@ -117,11 +117,11 @@ def test_quantizing_is_repeated_while_the_machine_is_busy(experiment, monkeypatc
     busy = (
         "u8: x1.20 of model.onnx's speed, but the machine was busy: such a figure decides nothing"
     )
-    for told, times in (([[busy], ["u8: taken"]], 2), ([[busy]] * 5, 3)):
+    for told, times, code in (([[busy], ["u8: taken"]], 2, 0), ([[busy]] * 5, 3, "busy")):
         typed, why = [], iter(told)
         monkeypatch.setattr(pipeline_stages, "told_of", lambda run, why=why: {"why": next(why)})
         e = replace(experiment, seed=times)
-        assert e.quantized(Made(run, {})).codes == {"quantize": 0}
+        assert e.quantized(Made(run, {})).codes == {"quantize": code}
         assert len(typed) == times
 
 
