@@ -40,7 +40,7 @@ def run(
     found = []
     for share in shares:
         try:
-            found.append(row(rows, searched(folder), share, times))
+            found.append(row(rows, searched(folder, quick), share, times))
         except NasctlError as error:
             print(f"{share:.0%} of the way: not measured: {error}", flush=True)
     if not found:
@@ -63,12 +63,13 @@ def run(
     outcome.aim("stranger_median", aim, float(medians.max()), held)
 
 
-def searched(folder: Path) -> Path:
+def searched(folder: Path, quick: bool) -> Path:
     """The run of the search, from an earlier call where there is one."""
     search = folder / "digits"
     if not (search / "report.json").is_file():
         words = ["search", "--data", "digits", "--space", "resnet", "--quick"]
-        words += ["--strategy", "predictor", "--run", str(search), "--json"]
+        words += ["--strategy", "predictor", "--threads", "1", "--run", str(search), "--json"]
+        words += ["--epochs", "1"] if quick else []
         typed(words, search / "bundle" / bundles.MANIFEST)
     return search
 
