@@ -30,6 +30,7 @@ import torch
 
 from benchmarks.pipeline_stages import MODEL, WEIGHTS, Experiment, Made, Setting, told_of
 from cli import bundling, judging, many_tasks_stages, several, subject
+from compress.history import History
 from deploy import bundle as bundles
 from deploy import onnx, verify
 from hw_profiles import device, latency, measure
@@ -73,9 +74,9 @@ def recovery(e: Experiment) -> float:
     against that of a step, and the larger of both is taken."""
 
     def measured() -> dict[str, Any]:
-        run = whole(e).run
-        spent = e.pruning("whole", e.folder / "whole.search")["cpu_seconds"]
-        step = step_seconds(run, e.setting)
+        found, run = e.folder / "whole.search", whole(e).run
+        spent = e.pruning("whole", found)["cpu_seconds"]
+        step = step_seconds(found, run, e.setting)
         left = 1 - e.setting.pruned / 100
         counted = 1.25 * e.setting.tuning * (1 + FORWARD / left)
         taken = spent / step / e.steps(1)
@@ -156,10 +157,12 @@ def on_less(e: Experiment, model: Path) -> dict[str, Any]:
     return {"width": WIDTHS[fits[-1]], "share": took[fits[-1]] / file_ms}
 
 
-def step_seconds(run: Path, setting: Setting, steps: int = 8) -> float:
-    """CPU time of a step of training a run's network, without a teacher."""
-    found = subject.load(str(run), None, setting.data, setting.size, [])
-    training = train(found.net, found.task, Schedule(steps=steps + 2, batch=setting.batch))
+def step_seconds(search: Path, pruning: Path, setting: Setting, steps: int = 8) -> float:
+    """CPU time of a step of training the pruned network of a search, without a teacher."""
+    found = subject.load(str(search), None, setting.data, None, [])
+    history = json.loads((pruning / "bundle/arch.json").read_text())["pruned"]
+    net = History.from_json(json.dumps(history)).replay(found.net, found.example)
+    training = train(net, found.task, Schedule(steps=steps + 2, batch=setting.batch))
     next(training), next(training)  # which are slower than others
     began = time.process_time()
     for _ in range(steps):

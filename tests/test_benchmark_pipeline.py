@@ -193,7 +193,7 @@ def test_as_much_work_as_a_pruning_is_what_it_took_and_at_least_what_it_trains(
     experiment, monkeypatch
 ):
     monkeypatch.setattr(pipeline_chain, "whole", lambda e: Made(e.folder, {}))
-    monkeypatch.setattr(pipeline_chain, "step_seconds", lambda run, setting: 0.5)
+    monkeypatch.setattr(pipeline_chain, "step_seconds", lambda *asked: 0.5)
     for seed, (seconds, epochs) in enumerate(((40.0, 10.0), (1.0, 1.25 * 2 * (1 + 1 / 1.8)))):
         monkeypatch.setattr(
             Experiment, "pruning", lambda e, name, model, took=seconds: {"cpu_seconds": took}
