@@ -6,7 +6,7 @@ from onnx import numpy_helper
 from test_quantize import batches, network
 
 from compress import quantize
-from compress.guard import Guard, Variant, fastest, relative_error
+from compress.guard import Guard, Variant, _Judge, fastest, relative_error
 from compress.quantize import Scheme
 from compress.record import Record
 from hw_profiles.protocol import Timing
@@ -89,6 +89,22 @@ def test_none_that_is_kept_could_be_given_back(fragile, guarded):
     for node in kept:
         rest = [other for other in kept if other != node]
         assert judge(quantize.int8(fragile, ranges, scheme, rest)) > 1
+
+
+class Needs(_Judge):
+    """Holds the bound with these nodes in float."""
+
+    def spent(self, keep):
+        self.asked += 1
+        return 0.5 if {"n3", "n40"} <= set(keep) else 2.0
+
+
+def test_many_that_are_not_needed_are_given_back_in_few_judgements():
+    names = [f"n{at}" for at in range(64)]
+    judge = Needs(None, None, None)
+    errors = {name: 1.0 + at for at, name in enumerate(names)}
+    assert judge.given_back(names, errors) == ["n3", "n40"]
+    assert judge.asked < 30
 
 
 def test_a_killed_guard_goes_on_to_the_same_model(fragile, guarded, tmp_path):
