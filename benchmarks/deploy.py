@@ -177,7 +177,8 @@ def figures(outcome: contract.Outcome, found: Sequence[Found]) -> None:
         return
     drops = [100 * one["drop_told"] for one in taken]
     quick = [one for one in best(found).values() if one["low"] >= FASTER]
-    held = [one for one in quick if one["drop_told"] <= BOUND]
+    # an accuracy near chance can stay where the answers did not: such a file shows nothing
+    held = [one for one in quick if one["drop_told"] <= BOUND and one["holds"]]
     lose = [name for row, name in choices if (own := fastest_int8(row)) and loses(row, own)]
     outcome.figures |= {
         "rows": len(found),

@@ -171,12 +171,13 @@ def test_a_claim_counts_where_the_lower_end_makes_it():
     outcome = contract.Outcome("deploy")
     beyond, in_doubt = cell(1.7, 1.6, 1.8), cell(1.7, 1.4, 2.0)
     lossy, outside = cell(1.7, 1.6, 1.8, drop=0.006), cell(1.7, 1.6, 1.8, spent=1.1)
-    rows = [row(u8=one) for one in (beyond, in_doubt, lossy, outside)]
+    another = cell(1.7, 1.6, 1.8, holds=False)
+    rows = [row(u8=one) for one in (beyond, in_doubt, lossy, outside, another)]
     theirs = cell(0.5, 0.4, 0.6, observed="fp32 3, int8 1")
     slow = row(u8=cell(0.8, 0.7, 0.9), NNCF=theirs)
     deploy.figures(outcome, found(*rows, slow))
     assert next(iter(outcome.aims.values()))["got"] == 1
-    assert outcome.figures["networks_int8_faster_1_5"] == 2
+    assert outcome.figures["networks_int8_faster_1_5"] == 3
     assert outcome.figures["networks_int8_faster_1_5_inside_the_bound_told"] == 1
     assert outcome.figures["kept_in_float"] == 2  # also where u8 is outside the bound
     assert outcome.figures["rows_where_int8_loses"] == 1
