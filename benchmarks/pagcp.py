@@ -1,7 +1,8 @@
 """Pruning networks of several tasks: PAGCP against its rivals and controls, on real data.
 
 Parts, in order (`--parts` chooses): `gate` (is the dense network converged? the second half of its
-training must change every metric by less than half a point; a network that fails goes no further),
+training should change every metric by less than half a point; a network that surely gained more
+goes no further),
 `dense` (with the fine-tuning that all others get), `pilot` (PAGCP to the FLOPs target with short
 and long fine-tuning, on validation images), `flops` and `latency` (PAGCP and every baseline to one
 target of each), `controls` (PAGCP's shape from scratch, a small network taught by the dense one; at

@@ -120,7 +120,8 @@ def gate(experiment: Experiment, outcome: contract.Outcome) -> None:
             )
             outcome.figures[f"{name}_half_{split}_{goal}_points"] = points
     points = max(abs(change) for change, _, _ in moved(experiment, "val").values())
-    outcome.aim(f"{name} converged", "half the training < 0.5 point", points, points < CONVERGED)
+    said = "the second half of the training < 0.5 point, on validation images"
+    outcome.aim(f"{name} converged", said, points, points < CONVERGED)
 
 
 def piloted(experiment: Experiment, outcome: contract.Outcome) -> None:
