@@ -162,6 +162,7 @@ def _prune(experiment: Experiment, key: Key) -> tuple[nn.Module, dict[str, Any]]
                 "limiting": [row.limiting for row in found.rows],
                 "losses": [dict(found.losses_before), dict(found.losses)],
                 **({} if stopped else {"prune_seconds": seconds}),
+                **({"infeasible": rounds.short} if rounds.short else {}),
             },
         }
         checkpoint.write(weights, found.net.state_dict(), {})
@@ -181,28 +182,32 @@ class Rounds:
     key: Key
     done: int = 0  # fine-tunings
     tuning_s: float = 0.0
+    short: str = ""  # why the last round ended above its target
 
     @property
     def settings(self) -> Settings:
         return Settings(divisor=TILES[self.key["cost"]], seed=self.key["seed"])
 
     def pagcp(self, net: nn.Module) -> Pruned:
-        """In rounds of its own. Where the bounds end them above the target, the network that was
-        reached is judged like others, and its row is one that missed."""
+        """In rounds of its own."""
         method = self.key["method"]
         job = _job(self.experiment, self.key, net)
         settings = self.settings if method == EQUAL else self._bounded(job)
         settings = replace(settings, summed=method == SUMMED, one_shot=method == ONE_SHOT)
         record = self.experiment.path(self.key, "record.jsonl")
+        return self._run(prune.prune(job, settings, record, rounds=ROUNDS, recover=self._recovered))
+
+    def _run(self, steps: Steps) -> Pruned:
+        """To its end. A network above the target, where the method came to no other, is judged like
+        others, in a row that missed."""
         try:
-            return finish(
-                prune.prune(job, settings, record, rounds=ROUNDS, recover=self._recovered)
-            )
+            self.short, found = "", finish(steps)
         except BudgetInfeasible as error:
             reached: Pruned | None = getattr(error, "reached", None)
             if reached is None:
                 raise
-            return reached
+            self.short, found = str(error), reached
+        return found
 
     def _bounded(self, job: Job) -> Settings:
         drops = {objective.name: MAX_DROP for objective in job.objectives}
@@ -219,7 +224,7 @@ class Rounds:
             share = (first.target / full) ** ((self.done + 1) / ROUNDS)
             job = replace(first, net=net, target=share * full)
             record = self.experiment.path(self.key, f"record-{self.done}.jsonl")
-            found = finish(method(job, settings, Record(record, job.inputs())))
+            found = self._run(method(job, settings, Record(record, job.inputs())))
             result = result.then(found) if result else found
             if self.done + 1 == ROUNDS:
                 return result

@@ -267,6 +267,7 @@ def test_the_network_that_was_reached_is_judged_like_others(experiment, unmeasur
     monkeypatch.setattr(pagcp_rows.prune, "prune", unreached(error))
     row = pagcp_rows.pruned(experiment, "pagcp", 0, "flops")
     assert row["macs_share"] > 0.8 and pagcp_rows.missed(row, "flops")
+    assert row["infeasible"] == "as far as it goes" and "change" in row
     assert pagcp_rows.scratch(experiment, 0, "flops")["macs"] == row["macs"]
 
 
