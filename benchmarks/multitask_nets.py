@@ -1,8 +1,8 @@
 """The two networks that the benchmarks of multi-task methods work on; plain torch modules.
 
 `class_box`: a residual backbone shared by a class and a box, for `tiny_imagenet_20` at 48 pixels.
-`street`: a residual encoder and a decoder with lateral connections, for `camvid` at 96 x 128, with
-a label map, its boundaries and the classes in the picture.
+`street`: a residual encoder and a decoder with lateral connections, for `camvid` at 48 x 64, with a
+label map, its boundaries and the classes in the picture.
 
 Sized so that one core of a CPU trains either to convergence in minutes; widths are multiples of 16.
 A network can be named as `benchmarks.multitask_nets:class_box`.

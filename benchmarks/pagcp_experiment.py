@@ -2,7 +2,7 @@
 
 A row's network, the evidence of its test images and its unfinished training lie in a folder under
 the row's name, so that a run that was stopped goes on in the middle of a training, and intervals
-between rows can be computed when all are there.
+between rows can be computed when all are there. A row whose files are gone is made again.
 """
 
 from __future__ import annotations
@@ -19,13 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import contract, multitask_nets
+from compress import losses
+from compress.objective import Objective
 from nas import checkpoint, multitask, paired
-from nas.elastic import channels_last
+from nas.data import camvid
+from nas.data.examples import Examples
+from nas.elastic import channels_last, recalibrate
 from nas.errors import NasctlError
 from nas.multitask import MultiTask
 from nas.multitask_training import Schedule, train
 
 WIDTHS = (32, 32, 64, 128)
+TO_TEST = 2000  # of class_box's training images: 1,000 tell a class change to 3 points only
+BLOCK = 12  # neighbouring frames of CamVid, a frame per second: alike, so drawn or held out as one
+EVERY = 4  # of those blocks is held out of CamVid's train
+NORMS = 512  # training images that norms are estimated on anew
+
+SPLITS = ("test", "val")  # what networks are judged on
 
 Key = dict[str, Any]
 
@@ -41,9 +51,10 @@ class Experiment:
     tuning: Schedule  # what follows pruning
     rows: contract.Rows
     folder: Path
+    block: int = 1  # neighbouring test images that are drawn together
     #: of a row's measurement: fresh processes, and for how long each measures
     processes: int = 3
-    turns_s: float = 8.0
+    turns_s: float = 4.0
 
     def key(self, method: str, seed: int, **more: str) -> Key:
         return {"network": self.name, "method": method, "seed": seed, **more}
@@ -52,14 +63,21 @@ class Experiment:
     def example(self) -> Tensor:
         return self.task.normalise(self.task.train.images[:1])
 
+    @property
+    def objectives(self) -> list[Objective]:
+        return [Objective(goal.name, goal.loss) for goal in self.task.goals]
+
+    def of_epochs(self, schedule: Schedule, epochs: int) -> Schedule:
+        return replace(schedule, steps=epochs * (len(self.task.train) // schedule.batch))
+
     def initial(self, seed: int, widths: Sequence[int] = WIDTHS) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return channels_last(self.build(widths))
 
     def row(self, key: Key, work: Callable[[], Key]) -> Key:
-        """The row of that name, from `work()` if it is not on disk yet."""
-        known = self.rows.get(key)
+        """The row of that name, from `work()` if it or its files are not on disk."""
+        known = self.known(key)
         if known is not None:
             return known
         began = time.monotonic()
@@ -68,13 +86,19 @@ class Experiment:
         print(json.dumps({**key, **found}), flush=True)
         return found
 
+    def known(self, key: Key) -> Key | None:
+        """A row on disk; one of a judged network only with the network and the evidence."""
+        row = self.rows.get(key)
+        kinds = ("net", *SPLITS) if row and "test" in row else ()
+        return row if all(self.path(key, f"{k}.safetensors").exists() for k in kinds) else None
+
     def trained(
         self, key: Key, net: nn.Module, schedule: Schedule, teacher: nn.Module | None = None
     ) -> nn.Module:
         """`net` after `schedule`, in eval mode: from the folder if it was trained before, by the
-        same schedule."""
+        same schedule. The schedule's seed is added to the key's."""
         done, state = self.path(key, "net.safetensors"), self.path(key, "state.safetensors")
-        schedule = replace(schedule, seed=key["seed"])
+        schedule = replace(schedule, seed=schedule.seed + key["seed"])
         if done.exists():
             tensors, said = checkpoint.read(done)
             if said["schedule"] != str(schedule):
@@ -91,61 +115,111 @@ class Experiment:
         """The dense one, converged."""
         return self.trained(self.key("dense", seed), self.initial(seed), self.dense)
 
-    def judged(self, key: Key, net: nn.Module) -> dict[str, dict[str, float]]:
-        """Metrics on test and val; the evidence of the test images is kept."""
-        seen = multitask.evidence(net, self.task, self.task.test)
-        checkpoint.write(self.path(key, "evidence.safetensors"), seen, {})
-        val = multitask.evidence(net, self.task, self.task.val)
-        return {"test": multitask.scores(self.task, seen), "val": multitask.scores(self.task, val)}
+    def renormed(self, net: nn.Module) -> nn.Module:
+        """With the norms' statistics of this network, not of the one it was cut from."""
+        train = self.task.train
+        some = train.at(torch.arange(min(NORMS, len(train))))
+        return recalibrate(net, (images for images, _ in self.task.batches(some)))
 
-    def changes(self, before: Sequence[Key], after: Sequence[Key]) -> dict[str, list[float]]:
-        """Each goal's change on test, relative, with its 95 % interval; one key per seed."""
-        seen = [[self._evidence(key) for key in keys] for keys in (before, after)]
+    def judged(self, key: Key, net: nn.Module) -> dict[str, Mapping[str, float]]:
+        """Metrics on test and val, and losses on test; the evidence of both is kept."""
+        found: dict[str, Mapping[str, float]] = {}
+        for name in SPLITS:
+            seen = multitask.evidence(net, self.task, self.task.splits[name])
+            checkpoint.write(self.path(key, f"{name}.safetensors"), seen, {})
+            found[name] = multitask.scores(self.task, seen)
+        batches = list(self.task.batches(self.task.test))
+        return {**found, "loss": losses.measure(net, self.objectives, batches).values}
+
+    def changes(
+        self, before: Sequence[Key], after: Sequence[Key], split: str = "test"
+    ) -> dict[str, list[float]]:
+        """Each goal's change, relative, with its 95 % interval; one key per seed."""
+        seen = [[self._evidence(key, split) for key in keys] for keys in (before, after)]
         found = {}
         for goal in self.task.goals:
-            old, new = ([one[goal.name] for one in side] for side in seen)
-            got = paired.change(goal, old, new, rng=np.random.default_rng(0))
+            got = paired.change(
+                goal,
+                *([one[goal.name] for one in side] for side in seen),
+                rng=np.random.default_rng(0),
+                block=self.block,
+                trainings=True,
+            )
             found[goal.name] = [got.value, got.low, got.high]
         return found
 
-    def _evidence(self, key: Key) -> Mapping[str, Tensor]:
-        return checkpoint.read(self.path(key, "evidence.safetensors"))[0]
+    def _evidence(self, key: Key, split: str) -> Mapping[str, Tensor]:
+        return checkpoint.read(self.path(key, f"{split}.safetensors"))[0]
 
     def path(self, key: Key, kind: str) -> Path:
         name = "-".join(str(value) for value in key.values()).replace(" ", "_")
         return self.folder / f"{name}.{kind}"
 
 
-#: data, shorter side in pixels, network, dense training, fine-tuning. Rates are the usual ones for
-#: the batch, not searched; fine-tuning has a third of the rate and of the length (the paper's is as
-#: long as training). A sixth left 1 to 2 points to gain, on validation images.
-_SETTINGS: dict[str, tuple[str, int, Callable[..., nn.Module], Schedule, Schedule]] = {
-    "class_box": (
-        "tiny_imagenet_20",
-        48,
-        multitask_nets.class_box,
-        Schedule(steps=140 * 80, batch=64, lr=0.1),  # 40 epochs: 1.2 points less on validation
-        Schedule(steps=140 * 26, batch=64, lr=0.03),
-    ),
-    "street": (
-        "camvid",
-        96,
-        multitask_nets.street,
-        Schedule(steps=22 * 180, batch=16, lr=0.05),
-        Schedule(steps=22 * 60, batch=16, lr=0.02),
-    ),
+@dataclass(frozen=True)
+class _Setting:
+    """Rates are the usual ones for the batch, not searched; those of the fine-tuning a third."""
+
+    data: str
+    size: int  # shorter side in pixels
+    build: Callable[..., nn.Module]
+    batch: int
+    lr: float
+    tuning_lr: float
+    epochs: int  # of the dense network
+    tuning_epochs: int  # what follows pruning, about a third; the part `pilot` tries half of it
+    block: int = 1
+
+
+_SETTINGS = {
+    "class_box": _Setting("tiny_imagenet_20", 48, multitask_nets.class_box, 64, 0.1, 0.03, 80, 26),
+    "street": _Setting("camvid", 48, multitask_nets.street, 16, 0.05, 0.02, 180, 60, BLOCK),
 }
 NETWORKS = tuple(_SETTINGS)
+PILOT = {"class_box": (13, 26), "street": (30, 60)}  # epochs of fine-tuning to compare
 
 
 def load(name: str, rows: contract.Rows, folder: Path) -> Experiment | None:
     """None where its data is absent."""
-    source, size, build, dense, tuning = _SETTINGS[name]
-    path = contract.data(source)
+    setting = _SETTINGS[name]
+    path = contract.data(setting.data)
     if path is None:
         return None
-    task = multitask.load(str(path), size=size)
-    return Experiment(name, task, build, dense, tuning, rows, folder)
+    task = multitask.load(str(path), size=setting.size)
+    task = _blocks_of(task, path) if setting.block > 1 else _more_to_test(task)
+    dense, tuning = (Schedule(0, setting.batch, lr) for lr in (setting.lr, setting.tuning_lr))
+    found = Experiment(name, task, setting.build, dense, tuning, rows, folder, setting.block)
+    return replace(
+        found,
+        dense=found.of_epochs(dense, setting.epochs),
+        tuning=found.of_epochs(tuning, setting.tuning_epochs),
+    )
+
+
+def _more_to_test(task: MultiTask) -> MultiTask:
+    """Tiny ImageNet's val is the test set, and small: the last of train, which is shuffled, too."""
+    train, left = task.train, len(task.train) - TO_TEST
+    kept, moved = (train.at(rows) for rows in torch.arange(len(train)).split((left, TO_TEST)))
+    return replace(task, train=kept, test=_joined([task.test, moved]))
+
+
+def _blocks_of(task: MultiTask, path: Path) -> MultiTask:
+    """CamVid with val from blocks of frames of its train, and its own val in train: that is seven
+    seconds of one drive, in which classes are always there or never. Test in the order of frames,
+    for intervals."""
+    splits = camvid.in_order(path, min(task.shape[1:]))
+    train = splits["train"]
+    held = torch.arange(len(train)) // BLOCK % EVERY == 0
+    kept = _joined([train.at((~held).nonzero()[:, 0]), splits["val"]]).mixed(4)
+    return replace(task, train=kept, val=train.at(held.nonzero()[:, 0]), test=splits["test"])
+
+
+def _joined(parts: Sequence[Examples]) -> Examples:
+    names = parts[0].targets
+    return Examples(
+        torch.cat([part.images for part in parts]),
+        {name: torch.cat([part.targets[name] for part in parts]) for name in names},
+    )
 
 
 def shortened(experiment: Experiment, images: int, steps: int) -> Experiment:

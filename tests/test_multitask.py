@@ -14,6 +14,7 @@ from PIL import Image
 
 from benchmarks import contract
 from nas import multitask, tasks
+from nas.data import camvid
 from nas.data.augment import Placement, move, move_boxes, placed
 from nas.data.examples import Examples
 from nas.errors import NasctlError, UsageError
@@ -152,6 +153,17 @@ def test_maps_keep_their_shape_and_void(tmp_path):
     assert (found == VOID).any()
     assert set(found.unique().tolist()) <= {*range(11), VOID}
     assert [goal.name for goal in task.goals] == ["seg", "edge", "presence"]
+
+
+def test_frames_can_be_had_in_the_order_of_their_file(tmp_path):
+    for part in ("train", "val", "test"):
+        camvid_file(tmp_path / f"{part}.parquet", 6)
+    rows = pq.read_table(tmp_path / "train.parquet")["label_png"].to_pylist()
+    maps = [np.asarray(Image.open(io.BytesIO(row))) for row in rows]
+    found = camvid.in_order(tmp_path, None)["train"].targets["map"].numpy()
+    assert ((found == maps) | (found == VOID)).all()
+    mixed = multitask.load(str(tmp_path)).train.targets["map"].numpy()
+    assert not (mixed == found).all()
 
 
 def test_labels_beyond_the_classes_are_refused(tmp_path):

@@ -60,6 +60,33 @@ def test_seeds_are_averaged_on_the_same_images():
     assert four.value == pytest.approx(wanted, rel=1e-4)
 
 
+def test_neighbours_that_are_alike_are_drawn_together():
+    goal, block = classes("c", target="y"), 10
+    scenes = correct(0.8, 100)
+    frames = scenes.repeat_interleave(block)
+    wanted = change(goal, [torch.ones(100)], [scenes], rng=rng())
+    found = change(goal, [torch.ones(1000)], [frames], rng=rng(), block=block)
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
+    alone = change(goal, [torch.ones(1000)], [frames], rng=rng())
+    assert alone.high - alone.low < 0.5 * (found.high - found.low)
+
+
+def test_a_last_block_may_be_shorter():
+    found = change(classes("c", target="y"), [torch.ones(7)], [torch.ones(7)], rng=rng(), block=3)
+    assert (found.value, found.low, found.high) == (0, 0, 0)
+
+
+def test_trainings_that_differ_widen_the_interval():
+    goal = classes("c", target="y")
+    befores = [torch.ones(100)] * 3
+    afters = [torch.arange(100) < right for right in (70, 80, 90)]
+    afters = [after.float() for after in afters]
+    images = change(goal, befores, afters, rng=rng())
+    both = change(goal, befores, afters, rng=rng(), trainings=True)
+    assert both.value == images.value == pytest.approx(-0.2)
+    assert both.high - both.low > 1.2 * (images.high - images.low)
+
+
 def test_evidence_of_other_images_is_a_mistake_of_ours():
     with pytest.raises(AssertionError, match="other images"):
         change(classes("c", target="y"), [torch.ones(3)], [torch.ones(4)], rng=rng())

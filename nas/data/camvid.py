@@ -45,12 +45,18 @@ def read(folder: Path, size: int | None) -> dict[str, Examples]:
 
     `size` is the shorter side: images are resampled bilinearly, maps by their nearest pixel.
     """
+    found = in_order(folder, size).items()
+    return {part: split.mixed(2, stream) for stream, (part, split) in enumerate(found)}
+
+
+def in_order(folder: Path, size: int | None) -> dict[str, Examples]:
+    """As `read`, in the order of the files: neighbours are frames of one drive."""
     found = {}
-    for stream, part in enumerate(("train", "val", "test")):
+    for part in ("train", "val", "test"):
         files = sorted(folder.glob(f"*{part}*.parquet"))
         if len(files) != 1:
             raise NasctlError(f"{len(files)} files *{part}*.parquet", where=str(folder))
-        found[part] = _of_file(files[0], size).mixed(2, stream)
+        found[part] = _of_file(files[0], size)
     return found
 
 
