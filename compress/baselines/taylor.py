@@ -24,7 +24,9 @@ from compress.units import Unit
 def prune(job: Job, settings: Settings = Settings(), known: Record | None = None) -> Steps:
     found = units.find(job.net, job.example_inputs)
     scores = taylor(job, found.units)
-    return reach(job, found, scores, by_threshold(scores, lambda unit: "all", settings), known)
+    return reach(
+        job, found, scores, by_threshold(scores, lambda unit: "all", settings), settings, known
+    )
 
 
 def taylor(job: Job, found: Sequence[Unit]) -> Scores:
