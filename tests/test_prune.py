@@ -168,15 +168,16 @@ def test_a_target_out_of_reach_hands_out_how_far_it_got():
 
 @pytest.mark.slow
 def test_rounds_go_on_from_what_was_recovered():
-    given, seen = job("plain", share=0.85), []
+    given, seen = job("plain", share=0.7), []
 
     def recover(net, number):
         seen.append((number, Macs().of(net, given.example_inputs)))
         return net
 
-    once = finish(one_round(given, replace(LOOSE, bound=1.02)))
-    found = finish(prune(given, replace(LOOSE, bound=1.02), rounds=4, recover=recover))
-    assert seen[0] == (0, once.cost) and found.cost <= given.target < once.cost
+    once = finish(one_round(given, replace(LOOSE, bound=1.1)))
+    found = finish(prune(given, replace(LOOSE, bound=1.1), rounds=4, recover=recover))
+    assert [number for number, _ in seen] == [0, 1, 2]
+    assert found.cost <= given.target < once.cost <= seen[0][1]
     assert found.cost_before == Macs().of(given.net, given.example_inputs)
     assert {row.round for row in found.rows} == set(range(len(seen) + 1))
     again = found.history.replay(given.net, given.example_inputs)  # nothing was trained here
@@ -235,9 +236,10 @@ def test_the_record_of_another_network_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [{"summed": True}, {"one_shot": True}])
-def test_the_ablations_end_in_other_networks(pruned, variant):
-    given, found = pruned
-    other = finish(one_round(given, replace(LOOSE, **variant)))
+def test_the_ablations_end_in_other_networks(variant):
+    given, tight = job("residual", "plain"), replace(LOOSE, bound=1.4)
+    found = finish(one_round(given, tight))
+    other = finish(one_round(given, replace(tight, **variant)))
     assert other.cost < other.cost_before and other.history != found.history
     assert set(other.losses) == {"label", "map"}
 
