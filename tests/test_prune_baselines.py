@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import nn
 
-from compress import baselines, units, widths
+from compress import baselines, losses, units, widths
 from compress.baselines.halp import knapsack
 from compress.baselines.taylor import taylor
 from compress.cost import Macs
@@ -183,6 +183,23 @@ def test_taylor_gates_on_the_norm_behind_a_layer():
     assert {unit.root for unit in found} == set(wanted)
     for unit, scores in found.items():
         assert torch.allclose(scores, wanted[unit.root].detach(), rtol=1e-4), unit.root
+
+
+def test_taylor_squares_each_batch_before_they_are_added():
+    """Of two whose gradients cancel, the sum of both would say that nothing is worth anything."""
+    given = normed()
+    ((x, y),) = given.batches
+    objective = Objective("a", lambda out, sign: 9 + (sign[:, None] * out).sum())
+    one = [(x, torch.ones(6))]
+    both = [*one, (x, -torch.ones(6))]
+    found = units.find(given.net, given.example_inputs).units
+    first, all_ = (
+        taylor(replace(given, objectives=[objective], batches=batches), found)
+        for batches in (one, both)
+    )
+    before = losses.measure(given.net, [objective], one).values["a"]
+    for unit, scores in all_.items():
+        assert torch.allclose(scores * 9**2, 2 * first[unit] * before**2, rtol=1e-4)
 
 
 @pytest.mark.parametrize("frozen", [["a", "norm", "b", "head"], ["a", "norm"]])
