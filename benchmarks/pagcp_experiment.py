@@ -26,7 +26,7 @@ from nas.data import camvid
 from nas.data.examples import Examples
 from nas.elastic import channels_last, recalibrate
 from nas.errors import NasctlError
-from nas.multitask import MultiTask
+from nas.multitask import BATCH_EVAL, MultiTask
 from nas.multitask_training import Schedule, train
 
 WIDTHS = (32, 32, 64, 128)
@@ -117,9 +117,13 @@ class Experiment:
 
     def renormed(self, net: nn.Module) -> nn.Module:
         """With the norms' statistics of this network, not of the one it was cut from."""
+        return recalibrate(net, self.some(NORMS).split(BATCH_EVAL))
+
+    def some(self, n: int) -> Tensor:
+        """Training images, not augmented, of all parts of the set: neighbours may be alike."""
         train = self.task.train
-        some = train.at(torch.arange(min(NORMS, len(train))))
-        return recalibrate(net, (images for images, _ in self.task.batches(some)))
+        at = torch.linspace(0, len(train) - 1, min(n, len(train))).long()
+        return self.task.normalise(train.at(at).images)
 
     def judged(self, key: Key, net: nn.Module) -> dict[str, Mapping[str, float]]:
         """Metrics on test and val, and losses on test; the evidence of both is kept."""

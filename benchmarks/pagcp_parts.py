@@ -17,13 +17,14 @@ from benchmarks.pagcp_rows import (
     ONE_SHOT,
     PAGCP,
     RIVALS,
+    STALE,
     SUMMED,
 )
 from benchmarks.pagcp_tables import CONVERGED, SEEDS, moved, report
 
 PARTS = ("gate", "dense", "pilot", "flops", "latency", "controls", "ablations", "seeds")
 ABLATED = "class_box"  # the network that ablations are run on
-ABLATIONS = {EQUAL: FLOPS, SUMMED: FLOPS, ONE_SHOT: FLOPS, BY_MACS: LATENCY}
+ABLATIONS = {EQUAL: FLOPS, SUMMED: FLOPS, ONE_SHOT: FLOPS, STALE: FLOPS, BY_MACS: LATENCY}
 
 
 def run(doc: str | None, argv: list[str] | None = None) -> int:

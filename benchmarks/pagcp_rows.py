@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.pagcp_experiment import WIDTHS, Experiment, Key
 from benchmarks.pagcp_latency import Target
 from cli.pruning import MARGIN
-from compress import baselines, prune, room
+from compress import baselines, norms, prune, room
 from compress.cost import Cost, Macs, Params, against, shape_of
 from compress.history import History
 from compress.job import Job, Pruned, Settings, Steps, finish
@@ -37,11 +37,11 @@ MAX_DROP = 0.02
 TILES = {FLOPS: 8, LATENCY: 16}
 
 DENSE, TUNED, HALF = "dense", "dense tuned", "dense half as long"
-PAGCP, SUMMED, ONE_SHOT = "pagcp", "pagcp summed", "pagcp one shot"
+PAGCP, SUMMED, ONE_SHOT, STALE = "pagcp", "pagcp summed", "pagcp one shot", "pagcp stale norms"
 EQUAL = "pagcp equal D"  # as published: 6 for every task
 SCRATCH, SMALL = "pruned shape from scratch", "small uniform distilled"
 BY_MACS = "pagcp by MACs"  # to a share of the milliseconds
-OURS = (PAGCP, SUMMED, ONE_SHOT, EQUAL)
+OURS = (PAGCP, SUMMED, ONE_SHOT, STALE, EQUAL)
 HALVINGS = 5  # of what is left of the multiply-adds
 RIVALS = ("halp", "isomorphic", "group_norm", "taylor", "magnitude", "uniform", "fpgm", "random")
 
@@ -193,7 +193,8 @@ class Rounds:
         method = self.key["method"]
         job = _job(self.experiment, self.key, net)
         settings = self.settings if method == EQUAL else self._bounded(job)
-        settings = replace(settings, summed=method == SUMMED, one_shot=method == ONE_SHOT)
+        only = {"summed": SUMMED, "one_shot": ONE_SHOT, "stale": STALE}
+        settings = replace(settings, **{each: method == name for each, name in only.items()})
         record = self.experiment.path(self.key, "record.jsonl")
         return self._run(prune.prune(job, settings, record, rounds=ROUNDS, recover=self._recovered))
 
@@ -285,6 +286,7 @@ def _job(experiment: Experiment, key: Key, net: nn.Module) -> Job:
         list(experiment.task.batches(experiment.task.val)),
         cost,
         left / MARGIN if key["cost"] == LATENCY else left,
+        experiment.some(norms.IMAGES),
     )
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from cli import accelerator, console, measuring
 from cli.subject import Subject
-from compress import baselines, cost, room
+from compress import baselines, cost, norms, room
 from compress import prune as pagcp
 from compress.cost import Cost
 from compress.job import Job, Pruned, Settings, Steps
@@ -129,6 +129,15 @@ class Pruning:
         return val.at(rows[:middle]), val.at(rows[middle:])
 
     @property
+    def calibration(self) -> torch.Tensor:
+        """Training images that batch norms' statistics are taken of."""
+        task = self.subject.task
+        generator = torch.Generator().manual_seed(self.spec.seed)
+        rows = torch.randperm(len(task.train), generator=generator)[: norms.IMAGES]
+        ((images, _),) = task.batches(task.train.at(rows), norms.IMAGES, self.accelerator)
+        return images
+
+    @property
     def schedule(self) -> Schedule:
         spec = self.spec
         steps = round(spec.epochs * len(self.subject.task.train) / spec.batch)
@@ -173,7 +182,8 @@ def estimated(pruning: Pruning, found: Sequence[Unit]) -> dict[str, float]:
     if spec.method != PAGCP:
         return {"training": step_s * schedule.steps, "deliver": DELIVER_S}
     began = time.monotonic()
-    multitask.evidence(whole.eval(), pruning.subject.task, pruning.halves[0], BATCH)
+    norms.renew(copy.deepcopy(whole.eval()), pruning.calibration)
+    multitask.evidence(whole, pruning.subject.task, pruning.halves[0], BATCH)
     judged_s = time.monotonic() - began
     widths = sum(unit.width // spec.divisor for unit in found)
     between = (spec.rounds - 1) * pruning.little.steps
@@ -234,6 +244,7 @@ def job(pruning: Pruning, net: nn.Module) -> Job:
         list(pruning.subject.task.batches(pruning.halves[0], BATCH, pruning.accelerator)),
         counted,
         target / MARGIN if spec.quantity == "latency" else target,
+        pruning.calibration if norms.of(net) else None,
     )
 
 
@@ -246,7 +257,8 @@ def objective(goal: Goal, task: MultiTask) -> Objective:
 
 def settings(spec: PruneSpec, asked: Job) -> Settings:
     """PAGCP's bounds: of each task, a share of what it has to lose, by the drop that is allowed."""
-    bound = room.of(asked.net, asked.objectives, asked.batches, spec.max_drop)
+    whole = asked.renewed(copy.deepcopy(asked.net))  # as it is judged
+    bound = room.of(whole, asked.objectives, asked.batches, spec.max_drop)
     return Settings(bound=bound, divisor=spec.divisor, seed=spec.seed)
 
 
@@ -316,7 +328,9 @@ def _kept(pruning: Pruning, whole: nn.Module) -> Pruned | None:
 
 def _recover(pruning: Pruning, net: nn.Module, number: int) -> nn.Module:
     name = BETWEEN.format(number)
-    return trained(pruning, net, pruning.little, name, f"training after round {number + 1}")
+    # other images first than in the trainings before and after it
+    schedule = replace(pruning.little, seed=pruning.spec.seed + number + 1)
+    return trained(pruning, net, schedule, name, f"training after round {number + 1}")
 
 
 def trained(

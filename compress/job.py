@@ -8,17 +8,20 @@ import json
 import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from compress import norms
 from compress.cost import Cost
 from compress.graph import Graph, Inputs
 from compress.history import History
 from compress.objective import Batch, Objective
+from compress.reuse import Prefix
 from compress.room import Room
 from compress.units import LeftAlone
-from nas.errors import NasctlError, UsageError
+from nas.errors import BudgetInfeasible, NasctlError, UsageError
 from nas.outputs import tensors
 
 #: 0.05, 0.10, ..., 0.95
@@ -38,6 +41,9 @@ class Job:
     batches: Sequence[Batch]
     cost: Cost
     target: float  # in the cost's unit
+    #: of the training images, as the network takes them, about `norms.IMAGES`: what batch norms'
+    #: statistics are taken of. None: the first of `batches`
+    calibration: Tensor | None = None
 
     def __post_init__(self) -> None:
         names = [objective.name for objective in self.objectives]
@@ -60,6 +66,12 @@ class Job:
             )
         if not self.batches:
             raise NasctlError("no batches to measure losses on", where="batches")
+        if norms.of(self.net) and len(self.images) < 2:
+            raise UsageError(
+                "one image: batch norms have no statistics of it",
+                where="batches" if self.calibration is None else "calibration",
+                allowed=f"two or more, as {norms.IMAGES}",
+            )
         if not (math.isfinite(self.target) and self.target > 0):
             raise UsageError(f"{self.target} {self.cost.unit}", where="target", allowed="above 0")
 
@@ -67,10 +79,26 @@ class Job:
         """Of a copy of the network."""
         return Graph(copy.deepcopy(self.net), self.example_inputs)
 
+    @cached_property
+    def images(self) -> Tensor:
+        """What batch norms' statistics are taken of."""
+        if self.calibration is not None:
+            return self.calibration
+        first = self.batches[0][0]
+        alike = [inputs for inputs, _ in self.batches if inputs.shape[1:] == first.shape[1:]]
+        return torch.cat(alike)[: norms.IMAGES]
+
+    def renewed(self, net: nn.Module, prefix: Prefix | None = None) -> nn.Module:
+        """`net` itself, its batch norms with statistics of `images`."""
+        norms.renew(net, self.images, prefix)
+        return net
+
     def inputs(self) -> str:
         """What a record's values depend on: weights, data and tasks."""
         digest = hashlib.sha256()
         held = [t for batch in self.batches for t in (*tensors(batch[0]), *tensors(batch[1]))]
+        if self.calibration is not None and norms.of(self.net):
+            held.append(self.calibration)
         for tensor in (*self.net.state_dict().values(), *held):
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         names = ", ".join(objective.name for objective in self.objectives)
@@ -80,7 +108,7 @@ class Job:
 @dataclass(frozen=True)
 class Settings:
     """PAGCP's parameters, by the paper's letters where it has them; baselines read `grid`,
-    `divisor` and `seed`."""
+    `divisor`, `seed` and `stale`."""
 
     #: D: what each task's loss may be multiplied by in one round. One factor for all, as published,
     #: one per task, or from what each task has to lose
@@ -94,6 +122,12 @@ class Settings:
     divisor: int = 8  # kept widths are multiples of it; `hw_profiles.alignment` measures it
     summed: bool = False  # one bound on the sum of the losses: an ablation
     one_shot: bool = False  # units measured on the dense network, not the pruned one: an ablation
+    #: batch norms keep the unpruned network's statistics, as published: an ablation. Baselines read
+    #: it too, for the network that they end in
+    stale: bool = False
+    #: what a unit leaves of its share of the bound is the next ones', where units are measured one
+    #: on another; `loosened` sets it
+    carried: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -132,7 +166,11 @@ class Settings:
         given."""
         if not isinstance(self.bound, Room):
             return [self]
-        return [replace(self, bound=room) for room in self.bound.loosened()]
+        first, *looser = self.bound.loosened()
+        return [
+            replace(self, bound=first),
+            *(replace(self, bound=room, carried=True) for room in looser),
+        ]
 
 
 @dataclass(frozen=True)
@@ -194,6 +232,14 @@ class Pruned:
             "left_alone": tuple(LeftAlone(**left) for left in said["left_alone"]),
         }
         return cls(**{**said, **parts})
+
+
+class OutOfReach(BudgetInfeasible):
+    """A method did not come to its target; `reached` is what it did come to."""
+
+    def __init__(self, what: str, *, where: str, next: str = "", reached: Pruned) -> None:
+        super().__init__(what, where=where, next=next)
+        self.reached = reached
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ that cost the tasks most per saving are put back.
 
 Written from the paper's algorithm. Where the published code differs from it or from what it is
 for, docs/methods/pagcp.md says what is done here, and what is an extension (bounds per task,
-latency, reaching a target exactly).
+statistics of batch norms, latency, reaching a target exactly).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from compress import losses, units, widths
+from compress import losses, norms, units, widths
 from compress.easing import bargains, worst_first
 from compress.graph import Graph
 from compress.history import History, Step
-from compress.job import Job, Progress, Pruned, Row, Settings, Steps
+from compress.job import Job, OutOfReach, Progress, Pruned, Row, Settings, Steps
 from compress.objective import Objective
 from compress.record import Record
 from compress.reuse import Prefix
 from compress.schedule import Schedule
 from compress.tally import Tally
 from compress.units import Unit
-from nas.errors import BudgetInfeasible, NasctlError
+from nas.errors import NasctlError
 
 Recover = Callable[[nn.Module, int], nn.Module]  # (pruned network, round) -> the same, trained
 
@@ -54,7 +54,7 @@ def prune(
     same call goes on from there. Bounds hold for a round, against the network that it begins with;
     where they end a round early, the next one makes up for it. Bounds from a `Room` are loosened
     first, as far as the round's own target needs and the tasks' ceilings let.
-    Raises BudgetInfeasible, naming the task that limits, where the target is not met in the end.
+    Raises OutOfReach, naming the task that limits, where the target is not met in the end.
     """
     result = None
     for number in range(rounds):
@@ -123,22 +123,25 @@ class _Round:
         job, settings = self.job, self.settings
         self.tally = Tally(job, self.known)
         self.cost_before = self.tally.of(job.net)
-        self.losses_before = self._losses(History(), job.net, job.objectives)
+        self.renews = bool(norms.of(job.net)) and not settings.stale
+        #: the unpruned network, as it and all that comes of it are measured
+        self.whole = self._renewed(copy.deepcopy(job.net))
+        self.losses_before = self._losses(History(), self.whole, job.objectives)
         _check_positive(self.losses_before)
         self.permitted = settings.bounds(self.losses_before)
         self.judged: Sequence[Objective] = job.objectives
         self.before, self.bounds = self.losses_before, self.permitted
         if settings.summed:
             self.judged = [summed(job.objectives)]
-            self.before = self._losses(History(), job.net, self.judged)
-            self.bounds = {"sum": max(self.permitted.values())}
+            self.before = self._losses(History(), self.whole, self.judged)
+            self.bounds = {"sum": _of_the_sum(self.permitted, self.losses_before)}
         self.found = units.find(job.net, job.example_inputs)
         stairs = {u: widths.stairs(job, u, settings, self.known) for u in self.found.units}
         self.stairs = {unit: stair for unit, stair in stairs.items() if stair.widths}
         if not self.stairs:
             raise _nothing(self.found, settings)
         self.schedule = Schedule(self.bounds, settings.first, len(self.stairs))
-        self.net = job.net
+        self.net = self.whole
         self.base = dict(self.before)
         self.at = dict(self.before)  # losses of `net`
 
@@ -157,19 +160,17 @@ class _Round:
     def _visit(self, unit: Unit) -> _Visit:
         net, history = self.net, self.history
         if self.settings.one_shot:
-            net, history = self.job.net, History()
+            net, history = self.whole, History()
         members = Graph(copy.deepcopy(net), self.job.example_inputs).members(unit.root)
         order = widths.weakest_first(widths.by_place(widths.magnitude(members, unit.width), unit))
-        accepted = sum(bool(visit.grown) for visit in self.visits)
-        thresholds = self.schedule.thresholds(accepted)
-        limits = {task: loss * (1 + thresholds[task]) for task, loss in self.base.items()}
-        prefix = Prefix(unit.members)
+        limits = self._limits()
+        prefixes = Prefix(unit.members), Prefix(unit.members)
         grown: dict[int, float] = {}
         limiting = ""
         last: Mapping[str, float] = self.at
         for kept in self.stairs[unit].widths:
             step = widths.step(unit, order, kept)
-            found = self._trial(net, history.then(step), limits, prefix)
+            found = self._trial(net, history.then(step), limits, prefixes)
             if found.over:
                 limiting = found.over
                 break
@@ -183,24 +184,51 @@ class _Round:
             row = self._accept(unit, widths.step(unit, order, min(grown)), row)
         return _Visit(unit, order, grown, row)
 
+    def _limits(self) -> dict[str, float]:
+        """What the losses are held to in the unit that comes next."""
+        if self.settings.carried and not self.settings.one_shot:
+            # all that the units so far had among them, whatever they and those refused left of it
+            shares = [self.schedule.thresholds(n) for n in range(len(self.visits) + 1)]
+            return {
+                task: loss * math.prod(1 + share[task] for share in shares)
+                for task, loss in self.before.items()
+            }
+        accepted = sum(bool(visit.grown) for visit in self.visits)
+        thresholds = self.schedule.thresholds(accepted)
+        return {task: loss * (1 + thresholds[task]) for task, loss in self.base.items()}
+
     def _trial(
-        self, net: nn.Module, history: History, limits: Mapping[str, float], prefix: Prefix
+        self,
+        net: nn.Module,
+        history: History,
+        limits: Mapping[str, float],
+        prefixes: tuple[Prefix, Prefix],
     ) -> losses.Losses:
+        """Of `net`, whose statistics are those of its own weights: both prefixes need that."""
         job, step = self.job, history.steps[-1]
+        of_images, of_batches = prefixes
 
         def measured() -> list[object]:
-            trial = History((step,)).replay(net, job.example_inputs)
-            with prefix.on(trial):
+            trial = self._renewed(History((step,)).replay(net, job.example_inputs), of_images)
+            with of_batches.on(trial):
                 found = losses.measure(trial, self.judged, job.batches, limits)
             return [found.values, found.over]
 
         key = _digest(f"{history.to_json()} {sorted(limits.items())}")
-        return losses.Losses(*self.known.of(f"losses {key}", measured))
+        return losses.Losses(*self.known.of(f"losses {key}{self._renewal}", measured))
+
+    def _renewed(self, net: nn.Module, prefix: Prefix | None = None) -> nn.Module:
+        return self.job.renewed(net, prefix) if self.renews else net
+
+    @property
+    def _renewal(self) -> str:
+        """What a record's keys say of it."""
+        return " with renewed statistics" if self.renews else ""
 
     def _accept(self, unit: Unit, step: Step, row: Row) -> Row:
         """Keep the widest step that every task bore, and say what it was worth."""
         before = self.net
-        self.net = History((step,)).replay(before, self.job.example_inputs)
+        self.net = self._renewed(History((step,)).replay(before, self.job.example_inputs))
         self.history = self.history.then(step)
         saved = self.tally.saved(before, self.net)
         grown = sum(
@@ -299,7 +327,7 @@ class _Round:
             for visit in self.visits
         )
         return Pruned(
-            net=net,
+            net=self._renewed(net),
             history=history,
             cost_before=self.cost_before,
             cost=self.tally.confirmed(net),
@@ -314,7 +342,7 @@ class _Round:
         self, history: History, net: nn.Module, objectives: Sequence[Objective]
     ) -> dict[str, float]:
         names = ", ".join(objective.name for objective in objectives)
-        key = f"{names} of {_digest(history.to_json())}"
+        key = f"{names} of {_digest(history.to_json())}{self._renewal}"
         return dict(
             self.known.of(key, lambda: losses.measure(net, objectives, self.job.batches).values)
         )
@@ -327,6 +355,12 @@ def summed(objectives: Sequence[Objective]) -> Objective:
         return torch.stack([o.loss(outputs, targets) for o in objectives]).sum()
 
     return Objective("sum", loss, sum(o.least for o in objectives))
+
+
+def _of_the_sum(bounds: Mapping[str, float], before: Mapping[str, float]) -> float:
+    """What the sum of the losses may be multiplied by: as if each task grew to its own bound."""
+    whole = sum(before.values())
+    return sum(bounds[task] * (loss / whole) for task, loss in before.items())
 
 
 def _check_positive(before: Mapping[str, float]) -> None:
@@ -349,15 +383,16 @@ def _nothing(found: units.Found, settings: Settings) -> NasctlError:
     )
 
 
-def _infeasible(job: Job, settings: Settings, result: Pruned) -> BudgetInfeasible:
+def _infeasible(job: Job, settings: Settings, result: Pruned) -> OutOfReach:
     limits = Counter(row.limiting for row in result.rows if row.limiting)
     task, times = limits.most_common(1)[0] if limits else ("no task", 0)
-    return BudgetInfeasible(
+    return OutOfReach(
         f"{result.cost:.4g} {job.cost.unit} of {result.cost_before:.4g} is as far as it goes "
         f"within the bounds; {task} limits ({times} of {len(result.rows)} units)",
         where=f"target {job.target:.4g} {job.cost.unit}",
         next="Permit larger drops, more rounds with fine-tuning, or a smaller divisor than "
         f"{settings.divisor}.",
+        reached=result,
     )
 
 

@@ -6,21 +6,23 @@ widths, their rounding, the graph and the search for the target are the same for
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from compress import losses, widths
+from compress.cost import Latency
 from compress.graph import Graph, Member
 from compress.history import History
-from compress.job import Job, Progress, Pruned, Row, Settings, Steps
+from compress.job import Job, OutOfReach, Progress, Pruned, Row, Settings, Steps
 from compress.record import Record
 from compress.tally import Tally
 from compress.units import Found, Unit
-from nas.errors import BudgetInfeasible
 
 HALVINGS = 16  # of the interval in which the strength lies
 
@@ -77,65 +79,121 @@ def evenly(scores: Scores, settings: Settings) -> Allocate:
 
 
 def reach(
-    job: Job, found: Found, scores: Scores, allocate: Allocate, known: Record | None = None
+    job: Job,
+    found: Found,
+    scores: Scores,
+    allocate: Allocate,
+    settings: Settings,
+    known: Record | None = None,
 ) -> Steps:
     """Prune by the least strength whose network costs at most the target; the places of least
-    score go. With `known` costs are taken from there, and the same call goes on after a kill.
-    Raises BudgetInfeasible where not even the greatest strength gives one."""
+    score go, and those of most score come back while the target lets. With `known` costs are taken
+    from there, and the same call goes on after a kill.
+    Raises OutOfReach where not even the greatest strength gives one."""
     began = time.perf_counter()
-    tally = Tally(job, known or Record())
-    before = tally.of(job.net)
-    orders = {unit: widths.weakest_first(worth) for unit, worth in scores.items()}
-    tried: dict[tuple[int, ...], tuple[History, nn.Module, float]] = {}
-
-    def at(strength: float) -> tuple[History, nn.Module, float]:
-        kept = allocate(strength)
-        key = tuple(kept.values())
-        if key not in tried:
-            steps = [widths.step(u, orders[u], n) for u, n in kept.items() if n < u.width]
-            history = History(tuple(steps))
-            net = history.replay(job.net, job.example_inputs)
-            tried[key] = history, net, tally.against(net, job.target)
-        return tried[key]
-
+    search = _Search(job, found, scores, settings, Tally(job, known or Record()))
     low, high = 0.0, 1.0
-    met = [at(high)]  # each milder than the one before
-    if met[0][2] > job.target:
-        raise _infeasible(job, met[0][2])
+    met = [search.at(allocate(high))]  # each milder than the one before
+    if met[0].cost > job.target:
+        raise search.infeasible(met[0])
     for done in range(HALVINGS):
         spent = time.perf_counter() - began
         left = spent / done * (HALVINGS - done) if done else float("nan")
         yield Progress("searching the strength", done / HALVINGS, spent, left)
         middle = (low + high) / 2
-        tried_now = at(middle)
-        if tried_now[2] <= job.target:
+        tried_now = search.at(allocate(middle))
+        if tried_now.cost <= job.target:
             high = middle
             if tried_now is not met[-1]:
                 met.append(tried_now)
         else:
             low = middle
-    while (cost := tally.confirmed(met[-1][1])) > job.target:
-        met.pop()
+    while (last := search.confirmed(met.pop())).cost > job.target:
         if not met:
-            raise _infeasible(job, cost)
-    history, net, _ = met[-1]
-    kept = {
-        u: u.width - sum(len(s.indices) for s in history.steps if s.root == u.root) for u in scores
-    }
-    return Pruned(
-        net=net,
-        history=history,
-        cost_before=before,
-        cost=cost,
-        losses_before=losses.measure(job.net, job.objectives, job.batches).values,
-        losses=losses.measure(net, job.objectives, job.batches).values,
-        rows=tuple(Row(unit.root, unit.width, n, n) for unit, n in kept.items()),
-        left_alone=found.left_alone,
-    )
+            raise search.infeasible(last)
+    return search.result(search.widened(last))
 
 
-def _infeasible(job: Job, least: float) -> BudgetInfeasible:
-    return BudgetInfeasible(
-        f"{least:.4g} {job.cost.unit} is the least that this method comes to",
-        where=f"target {job.target:.4g} {job.cost.unit}",
-    )
+@dataclass(frozen=True, eq=False)
+class _Try:
+    kept: Widths
+    history: History
+    net: nn.Module
+    cost: float
+
+
+@dataclass
+class _Search:
+    """Networks of one method by their widths, each costed once."""
+
+    job: Job
+    found: Found
+    scores: Scores
+    settings: Settings
+    tally: Tally
+    tried: dict[tuple[int, ...], _Try] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.before = self.tally.of(self.job.net)
+        self.orders = {u: widths.weakest_first(worth) for u, worth in self.scores.items()}
+
+    def at(self, kept: Widths) -> _Try:
+        key = tuple(kept[unit] for unit in self.scores)
+        if key not in self.tried:
+            steps = [widths.step(u, self.orders[u], n) for u, n in kept.items() if n < u.width]
+            history = History(tuple(steps))
+            net = history.replay(self.job.net, self.job.example_inputs)
+            cost = self.tally.against(net, self.job.target)
+            self.tried[key] = _Try(kept, history, net, cost)
+        return self.tried[key]
+
+    def confirmed(self, tried: _Try) -> _Try:
+        return replace(tried, cost=self.tally.confirmed(tried.net))
+
+    def widened(self, narrow: _Try) -> _Try:
+        """A strength moves many places at once, and what it leaves of the target is filled here:
+        unit by unit the next width whose places are worth most. Not in milliseconds, where every
+        try is several sessions, and of many tries the one that a session flattered would be kept.
+        """
+        if isinstance(self.job.cost, Latency):
+            return narrow
+        ways = {u: (u.width, *widths.every(u, self.settings)) for u in self.scores}
+        pruned = [unit for unit in self.scores if narrow.kept[unit] < unit.width]
+        while pruned:
+            now = narrow.kept
+            wider = {u: min(w for w in ways[u] if w > now[u]) for u in pruned}
+            unit = max(pruned, key=lambda u: self._worth(u, now[u], wider[u]))
+            tried = self.at({**now, unit: wider[unit]})
+            if tried.cost <= self.job.target:
+                narrow = tried
+            if tried.cost > self.job.target or wider[unit] == unit.width:
+                pruned.remove(unit)
+        return narrow
+
+    def _worth(self, unit: Unit, narrow: int, wide: int) -> float:
+        """The mean score of the places that come back."""
+        back = self.orders[unit][widths.gone(unit, wide) : widths.gone(unit, narrow)]
+        return float(self.scores[unit][back].mean())
+
+    def result(self, of: _Try) -> Pruned:
+        job, stale = self.job, self.settings.stale
+        whole, net = copy.deepcopy(job.net), of.net
+        whole, net = (one if stale else job.renewed(one) for one in (whole, net))
+        return Pruned(
+            net=net,
+            history=of.history,
+            cost_before=self.before,
+            cost=of.cost,
+            losses_before=losses.measure(whole, job.objectives, job.batches).values,
+            losses=losses.measure(net, job.objectives, job.batches).values,
+            rows=tuple(Row(unit.root, unit.width, n, n) for unit, n in of.kept.items()),
+            left_alone=self.found.left_alone,
+        )
+
+    def infeasible(self, least: _Try) -> OutOfReach:
+        job = self.job
+        return OutOfReach(
+            f"{least.cost:.4g} {job.cost.unit} is the least that this method comes to",
+            where=f"target {job.target:.4g} {job.cost.unit}",
+            reached=self.result(least),
+        )

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import nn
 
-from compress import baselines, units
+from compress import baselines, losses, units, widths
 from compress.baselines.halp import knapsack
 from compress.baselines.taylor import taylor
 from compress.cost import Macs
 from compress.history import History, Step
-from compress.job import Job, Settings, finish
+from compress.job import Job, OutOfReach, Settings, finish
 from compress.objective import Objective
-from compress.reach import by_threshold, evenly
+from compress.reach import by_threshold, evenly, reach
 from compress.units import Unit
 from nas.errors import BudgetInfeasible, UsageError
 from nas.outputs import tensors
@@ -46,13 +46,46 @@ def test_a_method_meets_the_target_by_a_history_that_rebuilds_its_network(result
     given, found = results[0], results[1][name]
     assert 0.75 * given.target < found.cost <= given.target
     assert found.cost == given.cost.of(found.net, given.example_inputs)
-    again = found.history.replay(given.net, given.example_inputs)
+    again = given.renewed(found.history.replay(given.net, given.example_inputs))
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in found.net.state_dict().items())
     shapes = [
         [t.shape for t in tensors(net(given.example_inputs))] for net in (found.net, given.net)
     ]
     assert shapes[0] == shapes[1]
     assert all(row.kept % 4 == 0 for row in found.rows)
+
+
+@pytest.mark.parametrize("name", baselines.names())
+def test_what_a_strength_leaves_of_the_target_is_filled(results, name):
+    """No unit's next width fits any more: methods that are compared use up the same target."""
+    given, found = results[0], results[1][name]
+    by_root = {unit.root: unit for unit in units.find(given.net, given.example_inputs).units}
+    kept = {by_root[row.root]: row.kept for row in found.rows}
+    pruned = [unit for unit in kept if kept[unit] < unit.width]
+    assert pruned
+    for unit in pruned:
+        ways = (unit.width, *widths.every(unit, SETTINGS))
+        wider = {**kept, unit: min(width for width in ways if width > kept[unit])}
+        steps = [widths.step(u, range(u.places), n) for u, n in wider.items() if n < u.width]
+        net = History(tuple(steps)).replay(given.net, given.example_inputs)
+        assert given.cost.of(net, given.example_inputs) > given.target
+
+
+def test_the_places_that_come_back_are_worth_most():
+    """One unit's are by far: it is widened before the others."""
+    given = job("plain")
+    found = units.find(given.net, given.example_inputs)
+    dear, *others = (unit for unit in found.units if unit.width > 4)
+    scores = {unit: torch.ones(unit.places) for unit in (*others, dear)}
+    scores[dear] = torch.full((dear.places,), 9.0)
+
+    def allocate(strength):
+        return {unit: 4 if strength else unit.width for unit in scores}
+
+    ended = finish(reach(given, found, scores, allocate, SETTINGS))
+    kept = {row.root: row.kept for row in ended.rows}
+    assert kept[dear.root] == dear.width
+    assert any(kept[unit.root] < unit.width for unit in others)
 
 
 def test_methods_differ(results):
@@ -68,8 +101,14 @@ def test_random_follows_its_seed(results):
 
 
 def test_a_target_out_of_reach_says_what_is_in_reach():
-    with pytest.raises(BudgetInfeasible, match="MACs is the least that this method comes to"):
-        finish(baselines.load("uniform")(job("plain", share=0.001), SETTINGS))
+    given = job("plain", share=0.001)
+    with pytest.raises(OutOfReach, match="MACs is the least that this method comes to") as told:
+        finish(baselines.load("uniform")(given, SETTINGS))
+    assert isinstance(told.value, BudgetInfeasible) and told.value.exit_code == 3
+    reached = told.value.reached
+    assert given.target < reached.cost < reached.cost_before
+    assert reached.cost == given.cost.of(reached.net, given.example_inputs)
+    assert all(row.kept < row.width for row in reached.rows if row.width > SETTINGS.divisor)
 
 
 def test_scopes_share_out_what_goes():
@@ -144,6 +183,23 @@ def test_taylor_gates_on_the_norm_behind_a_layer():
     assert {unit.root for unit in found} == set(wanted)
     for unit, scores in found.items():
         assert torch.allclose(scores, wanted[unit.root].detach(), rtol=1e-4), unit.root
+
+
+def test_taylor_squares_each_batch_before_they_are_added():
+    """Of two whose gradients cancel, the sum of both would say that nothing is worth anything."""
+    given = normed()
+    ((x, y),) = given.batches
+    objective = Objective("a", lambda out, sign: 9 + (sign[:, None] * out).sum())
+    one = [(x, torch.ones(6))]
+    both = [*one, (x, -torch.ones(6))]
+    found = units.find(given.net, given.example_inputs).units
+    first, all_ = (
+        taylor(replace(given, objectives=[objective], batches=batches), found)
+        for batches in (one, both)
+    )
+    before = losses.measure(given.net, [objective], one).values["a"]
+    for unit, scores in all_.items():
+        assert torch.allclose(scores * 9**2, 2 * first[unit] * before**2, rtol=1e-4)
 
 
 @pytest.mark.parametrize("frozen", [["a", "norm", "b", "head"], ["a", "norm"]])

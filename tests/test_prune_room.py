@@ -14,7 +14,8 @@ from torch import nn
 from compress import losses, room
 from compress.job import Settings, finish
 from compress.objective import Objective
-from compress.prune import one_round, prune
+from compress.prune import _Round, one_round, prune
+from compress.record import Record
 from compress.room import LEAST, LOOSENED, Room
 from nas.errors import BudgetInfeasible, UsageError
 from nas.outputs import changed
@@ -30,8 +31,8 @@ def roomy(given, drop=0.02):
     return Room(ceilings, dict.fromkeys(ceilings, room.share(drop)))
 
 
-def settings(given, **fields):
-    return Settings(bound=roomy(given), divisor=4, grid=GRID, **fields)
+def settings(given, drop=0.02, **fields):
+    return Settings(bound=roomy(given, drop), divisor=4, grid=GRID, **fields)
 
 
 # ---- ceilings ------------------------------------------------------------------------------------
@@ -159,15 +160,57 @@ def test_a_target_is_met_without_giving_a_task_up():
 
 def test_bounds_are_loosened_only_as_far_as_the_target_needs():
     given = job("plain", share=0.9)
-    tight = finish(one_round(given, settings(given)))
-    asked = roomy(given).bounds(tight.losses_before)
+    tight = finish(one_round(given, settings(given, 0.2)))
+    asked = roomy(given, 0.2).bounds(tight.losses_before)
     assert tight.cost <= given.target and tight.bounds == (asked,)
     further = replace(given, target=given.target / 2)
-    loose = finish(one_round(further, settings(given)))
+    loose = finish(one_round(further, settings(given, 0.2)))
     assert all(loose.bounds[0][task] > bound for task, bound in asked.items())
     assert [loose.bounds[0]] in [
-        [wider.bounds(loose.losses_before)] for wider in roomy(given).loosened()
+        [wider.bounds(loose.losses_before)] for wider in roomy(given, 0.2).loosened()
     ]
+
+
+def _scanned(given, settings):
+    run = _Round(given, settings, Record())
+    for _ in run.scan():
+        pass
+    return run
+
+
+def test_where_bounds_were_loosened_what_is_left_of_a_share_is_the_next_ones():
+    given = job("plain", share=0.02)
+    first, second, *_ = settings(given, keep=1.0).loosened()
+    assert (first.carried, second.carried) == (False, True)
+    carried, published = _scanned(given, second), _scanned(given, replace(second, carried=False))
+    assert any(not visit.grown for visit in carried.visits)  # those refused leave all of theirs
+    for task, before in carried.before.items():
+        product = before
+        for number, visit in enumerate(carried.visits):
+            product *= 1 + carried.schedule.thresholds(number)[task]
+            assert visit.row.limits[task] == pytest.approx(product, rel=1e-12)
+            assert visit.row.losses[task] <= visit.row.limits[task]
+        assert product == pytest.approx(before * carried.bounds[task], rel=1e-9)  # not above D
+    for task, limit in carried.visits[-1].row.limits.items():
+        assert limit > published.visits[-1].row.limits[task]
+
+
+def test_units_measured_alone_have_no_slack_to_carry():
+    given = job("plain", share=0.02)
+    alone = settings(given, keep=1.0, one_shot=True).loosened()[1]
+    rows = [visit.row for visit in _scanned(given, alone).visits]
+    plain = [visit.row for visit in _scanned(given, replace(alone, carried=False)).visits]
+    assert rows == plain
+
+
+def test_the_sum_may_grow_as_if_each_task_grew_to_its_own_bound():
+    given = job("plain")
+    run = _Round(given, settings(given, summed=True), Record())
+    whole = sum(run.permitted[task] * loss for task, loss in run.losses_before.items())
+    assert run.bounds["sum"] * run.before["sum"] == pytest.approx(whole, rel=1e-6)
+    assert min(run.permitted.values()) < run.bounds["sum"] < max(run.permitted.values())
+    equal = _Round(given, Settings(bound=6.0, divisor=4, grid=GRID, summed=True), Record())
+    assert equal.bounds == {"sum": pytest.approx(6.0)}  # as published
 
 
 def test_bounds_that_stop_nothing_are_not_loosened():

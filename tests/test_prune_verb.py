@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import json
 import os
@@ -21,7 +22,7 @@ import torch
 
 from cli import child, main, measuring, prune, pruning
 from cli.training import Training, space_for
-from compress import losses
+from compress import losses, norms, room
 from compress.history import History
 from deploy import bundle as bundles
 from deploy import interface, onnx
@@ -88,6 +89,17 @@ def build():
 
 def untraceable():
     return Steps()
+
+
+class Normed(Net):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(self.a, nn.BatchNorm2d(16))
+
+
+def normed():
+    torch.manual_seed(0)
+    return Normed().eval()
 
 
 def number():
@@ -429,8 +441,9 @@ WANTED = dict(model="mine:build", data="mine:task", weights="w.safetensors", thr
 WANTED |= dict(hw="cpu", on="local", epochs=1.0, divisor=4)
 
 
-def test_a_pruning_killed_afterwards_is_read_again(mine, workdir, monkeypatch):
-    words = {**WANTED, "method": "uniform", **prune.parse_target("macs=-50%")}
+@pytest.mark.parametrize("network", [{}, {"model": "mine:normed", "weights": None}])
+def test_a_pruning_killed_afterwards_is_read_again(mine, workdir, monkeypatch, network):
+    words = {**WANTED, **network, "method": "uniform", **prune.parse_target("macs=-50%")}
     first = pruning.pruned(prune.prepare(dict(words), None, "20%", workdir / "r"))
     with monkeypatch.context() as patch:
         patch.setattr(pruning, "job", lambda *_: pytest.fail("pruned again"))
@@ -442,6 +455,38 @@ def test_a_pruning_killed_afterwards_is_read_again(mine, workdir, monkeypatch):
     other = {**words, **prune.parse_target("macs=-20%")}  # another key
     milder = pruning.pruned(prune.prepare(other, None, "20%", workdir / "r"))
     assert milder.cost > first.cost
+
+
+def test_statistics_of_batch_norms_are_of_training_images(mine, workdir):
+    words = {**WANTED, "method": "pagcp", **prune.parse_target("macs=-50%")}
+    bare = prune.prepare(dict(words), None, "20%", workdir / "r")
+    assert pruning.job(bare, bare.subject.net).calibration is None
+    words |= {"model": "mine:normed", "weights": None}
+    asked = prune.prepare(words, None, "20%", workdir / "r")
+    job = pruning.job(asked, asked.subject.net)
+    own = mine.task()
+    known = {image.numpy().tobytes() for image in own.normalise(own.train.images)}
+    taken = {image.numpy().tobytes() for image in job.calibration}
+    assert taken < known and len(taken) == norms.IMAGES
+    assert torch.equal(job.calibration, pruning.job(asked, asked.subject.net).calibration)
+    # ceilings are of the network as it is judged
+    whole = job.renewed(copy.deepcopy(job.net))
+    bound = pruning.settings(asked.spec, job).bound
+    drops = dict.fromkeys(bound.shares, 0.2)
+    assert bound == room.of(whole, job.objectives, job.batches, drops)
+    assert bound != room.of(job.net, job.objectives, job.batches, drops)
+
+
+def test_trainings_between_rounds_begin_with_other_images(mine, workdir, monkeypatch):
+    words = {**WANTED, "method": "pagcp", "seed": 7, **prune.parse_target("macs=-50%")}
+    asked = prune.prepare(words, None, "20%", workdir / "r")
+    seeds = [asked.schedule.seed]
+    monkeypatch.setattr(
+        pruning, "trained", lambda p, net, schedule, *_: seeds.append(schedule.seed)
+    )
+    for number in range(3):
+        pruning._recover(asked, None, number)
+    assert seeds == [7, 8, 9, 10]
 
 
 def test_a_start_after_a_kill_has_the_same_target_in_milliseconds(mine, workdir, monkeypatch):

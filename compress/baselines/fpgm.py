@@ -19,4 +19,4 @@ def prune(job: Job, settings: Settings = Settings(), known: Record | None = None
         tp.importance.FPGMImportance(),
     )
     scores = {unit: by_place(importance(graph.group(unit.root)), unit) for unit in found.units}
-    return reach(job, found, scores, evenly(scores, settings), known)
+    return reach(job, found, scores, evenly(scores, settings), settings, known)

@@ -19,7 +19,9 @@ from compress.widths import by_place
 def prune(job: Job, settings: Settings = Settings(), known: Record | None = None) -> Steps:
     found = units.find(job.net, job.example_inputs)
     scores = norms(job.graph(), found.units)
-    return reach(job, found, scores, by_threshold(scores, lambda unit: "all", settings), known)
+    return reach(
+        job, found, scores, by_threshold(scores, lambda unit: "all", settings), settings, known
+    )
 
 
 def norms(graph: Graph, members: Sequence[Unit]) -> Scores:

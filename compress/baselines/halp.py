@@ -33,7 +33,9 @@ def prune(job: Job, settings: Settings = Settings(), known: Record | None = None
     known = known or Record()
     options = {unit: _options(job, unit, scores, settings, known) for unit in scores}
     most = sum(max(saved for saved, _ in of.values()) for of in options.values())
-    return reach(job, found, scores, lambda strength: knapsack(options, strength * most), known)
+    return reach(
+        job, found, scores, lambda strength: knapsack(options, strength * most), settings, known
+    )
 
 
 def _options(job: Job, unit: Unit, scores: Scores, settings: Settings, known: Record) -> Options:

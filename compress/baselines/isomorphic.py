@@ -17,7 +17,9 @@ def prune(job: Job, settings: Settings = Settings(), known: Record | None = None
     graph = job.graph()
     structure = {unit: _structure(graph, unit) for unit in found.units}
     scores = norms(graph, found.units)
-    return reach(job, found, scores, by_threshold(scores, structure.__getitem__, settings), known)
+    return reach(
+        job, found, scores, by_threshold(scores, structure.__getitem__, settings), settings, known
+    )
 
 
 def _structure(graph: Graph, unit: Unit) -> tuple[str, ...]:

@@ -11,4 +11,6 @@ from compress.record import Record
 def prune(job: Job, settings: Settings = Settings(), known: Record | None = None) -> Steps:
     found = units.find(job.net, job.example_inputs)
     scores = scored(job.graph(), found.units, widths.magnitude)
-    return reach(job, found, scores, by_threshold(scores, lambda unit: "all", settings), known)
+    return reach(
+        job, found, scores, by_threshold(scores, lambda unit: "all", settings), settings, known
+    )

@@ -14,4 +14,4 @@ def prune(job: Job, settings: Settings = Settings(), known: Record | None = None
     generator = torch.Generator().manual_seed(settings.seed)
     found = units.find(job.net, job.example_inputs)
     scores = {unit: torch.rand(unit.places, generator=generator) for unit in found.units}
-    return reach(job, found, scores, evenly(scores, settings), known)
+    return reach(job, found, scores, evenly(scores, settings), settings, known)

@@ -24,23 +24,28 @@ from compress.units import Unit
 def prune(job: Job, settings: Settings = Settings(), known: Record | None = None) -> Steps:
     found = units.find(job.net, job.example_inputs)
     scores = taylor(job, found.units)
-    return reach(job, found, scores, by_threshold(scores, lambda unit: "all", settings), known)
+    return reach(
+        job, found, scores, by_threshold(scores, lambda unit: "all", settings), settings, known
+    )
 
 
 def taylor(job: Job, found: Sequence[Unit]) -> Scores:
-    """Squared sums of weight times gradient over the batches, by unit and place."""
+    """Sums over the batches of squares of weight times gradient, by unit and place: squared
+    before they are added, as published, so that what batches disagree on is not worth nothing."""
     graph = job.graph()
     before = losses.measure(graph.net, job.objectives, job.batches).values
-    graph.net.zero_grad()
     for parameter in graph.net.parameters():  # of a copy: a frozen layer is worth something too
         parameter.requires_grad_(parameter.is_floating_point())
+    worth = {unit: torch.zeros(unit.places) for unit in found}
     for inputs, targets in job.batches:
+        graph.net.zero_grad()
         outputs = forward(graph.net, inputs)
         shares = [o.loss(outputs, targets) / before[o.name] for o in job.objectives]
         (torch.stack(shares).sum() * len(inputs)).backward()
-    # what goes together counts together: a place is worth the sum of its channels in all parts
-    squares = scored(graph, found, functools.partial(_squares, graph))
-    return {unit: worth * unit.parts * unit.block for unit, worth in squares.items()}
+        for unit, squares in scored(graph, found, functools.partial(_squares, graph)).items():
+            # what goes together counts together: the sum of a place's channels in all parts
+            worth[unit] += squares * unit.parts * unit.block
+    return worth
 
 
 def _squares(graph: Graph, members: Sequence[Member], total: int) -> Tensor:

@@ -11,4 +11,4 @@ from compress.record import Record
 def prune(job: Job, settings: Settings = Settings(), known: Record | None = None) -> Steps:
     found = units.find(job.net, job.example_inputs)
     scores = scored(job.graph(), found.units, widths.magnitude)
-    return reach(job, found, scores, evenly(scores, settings), known)
+    return reach(job, found, scores, evenly(scores, settings), settings, known)
