@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Iterator
@@ -212,7 +213,8 @@ class Rounds:
 
     def _bounded(self, job: Job) -> Settings:
         drops = {objective.name: MAX_DROP for objective in job.objectives}
-        return replace(self.settings, bound=room.of(job.net, job.objectives, job.batches, drops))
+        net = job.renewed(copy.deepcopy(job.net))
+        return replace(self.settings, bound=room.of(net, job.objectives, job.batches, drops))
 
     def rival(self, net: nn.Module) -> Pruned:
         """To the target in rounds of equal shares."""
