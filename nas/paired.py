@@ -20,6 +20,7 @@ from nas.goals import Goal
 
 NOTHING = 1e-12  # of a metric
 LEVEL = 0.95  # of the interval
+DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,6 @@ def change(
     after: Sequence[Tensor],
     *,
     rng: np.random.Generator,
-    draws: int = 2000,
     block: int = 1,
     trainings: bool = False,
 ) -> Change:
@@ -60,7 +60,7 @@ def change(
         seeds = rng.integers(pairs, size=pairs)
         return relative(rows, [before[at] for at in seeds], [after[at] for at in seeds])
 
-    low, high = np.quantile([draw() for _ in range(draws)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile([draw() for _ in range(DRAWS)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Change(relative(torch.arange(n), before, after), float(low), float(high))
 
 

@@ -52,8 +52,8 @@ def test_seeds_are_averaged_on_the_same_images():
     goal = classes("c", target="y")
     befores = [correct(0.8, seed=s) for s in range(4)]
     afters = [correct(0.78, seed=10 + s) for s in range(4)]
-    one = change(goal, befores[:1], afters[:1], rng=rng(), draws=800)
-    four = change(goal, befores, afters, rng=rng(), draws=800)
+    one = change(goal, befores[:1], afters[:1], rng=rng())
+    four = change(goal, befores, afters, rng=rng())
     ratio = (four.high - four.low) / (one.high - one.low)
     assert 0.4 < ratio < 0.6  # independent errors: half as wide
     wanted = np.mean([a.mean() for a in afters]) / np.mean([b.mean() for b in befores]) - 1
