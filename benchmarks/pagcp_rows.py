@@ -16,10 +16,11 @@ from benchmarks.pagcp_experiment import WIDTHS, Experiment, Key
 from benchmarks.pagcp_latency import Target
 from cli.pruning import MARGIN
 from compress import baselines, norms, prune, room
-from compress.cost import Cost, Macs, Params, against, shape_of
+from compress.cost import Cost, Macs, Params
 from compress.history import History
-from compress.job import Job, Pruned, Settings, Steps, finish
+from compress.job import Job, OutOfReach, Pruned, Settings, Steps, finish
 from compress.record import Record
+from compress.tally import Tally
 from nas import checkpoint, file, multitask
 from nas.errors import BudgetInfeasible
 
@@ -204,11 +205,8 @@ class Rounds:
         others, in a row that missed."""
         try:
             self.short, found = "", finish(steps)
-        except BudgetInfeasible as error:
-            reached: Pruned | None = getattr(error, "reached", None)
-            if reached is None:
-                raise
-            self.short, found = str(error), reached
+        except OutOfReach as error:
+            self.short, found = str(error), error.reached
         return found
 
     def _bounded(self, job: Job) -> Settings:
@@ -255,18 +253,13 @@ def _by_macs(job: Job, settings: Settings, known: Record) -> Steps:
         left = (low + high) / 2
         aimed = replace(counted, target=left * whole)
         found = yield from prune.one_round(aimed, settings, known.path)
-        if _cost(job, found.net, known) <= job.target:
+        if Tally(job, known).against(found.net, job.target) <= job.target:
             best, low = found, left
         else:
             high = left
     if best is None:
         raise BudgetInfeasible(f"no network of {whole:.4g} MACs or fewer takes as few ms")
     return best
-
-
-def _cost(job: Job, net: nn.Module, known: Record) -> float:
-    key = f"{job.cost.unit} of {shape_of(net)} against {job.target}"
-    return float(known.of(key, lambda: against(job.cost, job.target, net, job.example_inputs)))
 
 
 def share_of_tuning(experiment: Experiment) -> int:
@@ -328,9 +321,9 @@ def small(experiment: Experiment, seed: int, cost: str) -> Key:
     def work() -> Key:
         teacher = experiment.network(seed)
         job = _job(experiment, key, teacher)
-        known = Record(experiment.path(key, "record.jsonl"), job.inputs())
+        tally = Tally(job, Record(experiment.path(key, "record.jsonl"), job.inputs()))
         nets = (experiment.initial(seed, widths) for widths in narrower(TILES[cost]))
-        fitting = (net for net in nets if _cost(job, net.eval(), known) <= job.target)
+        fitting = (net for net in nets if tally.against(net.eval(), job.target) <= job.target)
         net = next(fitting, None)
         if net is None:
             return {"infeasible": "the narrowest network is over the target"}

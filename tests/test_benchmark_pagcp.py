@@ -23,6 +23,7 @@ from benchmarks.pagcp_experiment import Experiment
 from benchmarks.pagcp_latency import Target
 from cli.pruning import MARGIN
 from compress.history import History, Step
+from compress.job import OutOfReach
 from nas import checkpoint
 from nas.data.examples import Examples
 from nas.errors import BudgetInfeasible, NasctlError
@@ -262,12 +263,12 @@ def test_bounds_that_end_too_early_stop_nothing_else(experiment, unmeasured, mon
 def test_the_network_that_was_reached_is_judged_like_others(experiment, unmeasured, monkeypatch):
     history = History((Step("conv", (0, 1, 2, 3)),))
     net = history.replay(experiment.network(0), experiment.example)
-    error = BudgetInfeasible("as far as it goes")
-    error.reached = pagcp_rows.Pruned(net, history, 2.0, 1.75, {}, {})
+    reached = pagcp_rows.Pruned(net, history, 2.0, 1.75, {}, {})
+    error = OutOfReach("as far as it goes", where="target", reached=reached)
     monkeypatch.setattr(pagcp_rows.prune, "prune", unreached(error))
     row = pagcp_rows.pruned(experiment, "pagcp", 0, "flops")
     assert row["macs_share"] > 0.8 and pagcp_rows.missed(row, "flops")
-    assert row["infeasible"] == "as far as it goes" and "change" in row
+    assert row["infeasible"] == "target: as far as it goes" and "change" in row
     assert pagcp_rows.scratch(experiment, 0, "flops")["macs"] == row["macs"]
 
 
